@@ -1,0 +1,259 @@
+"""Every block the pool knows: key to row, and what there is to say about a row, in columns.
+
+Columns are reserved at full size and touched row by row, so that they cost memory only for rows in
+use and never have to be copied to grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.columns import zeros
+from kvpool.core.keytable import KeyTable, Rows, Words, as_words
+from kvpool.core.messages import BlockRun
+from kvpool.core.placement import NOWHERE, Owner, PlacementTable
+from kvpool.core.recency import Recency
+from kvpool.model import Namespace
+
+ROWS_PER_SLICE = 1024
+_NO_NAMESPACE = -1
+
+
+@dataclass(slots=True)
+class Space:
+    """One namespace in the index. ``descriptor`` is None while only blocks have been seen of it."""
+
+    number: int
+    digest: bytes
+    table: KeyTable
+    descriptor: Namespace | None = None
+    stored_bytes: int = 0
+    siblings: list[Space] = field(default_factory=list)  # other descriptors of the same model
+
+    @property
+    def full(self) -> int:
+        """Mask of a whole block."""
+        return (1 << self.descriptor.shards) - 1 if self.descriptor else 0
+
+
+class Index:
+    """Blocks of all namespaces: placement, size, lease count and recency by row."""
+
+    def __init__(self, rows_max: int) -> None:
+        self.rows_max = rows_max
+        self.keys: Words = zeros((rows_max, 2), np.uint64)
+        self.placement: NDArray[np.int32] = zeros(rows_max, np.int32)
+        self.shard_bytes: NDArray[np.int64] = zeros(rows_max, np.int64)
+        self.leased: NDArray[np.int32] = zeros(rows_max, np.int32)
+        self.space_of: NDArray[np.int16] = zeros(rows_max, np.int16)
+        self.listed: NDArray[np.bool_] = zeros(rows_max, bool)  # on some node's victim list
+        self.recency = Recency(zeros(rows_max, np.int64))
+        self.placements = PlacementTable()
+        self.spaces: dict[bytes, Space] = {}
+        self._by_number: list[Space] = []
+        self._free: NDArray[np.int32] = zeros(rows_max, np.int32)  # a stack
+        self._free_count = 0
+        self.rows_used = 0  # rows ever handed out: the columns are live below this
+        self.blocks_on: dict[int, int] = {}  # by incarnation
+        self.refused = 0  # blocks that found no row
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return sum(len(space.table) for space in self.spaces.values())
+
+    # ---- namespaces ----------------------------------------------------------------------------
+
+    def space(self, digest: bytes) -> Space:
+        """Return the namespace's part of the index, made on first sight."""
+        space = self.spaces.get(digest)
+        if space is None:
+            space = Space(len(self._by_number), digest, KeyTable(self.keys))
+            self.spaces[digest] = space
+            self._by_number.append(space)
+        return space
+
+    def describe(self, descriptor: Namespace) -> Space:
+        """Attach its descriptor to a namespace; idempotent."""
+        space = self.space(descriptor.digest)
+        if space.descriptor is None:
+            space.descriptor = descriptor
+            for other in self.spaces.values():
+                if other is not space and other.descriptor and other.descriptor.model == descriptor.model:
+                    other.siblings.append(space)
+                    space.siblings.append(other)
+        return space
+
+    # ---- what nodes report ---------------------------------------------------------------------
+
+    def add(self, run: BlockRun, incarnation: int, tier: str) -> None:
+        """Record that an incarnation holds these shards of these blocks; they become the hottest."""
+        space = self.space(run.namespace)
+        rows, fresh = space.table.insert(as_words(run.keys), self._take_rows)
+        if len(fresh):
+            self.space_of[fresh] = space.number
+            self.placement[fresh] = NOWHERE
+            self.leased[fresh] = 0
+            self.listed[fresh] = False
+        if (rows < 0).any():
+            self.refused += int(np.count_nonzero(rows < 0))
+            rows = rows[rows >= 0]
+        self.shard_bytes[rows] = run.shard_bytes
+        # A put walks its chain head first; reversed, the tail ages before the head.
+        if not self.recency.touch(rows[::-1]):
+            rows = np.unique(rows)
+        owner = Owner(incarnation, tier, run.shards)
+        before = self.placement.take(rows)
+        after = self.placements.added(before, space.full, owner)
+        self._replace(space, rows, before, after, incarnation)
+
+    def remove(self, run: BlockRun, incarnation: int, tier: str) -> Rows:
+        """Record that these shards are gone; returns the rows of blocks that are whole no more.
+
+        What is left of those lies at other incarnations and can never be a hit again.
+        """
+        space = self.spaces.get(run.namespace)
+        if space is None:
+            return np.empty(0, np.int64)
+        rows = space.table.find(as_words(run.keys))
+        rows = np.unique(rows[rows >= 0])
+        before = self.placement.take(rows)
+        after = self.placements.removed(before, Owner(incarnation, tier, run.shards))
+        broken = self.placements.complete.take(before) & ~self.placements.complete.take(after) & (after != NOWHERE)
+        self._replace(space, rows, before, after, incarnation)
+        return rows[broken]
+
+    def drop_slice(self, incarnations: frozenset[int], start: int) -> tuple[int, Rows]:
+        """Take dead incarnations out of the rows from ``start`` on.
+
+        Returns where to go on (at or past ``rows_used``: done) and the rows of blocks that are whole no more.
+        """
+        end = min(start + 16 * ROWS_PER_SLICE, self.rows_used)
+        numbers = self.placement[start:end]
+        held = np.zeros(len(self.placements.whole), bool)
+        for incarnation in incarnations:
+            held |= self.placements.held_by(incarnation)
+        hit = np.flatnonzero(held.take(numbers))
+        if len(hit) > ROWS_PER_SLICE:
+            hit = hit[:ROWS_PER_SLICE]
+            end = start + int(hit[-1]) + 1
+        broken_rows = []
+        rows = hit + start
+        for number in np.unique(self.space_of.take(rows)).tolist():
+            space = self._by_number[number]
+            mine = rows[self.space_of.take(rows) == number]
+            for incarnation in incarnations:
+                before = self.placement.take(mine)
+                after = before
+                for tier in self._tiers(before, incarnation):
+                    after = self.placements.removed(after, Owner(incarnation, tier, -1))
+                broken = (
+                    self.placements.complete.take(before)
+                    & ~self.placements.complete.take(after)
+                    & (after != NOWHERE)
+                )
+                broken_rows.append(mine[broken])
+                self._replace(space, mine, before, after, incarnation)
+                mine = mine[after != NOWHERE]
+        return end, np.concatenate(broken_rows) if broken_rows else np.empty(0, np.int64)
+
+    def _tiers(self, numbers: NDArray[np.int32], incarnation: int) -> set[str]:
+        return {
+            owner.tier
+            for number in np.unique(numbers).tolist()
+            for owner in self.placements[number].owners
+            if owner.incarnation == incarnation
+        }
+
+    def _replace(
+        self, space: Space, rows: Rows, before: NDArray[np.int32], after: NDArray[np.int32], incarnation: int
+    ) -> None:
+        """Move distinct rows of one namespace from placement to placement, with the accounts."""
+        if not len(rows):
+            return
+        self.placement[rows] = after
+        copies = self.placements.copies
+        space.stored_bytes += int(((copies.take(after) - copies.take(before)) * self.shard_bytes.take(rows)).sum())
+        held = self.placements.held_by(incarnation)
+        change = int(np.count_nonzero(held.take(after))) - int(np.count_nonzero(held.take(before)))
+        self.blocks_on[incarnation] = self.blocks_on.get(incarnation, 0) + change
+        gone = rows[after == NOWHERE]
+        if len(gone):
+            space.table.remove(gone)
+            self.recency.forget(gone)
+            self.space_of[gone] = _NO_NAMESPACE
+            self._give_back(gone[self.leased.take(gone) == 0])
+
+    # ---- rows ----------------------------------------------------------------------------------
+
+    def _take_rows(self, count: int) -> Rows:
+        reused = min(count, self._free_count)
+        self._free_count -= reused
+        old = self._free[self._free_count : self._free_count + reused].astype(np.int64)
+        new = min(count - reused, self.rows_max - self.rows_used)
+        fresh = np.arange(self.rows_used, self.rows_used + new)
+        self.rows_used += new
+        return np.concatenate((old, fresh)) if reused else fresh
+
+    def _give_back(self, rows: Rows) -> None:
+        self._free[self._free_count : self._free_count + len(rows)] = rows
+        self._free_count += len(rows)
+
+    def lease(self, rows: Rows) -> None:
+        """Count one lease more on each of these distinct rows."""
+        self.leased[rows] += 1
+
+    def unlease(self, rows: Rows) -> None:
+        """Count one lease less; a row whose block went away meanwhile becomes free with its last lease."""
+        self.leased[rows] -= 1
+        over = rows[(self.leased.take(rows) == 0) & (self.space_of.take(rows) == _NO_NAMESPACE)]
+        if len(over):
+            self._give_back(over)
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    def space_at(self, row: int) -> Space:
+        """Return the namespace of a row in use."""
+        return self._by_number[int(self.space_of[row])]
+
+    def owners(self, rows: Rows) -> set[int]:
+        """Return the incarnations that hold anything of these rows."""
+        numbers = np.unique(self.placement.take(rows)).tolist()
+        return {owner.incarnation for number in numbers for owner in self.placements[number].owners}
+
+    def runs_on(self, rows: Rows, incarnation: int) -> Iterator[BlockRun]:
+        """Group consecutive rows by namespace, shards and size, naming what one incarnation holds of them."""
+        rows = rows[self.placements.held_by(incarnation).take(self.placement.take(rows))]
+        for part, space, number in self._groups(rows):
+            mask = self.placements.shards_of(number, incarnation)
+            yield BlockRun(space.digest, mask, int(self.shard_bytes[part[0]]), self.keys.take(part, axis=0).tobytes())
+
+    def bytes_on(self, rows: Rows, incarnation: int) -> NDArray[np.int64]:
+        """Return, for each row, the payload bytes that one incarnation holds of it."""
+        numbers, back = np.unique(self.placement.take(rows), return_inverse=True)
+        shards = [self.placements.shards_of(n, incarnation).bit_count() for n in numbers.tolist()]
+        return np.array(shards, np.int64)[back.ravel()] * self.shard_bytes.take(rows)
+
+    def _groups(self, rows: Rows) -> Iterator[tuple[Rows, Space, int]]:
+        if not len(rows):
+            return
+        numbers, spaces, sizes = self.placement.take(rows), self.space_of.take(rows), self.shard_bytes.take(rows)
+        change = (numbers[1:] != numbers[:-1]) | (spaces[1:] != spaces[:-1]) | (sizes[1:] != sizes[:-1])
+        edges = [0, *(np.flatnonzero(change) + 1).tolist(), len(rows)]
+        for start, end in zip(edges[:-1], edges[1:], strict=True):
+            yield rows[start:end], self._by_number[int(spaces[start])], int(numbers[start])
+
+    def coldest(self, incarnation: int, *, leased: bool = False) -> Iterator[Rows]:
+        """Yield the rows an incarnation holds, coldest first, slice by slice; under a lease only with ``leased``.
+
+        The index may change between two slices. Empty slices are yielded too, so that the caller
+        can stop to do something else.
+        """
+        position = 0
+        while (piece := self.recency.after(position)) is not None:
+            rows, position = piece[0].astype(np.int64), piece[1]
+            held = self.placements.held_by(incarnation).take(self.placement.take(rows))
+            yield rows[held & ((self.leased.take(rows) > 0) == leased)]

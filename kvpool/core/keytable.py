@@ -1,0 +1,260 @@
+"""A hash table from 16-byte keys to row numbers, worked on in whole batches.
+
+A Python dict costs some hundred bytes an entry, a microsecond a cold look-up, and stands still for
+tens of milliseconds when it grows. This table costs about twenty bytes, takes a chain of a thousand
+keys in a few numpy calls, and moves to a larger array a slice at a time.
+
+Layout: buckets of eight 64-bit slots, one cache line each. A slot holds 0 (never used), 1 (removed),
+or a tag (32 bits of the key, top bit set) above ``row + 2``. A key lives in bucket ``low & mask`` or,
+when that was full, in one of the next ones; a search ends at a bucket that has a slot never used.
+The whole key is compared in the ``keys`` column before a row is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.columns import zeros
+
+Rows = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+WIDTH = 8
+BUCKETS_MIN = 64
+MOVE_BUCKETS = 512
+LOAD_MAX = 0.65
+LOAD_PREPARE = 0.5
+LOAD_START = 0.45
+LOAD_START_MAX = 0.55
+
+_EMPTY = np.uint64(0)
+_REMOVED = np.uint64(1)
+_FIRST = np.uint64(2)
+_TAG_BITS = np.uint64(0x7FFFFFFF_00000000)
+_TAG_TOP = np.uint64(0x80000000_00000000)
+_ROW_LIMIT = np.uint64(1 << 32)
+
+
+def as_words(packed: bytes | memoryview) -> Words:
+    """Return packed 16-byte keys as an array of shape (n, 2), little endian."""
+    return np.frombuffer(packed, dtype="<u8").reshape(-1, 2)
+
+
+def _tags(keys: Words) -> Words:
+    return (keys[:, 1] & _TAG_BITS) | _TAG_TOP
+
+
+def _distinct(keys: Words) -> tuple[Rows, Rows]:
+    """Return (where each distinct key stands first, in order; for each key the number of its distinct one)."""
+    low = np.sort(keys[:, 0])
+    if not (low[1:] == low[:-1]).any():
+        every = np.arange(len(keys))
+        return every, every
+    numbers: dict[bytes, int] = {}
+    first, back = [], []
+    for i, key in enumerate(keys):
+        number = numbers.setdefault(key.tobytes(), len(first))
+        if number == len(first):
+            first.append(i)
+        back.append(number)
+    return np.array(first), np.array(back)
+
+
+class _Slots:
+    """One array of buckets."""
+
+    def __init__(self, buckets: int) -> None:
+        self.array: Words = zeros((buckets, WIDTH), np.uint64)
+        self.buckets = buckets
+        self.mask = np.uint64(buckets - 1)
+        self.taken = 0  # slots that are not _EMPTY
+
+    def home(self, keys: Words) -> NDArray[np.int64]:
+        return (keys[:, 0] & self.mask).view(np.int64)
+
+    def find(self, keys: Words, column: Words) -> Rows:
+        """Return the row of each key, -1 where it is not here."""
+        bucket, tag = self.home(keys), _tags(keys)
+        slots = self.array.take(bucket, axis=0)
+        slots ^= tag[:, None]
+        four = np.minimum(slots[:, :4], slots[:, 4:])
+        two = np.minimum(four[:, :2], four[:, 2:])
+        best = np.minimum(two[:, 0], two[:, 1])
+        hit = best < _ROW_LIMIT
+        all_hit = bool(hit.all())
+        rows = (best if all_hit else np.where(hit, best, _FIRST)).view(np.int64) - 2
+        found = column.take(rows, axis=0)
+        right = (found[:, 0] == keys[:, 0]) & (found[:, 1] == keys[:, 1])
+        if not all_hit:
+            right &= hit
+        if right.all():
+            return rows
+        rows[~right] = -1
+        rest = np.flatnonzero(~right)
+        # Not in its home bucket: over unless that bucket was full when the key came (or, once in
+        # 2**31, another key of the bucket has the same tag and hid it).
+        full = (self.array.take(bucket[rest], axis=0) != _EMPTY).all(axis=1) | hit[rest]
+        for i in rest[full].tolist():
+            rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
+        return rows
+
+    def _find_slowly(self, key: Words, bucket: int, column: Words) -> int:
+        tag = int((key[1] & _TAG_BITS) | _TAG_TOP) >> 32
+        for _ in range(self.buckets):
+            slots = self.array[bucket].tolist()
+            for slot in slots:
+                if slot >> 32 == tag:
+                    row = (slot & 0xFFFFFFFF) - 2
+                    if column[row, 0] == key[0] and column[row, 1] == key[1]:
+                        return row
+            if 0 in slots:
+                return -1
+            bucket = (bucket + 1) & (self.buckets - 1)
+        return -1
+
+    def place(self, keys: Words, rows: Rows) -> None:
+        """Write distinct keys that are known not to be here."""
+        bucket, values = self.home(keys), _tags(keys) | (rows.view(np.uint64) + _FIRST)
+        while len(bucket):
+            slots = self.array.take(bucket, axis=0)
+            free = slots < _FIRST
+            column = free.argmax(axis=1)
+            can = free.any(axis=1)
+            where, what = (bucket[can], column[can]), values[can]
+            before = self.array[where]
+            self.array[where] = what
+            won = self.array[where] == what  # two keys may have aimed at one slot: the last one has it
+            self.taken += int(np.count_nonzero(before[won] == _EMPTY))
+            stay = np.ones(len(bucket), bool)
+            stay[np.flatnonzero(can)[won]] = False
+            bucket = np.where(can, bucket, (bucket + 1) & (self.buckets - 1))[stay]
+            values = values[stay]
+
+    def remove(self, keys: Words, rows: Rows) -> NDArray[np.bool_]:
+        """Take out the slots of these keys; returns which were here."""
+        gone = np.zeros(len(rows), bool)
+        bucket, values = self.home(keys), _tags(keys) | (rows.view(np.uint64) + _FIRST)
+        left = np.arange(len(rows))
+        for _ in range(self.buckets):
+            if not len(left):
+                break
+            slots = self.array.take(bucket[left], axis=0)
+            same = slots == values[left][:, None]
+            here = same.any(axis=1)
+            open_end = (slots == _EMPTY).any(axis=1)
+            spots = (bucket[left][here], same.argmax(axis=1)[here])
+            # No search goes on past a bucket with a slot never used: there a removed one can be that again.
+            ends = open_end[here]
+            self.array[spots] = np.where(ends, _EMPTY, _REMOVED)
+            self.taken -= int(np.count_nonzero(ends))
+            gone[left[here]] = True
+            left = left[~here & ~open_end]
+            bucket[left] = (bucket[left] + 1) & (self.buckets - 1)
+        return gone
+
+
+class KeyTable:
+    """Keys of one namespace to rows of the shared ``keys`` column (shape (n, 2), uint64)."""
+
+    def __init__(self, keys: Words) -> None:
+        self._keys = keys
+        self._slots = _Slots(BUCKETS_MIN)
+        self._old: _Slots | None = None
+        self._moved = 0  # buckets of _old that are in _slots now
+        self._next: _Slots | None = None  # the array to grow into, while its memory is being claimed
+        self._claimed = 0  # buckets of _next whose memory is there
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Return the number of keys."""
+        return self._count
+
+    def find(self, keys: Words) -> Rows:
+        """Return the row of each key, -1 where there is none."""
+        rows = self._slots.find(keys, self._keys)
+        if self._old is not None:
+            missing = np.flatnonzero(rows < 0)
+            if len(missing):
+                rows[missing] = self._old.find(keys[missing], self._keys)
+        return rows
+
+    def insert(self, keys: Words, take_rows: Callable[[int], Rows]) -> tuple[Rows, Rows]:
+        """Return (row of each key, the rows that are new). Equal keys in one batch get one row.
+
+        ``take_rows(n)`` hands out up to n rows; where it gives fewer, the last new keys stay out
+        (row -1).
+        """
+        rows = self.find(keys)
+        missing = np.flatnonzero(rows < 0)
+        if not len(missing):
+            return rows, missing
+        fresh = keys[missing]
+        first, back = _distinct(fresh)
+        new = take_rows(len(first))
+        row_of = np.full(len(first), -1, np.int64)
+        row_of[: len(new)] = new
+        rows[missing] = row_of[back]
+        placed = fresh[first[: len(new)]]
+        self._keys[new] = placed
+        self._make_room(len(new))
+        self._slots.place(placed, new)
+        self._count += len(new)
+        return rows, new
+
+    def remove(self, rows: Rows) -> None:
+        """Take out distinct rows that are here."""
+        keys = self._keys[rows]
+        gone = self._slots.remove(keys, rows)
+        if self._old is not None and not gone.all():
+            self._old.remove(keys[~gone], rows[~gone])
+        self._count -= len(rows)
+        if self._old is not None:
+            self._move(MOVE_BUCKETS // 8)
+
+    def _make_room(self, extra: int) -> None:
+        """Keep the load under its limit: grow (or clean out removed slots) a slice at a time.
+
+        First the new array's memory is claimed, then it takes over, then the old one is emptied into it.
+        """
+        if self._old is not None:
+            self._move(max(MOVE_BUCKETS // 16, extra // 3))
+        limit = WIDTH * self._slots.buckets
+        if self._slots.taken + extra > LOAD_PREPARE * limit:
+            self._claim(8 * extra, extra)
+        if self._slots.taken + extra > LOAD_MAX * limit:
+            if self._old is not None:
+                self._move(self._old.buckets)  # rare: a batch larger than the table
+            slots = self._claim(1 << 62, extra)
+            self._old, self._moved = self._slots, 0
+            self._slots, self._next = slots, None
+            self._move(MOVE_BUCKETS // 16)
+
+    def _claim(self, buckets: int, extra: int) -> _Slots:
+        load = (self._count + extra) / WIDTH
+        if self._next is None or load > LOAD_START_MAX * self._next.buckets:
+            wanted = BUCKETS_MIN
+            while load > LOAD_START * wanted:
+                wanted *= 2
+            self._next, self._claimed = _Slots(wanted), 0
+        end = min(self._claimed + buckets, self._next.buckets)
+        self._next.array[self._claimed : end] = _EMPTY
+        self._claimed = end
+        return self._next
+
+    def _move(self, buckets: int) -> None:
+        while self._old is not None and buckets > 0:
+            step = min(buckets, MOVE_BUCKETS)
+            buckets -= step
+            part = self._old.array[self._moved : self._moved + step]
+            values = part[part >= _FIRST]
+            # Removed, not empty: a search in the old array must still pass through a bucket that was full.
+            part[part != _EMPTY] = _REMOVED
+            self._moved += step
+            if len(values):
+                rows = ((values & np.uint64(0xFFFFFFFF)) - _FIRST).view(np.int64)
+                self._slots.place(self._keys[rows], rows)
+            if self._moved >= self._old.buckets:
+                self._old = None

@@ -1,0 +1,586 @@
+"""The master: which node holds which blocks, who may be evicted, who is alive.
+
+``MasterState`` is plain data with one owner and no locks. Events go in with the time they happened,
+effects come out for the server to perform. Long work (an inventory, a dead node's blocks, a search
+for victims) is done a slice at a time, so that a lookup never waits for more than one slice.
+
+A node *incarnation* is a number for one node process since its last full inventory. A new epoch or a
+new inventory is a new incarnation; the old one is dropped in one step and its rows are swept later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvpool.core.effects import Close, Closed, Effect, Event, NodeChanged, Received, Remember, Send
+from kvpool.core.eviction import pick_victims, slices_for_eviction
+from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.keytable import Rows, as_words
+from kvpool.core.leases import Leases
+from kvpool.core.lookup import Answer, Query, Reason, check, longest_prefix
+from kvpool.core.messages import (
+    Ack,
+    BlockRun,
+    Delta,
+    Evict,
+    Heartbeat,
+    Hello,
+    Inventory,
+    NodeAddress,
+    SendInventory,
+    Superseded,
+    Victims,
+    Welcome,
+)
+from kvpool.errors import UnknownNamespaceError
+from kvpool.model import KEY_BYTES, Namespace
+
+TIER = "dram"
+STALL_S = 1.0
+"""A longer gap between two events than this means that the master itself stood still."""
+
+SUSPECT_AFTER_S = 0.75
+INVENTORY_RETRY_S = 2.0
+EVICT_RETRY_S = 2.0
+VICTIMS_EVERY_S = 1.0
+VICTIMS_FROM_USE = 0.5
+VICTIMS_SHARE = 0.05
+FORGET_DEAD_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class MasterLimits:
+    """The operator's settings; times in seconds, shares of a node's capacity."""
+
+    eviction_high_watermark_ratio: float = 0.99
+    eviction_ratio: float = 0.01
+    lease_ttl_s: float = 10.0
+    client_ttl_s: float = 10.0
+    blocks_max: int = 1 << 24
+
+
+@dataclass(slots=True)
+class Node:
+    """What the master knows of one node."""
+
+    address: NodeAddress
+    epoch: int
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    session: int | None = None
+    last_seen: float = 0.0
+    incarnation: int = 0  # 0: none yet
+    sequence: int = 0  # newest delta applied
+    heard_sequence: int = 0  # newest delta the node says it has sent
+    awaiting: bool = True  # for an inventory
+    asked_at: float = 0.0
+    pending: int = 0  # incarnation that the running inventory fills
+    pending_sequence: int = 0
+    next_chunk: int = 0
+    state: str = "warming"
+    superseded: set[int] = field(default_factory=set)  # epochs of processes that this one replaced
+    evict_sent: int = 0
+    evict_done: int = 0
+    evict_at: float = -1e9
+    victims_at: float = -1e9
+    victims_stale: bool = True
+    listed: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    job: bool = False  # a search for victims is under way
+
+
+class MasterState:
+    """Everything the master decides. Drive it with ``ingest`` (or ``handle``), ``lookup`` and ``work``."""
+
+    def __init__(self, limits: MasterLimits, epoch: int, now: float) -> None:
+        self.limits = limits
+        self.epoch = epoch
+        self.index = Index(limits.blocks_max)
+        self.leases = Leases(self.index, limits.lease_ttl_s, (epoch & 0x7FFFFFFF) << 32 | 1, 4 * limits.blocks_max)
+        self.nodes: dict[str, Node] = {}
+        self.counters: Counter[str] = Counter()
+        self.started = now
+        self._last_now = now
+        self._stalled = 0.0
+        self._sessions: dict[int, Node] = {}
+        self._incarnations: dict[int, Node] = {}
+        self._next_incarnation = 1
+        self._dropped: list[int] = []
+        self._sweeping = False
+        self._jobs: deque[Iterator[list[Effect]]] = deque()
+        self._next_evict = 1
+        self._place_turn = 0
+
+    # ---- time ----------------------------------------------------------------------------------
+
+    def uptime(self, now: float) -> float:
+        """Return the master's own time: ``now`` less the times it stood still itself."""
+        gap = now - self._last_now
+        if gap > STALL_S:
+            self._stalled += gap
+            self.counters["stalls"] += 1
+        self._last_now = max(now, self._last_now)
+        return now - self._stalled
+
+    @property
+    def warming(self) -> bool:
+        """Whether some node is still reporting what it holds."""
+        return any(node.awaiting and node.session is not None for node in self.nodes.values())
+
+    # ---- events --------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in an event at once, whatever its size."""
+        return [effect for part in self.ingest(event, now) for effect in part]
+
+    def ingest(self, event: Event, now: float) -> Iterator[list[Effect]]:
+        """Take in an event a slice at a time; other calls may come between two slices."""
+        up = self.uptime(now)
+        if isinstance(event, Closed):
+            yield self._closed(event.session, up)
+        elif isinstance(event, Received):
+            yield from self._received(event.session, event.message, up)
+        else:
+            yield self._tick(up)
+
+    def _received(
+        self, session: int, message: Hello | Inventory | Delta | Heartbeat, up: float
+    ) -> Iterator[list[Effect]]:
+        if isinstance(message, Hello):
+            yield self._hello(session, message, up)
+            return
+        node = self._sessions.get(session)
+        if node is None:
+            self.counters["messages_without_session"] += 1
+            return
+        node.last_seen = up
+        effects = self._judge(node, up, "heard from")
+        if isinstance(message, Inventory):
+            yield effects
+            yield from self._inventory(session, node, message, up)
+        elif isinstance(message, Delta):
+            yield effects
+            yield from self._delta(session, node, message, up)
+        else:
+            node.used_bytes = message.used_bytes
+            node.heard_sequence = message.sequence
+            yield effects + self._relieve(node, up)
+
+    def _hello(self, session: int, hello: Hello, up: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for namespace in hello.namespaces:
+            effects += self.register(namespace)
+        node = self.nodes.get(hello.address.node_id)
+        if node is not None and hello.epoch in node.superseded:
+            return [*effects, Send(session, Superseded()), Close(session, "superseded")]
+        if node is None:
+            node = self.nodes[hello.address.node_id] = Node(hello.address, hello.epoch)
+        if node.session is not None and node.session != session:
+            older = node.session
+            self._sessions.pop(older, None)
+            if node.epoch != hello.epoch:
+                effects.append(Send(older, Superseded()))
+            effects.append(Close(older, "a newer session of this node"))
+        if node.epoch != hello.epoch:
+            node.superseded.add(node.epoch)
+            self._drop(node)
+            node.epoch, node.sequence, node.awaiting = hello.epoch, 0, True
+        node.address, node.session, node.last_seen = hello.address, session, up
+        node.capacity_bytes, node.used_bytes = hello.capacity_bytes, hello.used_bytes
+        node.heard_sequence = hello.sequence
+        node.evict_sent = node.evict_done = 0
+        self._sessions[session] = node
+        resume = not node.awaiting and hello.master_epoch == self.epoch and node.sequence <= hello.sequence
+        if not resume:
+            self._await_inventory(node, up)
+        effects.append(Send(session, Welcome(self.epoch, node.sequence if resume else 0, inventory=not resume)))
+        return effects + self._judge(node, up, "resumed" if resume else "says hello")
+
+    def _await_inventory(self, node: Node, up: float) -> None:
+        node.awaiting, node.asked_at, node.next_chunk = True, up, 0
+
+    def _ask_inventory(self, node: Node, up: float) -> list[Effect]:
+        self._await_inventory(node, up)
+        self.counters["inventories_asked"] += 1
+        effects = self._judge(node, up, "must report again")
+        return [*effects, Send(node.session, SendInventory())] if node.session is not None else effects
+
+    def _inventory(self, session: int, node: Node, message: Inventory, up: float) -> Iterator[list[Effect]]:
+        if message.chunk == 0:
+            if not node.awaiting and message.sequence <= node.sequence:
+                return  # a duplicate of one that is done
+            self._await_inventory(node, up)
+            if node.pending:
+                self._retire(node.pending)
+            node.pending = self._new_incarnation(node)
+            node.pending_sequence = message.sequence
+            yield self._judge(node, up, "reports")
+        elif not node.awaiting or message.chunk != node.next_chunk or message.sequence != node.pending_sequence:
+            return  # a chunk was lost or came twice: the tick asks again if nothing more arrives
+        incarnation, node.next_chunk, node.asked_at = node.pending, message.chunk + 1, up
+        for piece in _slices(message.added):
+            if node.pending != incarnation or self._sessions.get(session) is not node:
+                return
+            self._add(piece, incarnation)
+            yield []
+        if not message.last or node.pending != incarnation:
+            return
+        if node.incarnation:
+            self._retire(node.incarnation)
+        node.incarnation, node.pending, node.awaiting = incarnation, 0, False
+        node.sequence = node.pending_sequence
+        node.heard_sequence = max(node.heard_sequence, node.sequence)
+        node.victims_stale = True
+        yield [Send(session, Ack(node.sequence)), *self._judge(node, up, "inventory complete")]
+
+    def _delta(self, session: int, node: Node, delta: Delta, up: float) -> Iterator[list[Effect]]:
+        effects: list[Effect] = []
+        for namespace in delta.namespaces:
+            effects += self.register(namespace)
+        node.heard_sequence = max(node.heard_sequence, delta.sequence)
+        if node.awaiting or delta.sequence <= node.sequence:
+            yield effects
+            return
+        if delta.sequence != node.sequence + 1:
+            yield effects + self._ask_inventory(node, up)
+            return
+        # Claimed before the first slice: whatever comes between two slices must see it as applied.
+        node.sequence = delta.sequence
+        node.used_bytes = delta.used_bytes
+        node.evict_done = max(node.evict_done, delta.evictions_done)
+        incarnation = node.incarnation
+        yield effects
+        for piece in _slices(delta.removed):
+            if node.incarnation != incarnation:
+                return
+            broken = self.index.remove(piece, incarnation, TIER)
+            self.counters["blocks_removed"] += len(piece)
+            node.victims_stale = True
+            yield self._drop_rest(broken)
+        for piece in _slices(delta.added):
+            if node.incarnation != incarnation:
+                return
+            self._add(piece, incarnation)
+            yield []
+        yield [Send(session, Ack(delta.sequence)), *self._relieve(node, up)]
+
+    def _add(self, piece: BlockRun, incarnation: int) -> None:
+        space = self.index.spaces.get(piece.namespace)
+        if space is None or space.descriptor is None or piece.shards & ~space.full or not piece.shards:
+            self.counters["blocks_of_unknown_namespace"] += len(piece)
+            return
+        self.index.add(piece, incarnation, TIER)
+        self.counters["blocks_added"] += len(piece)
+
+    def _closed(self, session: int, up: float) -> list[Effect]:
+        node = self._sessions.pop(session, None)
+        if node is None or node.session != session:
+            return []
+        node.session = None
+        return self._judge(node, up, "connection lost")
+
+    # ---- liveness ------------------------------------------------------------------------------
+
+    def _judge(self, node: Node, up: float, why: str) -> list[Effect]:
+        """Bring a node's state, and what lookups may count on, in line with what is known of it."""
+        silent = up - node.last_seen
+        before = node.state
+        if silent > self.limits.client_ttl_s:
+            node.state = "dead"
+            self._drop(node)
+        elif node.session is None or silent > SUSPECT_AFTER_S:
+            node.state = "suspect"
+        else:
+            node.state = "warming" if node.awaiting else "live"
+        present = node.state in {"live", "warming"}
+        if node.incarnation:
+            self.index.placements.set_live(node.incarnation, live=present and not node.awaiting)
+        if node.pending:
+            self.index.placements.set_live(node.pending, live=present)
+        return [NodeChanged(node.address.node_id, node.state, why)] if node.state != before else []
+
+    def _new_incarnation(self, node: Node) -> int:
+        number = self._next_incarnation
+        self._next_incarnation += 1
+        self._incarnations[number] = node
+        return number
+
+    def _retire(self, incarnation: int) -> None:
+        """Take an incarnation out of every lookup now, out of the rows in slices."""
+        self.index.placements.set_live(incarnation, live=False)
+        self._incarnations.pop(incarnation, None)
+        self._dropped.append(incarnation)
+        if not self._sweeping:
+            self._sweeping = True
+            self._jobs.append(self._sweep())
+
+    def _drop(self, node: Node) -> None:
+        for incarnation in (node.incarnation, node.pending):
+            if incarnation:
+                self._retire(incarnation)
+        node.incarnation = node.pending = 0
+        self._await_inventory(node, node.last_seen)
+
+    def _sweep(self) -> Iterator[list[Effect]]:
+        while self._dropped:
+            batch, self._dropped = frozenset(self._dropped), []
+            position = 0
+            while position < self.index.rows_used:
+                position, broken = self.index.drop_slice(batch, position)
+                yield self._drop_rest(broken)
+            for incarnation in batch:
+                self.index.placements.purge(incarnation)
+                self.index.blocks_on.pop(incarnation, None)
+        self._sweeping = False
+
+    def _drop_rest(self, broken: Rows) -> list[Effect]:
+        """Ask the other owners of blocks that are whole no more to drop what they have."""
+        effects: list[Effect] = []
+        if len(broken):
+            for incarnation in self.index.owners(broken):
+                effects += self._evict(incarnation, broken)
+        return effects
+
+    def _tick(self, up: float) -> list[Effect]:
+        effects: list[Effect] = []
+        self.leases.expire(up, at_most=256)
+        for node_id, node in list(self.nodes.items()):
+            effects += self._judge(node, up, "silent")
+            if node.state == "dead":
+                if up - node.last_seen > FORGET_DEAD_S:
+                    del self.nodes[node_id]
+                continue
+            lost_tail = not node.awaiting and node.heard_sequence > node.sequence
+            if node.session is not None and up - node.asked_at > INVENTORY_RETRY_S:
+                if node.awaiting or (lost_tail and up - node.last_seen < SUSPECT_AFTER_S):
+                    effects += self._ask_inventory(node, up)
+            elif lost_tail and node.session is not None:
+                pass
+            effects += self._relieve(node, up)
+            self._refresh_victims(node, up)
+        return effects
+
+    # ---- eviction ------------------------------------------------------------------------------
+
+    def _relieve(self, node: Node, up: float) -> list[Effect]:
+        """Start an eviction if the node is over its high watermark."""
+        over = node.used_bytes - self.limits.eviction_high_watermark_ratio * node.capacity_bytes
+        if over <= 0 or node.job or node.state != "live":
+            return []
+        if node.evict_done < node.evict_sent and up - node.evict_at < EVICT_RETRY_S:
+            return []
+        node.job, node.evict_at = True, up
+        target = max(over, self.limits.eviction_ratio * node.capacity_bytes)
+        self._jobs.append(self._eviction(node, node.incarnation, int(target), int(over)))
+        return []
+
+    def _eviction(self, node: Node, incarnation: int, target: int, least: int) -> Iterator[list[Effect]]:
+        try:
+            for rows, leased in slices_for_eviction(self.index, incarnation, target, least):
+                if leased:
+                    self.counters["leased_blocks_evicted"] += len(rows)
+                yield self._evict(incarnation, rows)
+        finally:
+            node.job = False
+            node.victims_stale = True
+
+    def _evict(self, incarnation: int, rows: Rows) -> list[Effect]:
+        node = self._incarnations.get(incarnation)
+        if node is None or node.session is None or not len(rows):
+            return []
+        effects: list[Effect] = []
+        for blocks in _bounded(self.index.runs_on(rows, incarnation)):
+            number = self._next_evict
+            self._next_evict += 1
+            node.evict_sent = number
+            effects.append(Send(node.session, Evict(number, blocks)))
+        self.counters["blocks_asked_to_evict"] += len(rows)
+        return effects
+
+    def _refresh_victims(self, node: Node, up: float) -> None:
+        """Start a new victim list if the node may need one and the old one is not good any more."""
+        if node.state != "live" or node.job or node.used_bytes < VICTIMS_FROM_USE * node.capacity_bytes:
+            return
+        if node.victims_stale or up - node.victims_at > VICTIMS_EVERY_S:
+            node.job, node.victims_at, node.victims_stale = True, up, False
+            self._jobs.append(self._victims(node, node.incarnation))
+
+    def _victims(self, node: Node, incarnation: int) -> Iterator[list[Effect]]:
+        try:
+            rows: Rows = np.empty(0, np.int64)
+            for rows in pick_victims(self.index, incarnation, int(VICTIMS_SHARE * node.capacity_bytes)):
+                yield []
+            if node.incarnation != incarnation or node.session is None:
+                return
+            # Rows may have gone since they were picked.
+            rows = rows[self.index.placements.held_by(incarnation).take(self.index.placement.take(rows))]
+            self.index.listed[node.listed] = False
+            self.index.listed[rows] = True
+            node.listed = rows
+            yield [Send(node.session, Victims(tuple(self.index.runs_on(rows, incarnation))))]
+        finally:
+            node.job = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``work`` has something to do."""
+        return bool(self._jobs)
+
+    def work(self) -> list[Effect]:
+        """Do one slice of the long work, in turns."""
+        if not self._jobs:
+            return []
+        job = self._jobs.popleft()
+        effects = next(job, None)
+        if effects is None:
+            return []
+        self._jobs.append(job)
+        return effects
+
+    def finish_work(self) -> list[Effect]:
+        """Do all the long work at once."""
+        effects: list[Effect] = []
+        while self._jobs:
+            effects += self.work()
+        return effects
+
+    # ---- clients -------------------------------------------------------------------------------
+
+    def register(self, namespace: Namespace) -> list[Effect]:
+        """Make a namespace known; idempotent."""
+        space = self.index.spaces.get(namespace.digest)
+        if space is not None and space.descriptor is not None:
+            return []
+        self.index.describe(namespace)
+        return [Remember(namespace)]
+
+    def lookup(self, query: Query) -> Answer:
+        """Answer a query; the caller sends the answer, then calls ``settle`` before anything else.
+
+        Raises InvalidArgumentError.
+        """
+        check(query)
+        answer = longest_prefix(self.index, query, warming=self.warming)
+        if query.lease and len(answer.hit_rows):
+            answer.lease = self.leases.next_token(len(answer.hit_rows))
+        return answer
+
+    def settle(self, answer: Answer, now: float) -> None:
+        """Touch and lease what was answered: coldest is the tail of the chain."""
+        rows = answer.hit_rows
+        distinct = self.index.recency.touch(rows[::-1])
+        if len(answer.known_rows):
+            self.index.recency.touch(answer.known_rows[::-1])
+        counters = self.counters
+        counters["lookups"] += 1
+        counters["lookup_hit_blocks"] += len(rows)
+        if answer.reason is not Reason.COMPLETE:
+            counters[f"lookup_end_{answer.reason.value}"] += 1
+        if answer.lease:
+            up = self.uptime(now)
+            self.leases.take(answer.lease, rows if distinct else np.unique(rows), up)
+            if self.index.listed.take(rows).any():
+                self._unlist(rows)
+
+    def _unlist(self, rows: Rows) -> None:
+        """Leased blocks are on a victim list: make new lists soon."""
+        owners = self.index.owners(rows[self.index.listed.take(rows)])
+        for incarnation in owners:
+            if incarnation in self._incarnations:
+                self._incarnations[incarnation].victims_stale = True
+
+    def renew(self, tokens: list[int], now: float) -> list[int]:
+        """Renew leases; returns the unknown tokens."""
+        return self.leases.renew(tokens, self.uptime(now))
+
+    def release(self, tokens: list[int]) -> list[int]:
+        """Release leases; returns the unknown tokens."""
+        return self.leases.release(tokens)
+
+    def place(self, size: int) -> Node | None:
+        """Name a live node for a client that has none: in turns, so that an empty one does not draw all."""
+        nodes = [n for n in self.nodes.values() if n.state in {"live", "warming"} and n.capacity_bytes >= size]
+        if not nodes:
+            return None
+        self._place_turn += 1
+        return nodes[self._place_turn % len(nodes)]
+
+    def node_of(self, incarnation: int) -> Node | None:
+        """Return the node of an incarnation, if it is not over."""
+        return self._incarnations.get(incarnation)
+
+    # ---- operators -----------------------------------------------------------------------------
+
+    def evict_keys(self, namespace: bytes, keys: bytes) -> tuple[int, int, list[Effect]]:
+        """Ask for these blocks to be dropped everywhere; returns (blocks, bytes, effects).
+
+        Raises UnknownNamespaceError.
+        """
+        space = self.index.spaces.get(namespace)
+        if space is None:
+            raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
+        rows = space.table.find(as_words(keys))
+        return self._evict_rows(np.unique(rows[rows >= 0]))
+
+    def evict_namespace(self, namespace: bytes) -> tuple[int, int]:
+        """Start dropping a whole namespace; returns (blocks, bytes). Raises UnknownNamespaceError."""
+        space = self.index.spaces.get(namespace)
+        if space is None:
+            raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
+
+        def job() -> Iterator[list[Effect]]:
+            for start in range(0, self.index.rows_used, 16 * ROWS_PER_SLICE):
+                part = slice(start, min(start + 16 * ROWS_PER_SLICE, self.index.rows_used))
+                mine = np.flatnonzero(self.index.space_of[part] == space.number) + start
+                for i in range(0, len(mine), ROWS_PER_SLICE):
+                    yield self._evict_rows(mine[i : i + ROWS_PER_SLICE])[2]
+
+        self._jobs.append(job())
+        return len(space.table), space.stored_bytes
+
+    def evict_coldest(self, size: int) -> tuple[int, int, list[Effect]]:
+        """Drop about ``size`` bytes of the coldest unleased blocks, over all nodes."""
+        picked, total, position = [], 0, 0
+        while total < size and (piece := self.index.recency.after(position)) is not None:
+            rows, position = piece[0].astype(np.int64), piece[1]
+            rows = rows[self.index.leased.take(rows) == 0]
+            sizes = self.index.placements.copies.take(self.index.placement.take(rows)) * self.index.shard_bytes[rows]
+            enough = int(np.searchsorted(np.cumsum(sizes), size - total)) + 1
+            picked.append(rows[:enough])
+            total += int(sizes[:enough].sum())
+        return self._evict_rows(np.concatenate(picked)) if picked else (0, 0, [])
+
+    def _evict_rows(self, rows: Rows) -> tuple[int, int, list[Effect]]:
+        sizes = self.index.placements.copies.take(self.index.placement.take(rows)) * self.index.shard_bytes.take(rows)
+        effects: list[Effect] = []
+        for incarnation in self.index.owners(rows):
+            effects += self._evict(incarnation, rows)
+        return len(rows), int(sizes.sum()), effects
+
+
+def _slices(runs: tuple[BlockRun, ...]) -> Iterator[BlockRun]:
+    """Cut runs into pieces of at most one slice."""
+    step = ROWS_PER_SLICE * KEY_BYTES
+    for run in runs:
+        if len(run.keys) <= step:
+            yield run
+        else:
+            for start in range(0, len(run.keys), step):
+                yield BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[start : start + step])
+
+
+def _bounded(runs: Iterator[BlockRun]) -> Iterator[tuple[BlockRun, ...]]:
+    """Group runs into messages of a few thousand blocks."""
+    batch: list[BlockRun] = []
+    blocks = 0
+    for run in runs:
+        batch.append(run)
+        blocks += len(run)
+        if blocks >= 4 * ROWS_PER_SLICE:
+            yield tuple(batch)
+            batch, blocks = [], 0
+    if batch:
+        yield tuple(batch)

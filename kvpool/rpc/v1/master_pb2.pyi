@@ -1,0 +1,167 @@
+from kvpool.rpc.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class HandshakeRequest(_message.Message):
+    __slots__ = ("protocol", "client")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    client: str
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class HandshakeResponse(_message.Message):
+    __slots__ = ("protocol", "version", "master_epoch", "data_port", "lease_ttl_ms", "nodes")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MASTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    version: str
+    master_epoch: int
+    data_port: int
+    lease_ttl_ms: int
+    nodes: _containers.RepeatedCompositeFieldContainer[_types_pb2.NodeAddress]
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., data_port: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ...) -> None: ...
+
+class RegisterNamespaceResponse(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("namespace", "hashes", "known_prefix", "lease", "groups")
+    class Rule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        FULL: _ClassVar[LookupRequest.Rule]
+        LAST_N: _ClassVar[LookupRequest.Rule]
+        LAST: _ClassVar[LookupRequest.Rule]
+    FULL: LookupRequest.Rule
+    LAST_N: LookupRequest.Rule
+    LAST: LookupRequest.Rule
+    class Group(_message.Message):
+        __slots__ = ("namespace", "rule", "last_n")
+        NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+        RULE_FIELD_NUMBER: _ClassVar[int]
+        LAST_N_FIELD_NUMBER: _ClassVar[int]
+        namespace: bytes
+        rule: LookupRequest.Rule
+        last_n: int
+        def __init__(self, namespace: _Optional[bytes] = ..., rule: _Optional[_Union[LookupRequest.Rule, str]] = ..., last_n: _Optional[int] = ...) -> None: ...
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    hashes: bytes
+    known_prefix: int
+    lease: bool
+    groups: _containers.RepeatedCompositeFieldContainer[LookupRequest.Group]
+    def __init__(self, namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., known_prefix: _Optional[int] = ..., lease: bool = ..., groups: _Optional[_Iterable[_Union[LookupRequest.Group, _Mapping]]] = ...) -> None: ...
+
+class LookupResponse(_message.Message):
+    __slots__ = ("prefix", "runs", "nodes", "lease", "reason", "detail")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        COMPLETE: _ClassVar[LookupResponse.Reason]
+        NOT_STORED: _ClassVar[LookupResponse.Reason]
+        NOT_WHOLE: _ClassVar[LookupResponse.Reason]
+        OWNER_SUSPECT: _ClassVar[LookupResponse.Reason]
+        WARMING: _ClassVar[LookupResponse.Reason]
+        NAMESPACE_UNKNOWN: _ClassVar[LookupResponse.Reason]
+        NAMESPACE_MISMATCH: _ClassVar[LookupResponse.Reason]
+        MASTER_UNREACHABLE: _ClassVar[LookupResponse.Reason]
+    COMPLETE: LookupResponse.Reason
+    NOT_STORED: LookupResponse.Reason
+    NOT_WHOLE: LookupResponse.Reason
+    OWNER_SUSPECT: LookupResponse.Reason
+    WARMING: LookupResponse.Reason
+    NAMESPACE_UNKNOWN: LookupResponse.Reason
+    NAMESPACE_MISMATCH: LookupResponse.Reason
+    MASTER_UNREACHABLE: LookupResponse.Reason
+    class Owner(_message.Message):
+        __slots__ = ("node", "tier", "shards")
+        NODE_FIELD_NUMBER: _ClassVar[int]
+        TIER_FIELD_NUMBER: _ClassVar[int]
+        SHARDS_FIELD_NUMBER: _ClassVar[int]
+        node: int
+        tier: str
+        shards: bytes
+        def __init__(self, node: _Optional[int] = ..., tier: _Optional[str] = ..., shards: _Optional[bytes] = ...) -> None: ...
+    class Run(_message.Message):
+        __slots__ = ("blocks", "owners")
+        BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        OWNERS_FIELD_NUMBER: _ClassVar[int]
+        blocks: int
+        owners: _containers.RepeatedCompositeFieldContainer[LookupResponse.Owner]
+        def __init__(self, blocks: _Optional[int] = ..., owners: _Optional[_Iterable[_Union[LookupResponse.Owner, _Mapping]]] = ...) -> None: ...
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    prefix: int
+    runs: _containers.RepeatedCompositeFieldContainer[LookupResponse.Run]
+    nodes: _containers.RepeatedCompositeFieldContainer[_types_pb2.NodeAddress]
+    lease: int
+    reason: LookupResponse.Reason
+    detail: str
+    def __init__(self, prefix: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[LookupResponse.Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ..., lease: _Optional[int] = ..., reason: _Optional[_Union[LookupResponse.Reason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class LeaseRequest(_message.Message):
+    __slots__ = ("leases",)
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    leases: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, leases: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LeaseResponse(_message.Message):
+    __slots__ = ("unknown",)
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    unknown: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, unknown: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PlaceRequest(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class PlaceResponse(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: _types_pb2.NodeAddress
+    def __init__(self, node: _Optional[_Union[_types_pb2.NodeAddress, _Mapping]] = ...) -> None: ...
+
+class MasterFrame(_message.Message):
+    __slots__ = ("id", "lookup", "renew", "release")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    lookup: LookupRequest
+    renew: LeaseRequest
+    release: LeaseRequest
+    def __init__(self, id: _Optional[int] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., renew: _Optional[_Union[LeaseRequest, _Mapping]] = ..., release: _Optional[_Union[LeaseRequest, _Mapping]] = ...) -> None: ...
+
+class MasterFrameReply(_message.Message):
+    __slots__ = ("id", "error", "lookup", "lease")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    error: _types_pb2.Error
+    lookup: LookupResponse
+    lease: LeaseResponse
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., lease: _Optional[_Union[LeaseResponse, _Mapping]] = ...) -> None: ...
