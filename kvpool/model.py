@@ -154,6 +154,8 @@ def mask_shards(mask: int) -> list[int]:
     return [s for s in range(mask.bit_length()) if mask >> s & 1]
 
 
+_TEXT_CHARS_MAX = 64  # longer numbers are no sizes, and int() refuses them in its own words
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])I?)?B?\s*", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -169,7 +171,7 @@ def parse_size(value: int | str, field: str) -> int:
     if isinstance(value, int):
         size = value
     else:
-        match = _SIZE.fullmatch(value)
+        match = _SIZE.fullmatch(value) if len(value) <= _TEXT_CHARS_MAX else None
         if match is None:
             raise InvalidArgumentError(field, f"{value!r} is not a size; allowed: {allowed}")
         number, unit = match.groups()
@@ -184,13 +186,14 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?\s*", re.IGNORECA
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
-def parse_duration_ms(value: int | float | str, field: str) -> int:
+def parse_duration_ms(value: float | str, field: str) -> int:
     """Return milliseconds: ``11000``, ``"11000"``, ``"5s"``, ``"1h"``, ``"250ms"``.
 
     A bare number is milliseconds, as in Mooncake. Raises InvalidArgumentError naming ``field``.
     """
     allowed = 'milliseconds, or a number with ms, s, m, h or d, from 1ms to 365d, for example "5s"'
-    match = _DURATION.fullmatch(str(value)) if not isinstance(value, bool) else None
+    text = "" if isinstance(value, bool) else str(value)
+    match = _DURATION.fullmatch(text) if len(text) <= _TEXT_CHARS_MAX else None
     if match is None:
         raise InvalidArgumentError(field, f"{value!r} is not a duration; allowed: {allowed}")
     number, unit = match.groups()

@@ -90,9 +90,11 @@ class Recency:
         self._segments.append(_Segment(last, self._tail, np.arange(last - SEGMENT + 1, last + 1)))
         self._lasts.append(last)
         self._tail, self._fill = np.empty(SEGMENT, np.int32), 0
-        for _ in range(2):
+        for _ in range(min(2, len(self._segments))):
             if self._cursor >= len(self._segments):
                 self._cursor = 0
+            if not self._segments:  # the first step removed the only one
+                return
             if self._squeeze(self._cursor) is not None:
                 self._merge_with_previous()
                 self._cursor += 1

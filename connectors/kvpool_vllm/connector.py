@@ -1,0 +1,246 @@
+"""``KVPoolConnector``: vLLM's connector contract, translated to the two sides that do the work.
+
+Upstream contract: ``vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.logger import init_logger
+
+from kvpool.model import Namespace
+from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.device import KVBlocks
+from kvpool_vllm.metadata import RankFacts, StepMeta, WorkerMeta
+from kvpool_vllm.namespace import (
+    check_supported,
+    hash_fingerprint,
+    namespace_fields,
+    shard_of,
+    whole_layers,
+)
+from kvpool_vllm.scheduler import SchedulerSide
+from kvpool_vllm.settings import connect, read_settings
+from kvpool_vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(LOGGER_NAME)
+
+KVConnectorMetadata.register(StepMeta)
+KVConnectorWorkerMetadata.register(WorkerMeta)
+KVConnectorHandshakeMetadata.register(RankFacts)
+
+
+def _recompute_on_failure(transfer_config: Any) -> None:
+    """See to it that a lost block costs time and not a request: vLLM fails such requests by default."""
+    if transfer_config.kv_load_failure_policy == "recompute":
+        return
+    logger.warning(
+        "kvpool: kv_load_failure_policy was %r, which ends a request in an error when a block cannot be loaded; "
+        "it is now 'recompute'. Inside MultiConnector set it in --kv-transfer-config yourself.",
+        transfer_config.kv_load_failure_policy,
+    )
+    transfer_config.kv_load_failure_policy = "recompute"
+
+
+def _isa(vllm_config: Any, block_tokens: int) -> str:
+    """Return the instruction set that the CPU kernels pack KV for, which changes the bytes; "" on devices."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return ""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    arch = current_platform.get_cpu_architecture().name.lower()
+    return f"{arch}-{_get_attn_isa(model.dtype, block_tokens, model.get_head_size(), cache.cache_dtype)}"
+
+
+class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not installed where types are checked
+    """Loads a prompt's blocks from the pool instead of computing them, and stores what was computed."""
+
+    # vLLM makes one object per role and calls only that role's methods; only that role's side is set.
+    scheduler: SchedulerSide
+    worker: WorkerSide
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        """Raise InvalidArgumentError for settings and models that cannot work."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config)
+        self._settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
+        self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._facts: RankFacts | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            _recompute_on_failure(self._kv_transfer_config)
+            self.scheduler = self._make_scheduler(vllm_config, kv_cache_config)
+        else:
+            self.worker = self._make_worker(vllm_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A pool is best effort: a save that is dropped is a miss later."""
+        return False
+
+    def shutdown(self) -> None:
+        """Stop threads and leave the pool."""
+        (self.scheduler if self._role == KVConnectorRole.SCHEDULER else self.worker).close()
+
+    # ---- scheduler ----
+
+    def _make_scheduler(self, vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
+        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+        self._fields = namespace_fields(vllm_config)
+        _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+        return SchedulerSide(
+            connect(self._settings, "vllm-scheduler"),
+            self._settings,
+            self._namespace,
+            block_tokens=self._block_tokens,
+            hashes_per_block=self._block_tokens // hash_tokens,
+            ranks=vllm_config.parallel_config.world_size,
+        )
+
+    def _namespace(self) -> Namespace | None:
+        """Return the namespace; None when the workers' facts did not come (once said, then silent)."""
+        if self._facts is None:
+            logger.error_once("kvpool: the workers did not say how they hold KV; nothing is loaded or saved")
+            return None
+        namespace = Namespace(
+            **self._fields,
+            block_tokens=self._block_tokens,
+            layers=self._facts.layers * self._fields["layer_groups"],
+            layout=self._facts.layout,
+            isa=self._facts.isa,
+            hash_fingerprint=hash_fingerprint(self._vllm_config, self._block_tokens),
+        )
+        logger.info("kvpool: namespace %s: %s", namespace.digest.hex(), namespace)
+        return namespace
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """Take the ranks' facts; raise InvalidArgumentError where they differ."""
+        self._facts = whole_layers(metadata.values())
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """Take the block pool, in whose blocks saves hold references."""
+        self.scheduler.bind_block_pool(gpu_block_pool)
+
+    def on_new_request(self, request: Request) -> None:
+        """Begin a request."""
+        self.scheduler.track(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return how many tokens the pool can load, asynchronously; None while the lookup runs."""
+        return self.scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Plan the load into the request's blocks."""
+        self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """Return this step's loads and saves."""
+        state = scheduler_output.kv_connector_block_state
+        return self.scheduler.build_meta(
+            scheduler_output.num_scheduled_tokens, lambda request_id: state.get_block_ids(request_id)[0]
+        )
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take the workers' reports."""
+        self.scheduler.worker_report(connector_output.kv_connector_worker_meta, connector_output.finished_recving or ())
+
+    def request_finished(
+        self,
+        request: Request,
+        block_ids: list[int],  # noqa: ARG002 -- vLLM's signature
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """End the request; saves hold blocks by reference, so the engine may free its own at once."""
+        self.scheduler.finished(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine has to keep stepping so that saved blocks are let go of."""
+        return self.scheduler.saving
+
+    # ---- worker ----
+
+    def _make_worker(self, vllm_config: Any) -> WorkerSide:
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        if vllm_config.device_config.device_type == "cpu":
+            # A first forward of one or two tokens, as after a full hit, runs AMX tiles before the kernel
+            # has been asked for permission, and dies of SIGILL.
+            torch.cpu._init_amx()
+        shard, saves = shard_of(
+            vllm_config.model_config.get_total_num_kv_heads(),
+            vllm_config.parallel_config.tensor_parallel_size,
+            get_tp_group().rank_in_group,
+            get_pp_group().rank_in_group,
+        )
+        return WorkerSide(connect(self._settings, f"vllm-worker-{shard}"), self._settings, shard=shard, saves=saves)
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Take the KV tensors; raise InvalidArgumentError for layouts without whole blocks."""
+        kv = KVBlocks(kv_caches, self._kv_cache_config.num_blocks)
+        self.worker.attach(kv)
+        layers = self._vllm_config.compilation_config.static_forward_context
+        backend = layers[kv.names[0]].get_attn_backend().get_name()
+        self._facts = RankFacts(
+            layers=len(kv),
+            layer_block_bytes=kv.layer_block_bytes,
+            layout=f"{backend}:{'x'.join(map(str, kv.shape))}",
+            isa=_isa(self._vllm_config, self._block_tokens),
+        )
+
+    def get_handshake_metadata(self) -> RankFacts | None:
+        """Tell the scheduler what only the workers know."""
+        return self._facts
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002 -- vLLM's
+        """Start this step's loads; none is for this step's forward."""
+        self.worker.start_loads(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Return at once: a request is scheduled only after its load."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Return at once: blocks are saved whole, after the step."""
+
+    def wait_for_save(self) -> None:
+        """Start this step's saves, whose KV is in memory now; wait for none."""
+        self.worker.start_saves(self._step())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return the requests whose load ended, aborted ones included."""
+        if self._step().empty:
+            self.worker.wait_for_progress()
+        return None, self.worker.finished_loads(finished_req_ids)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return the blocks that the loads just reported left unfilled."""
+        return self.worker.failed_blocks()
+
+    def build_connector_worker_meta(self) -> WorkerMeta | None:
+        """Return what ended, for the scheduler's side."""
+        return self.worker.report()
+
+    def _step(self) -> StepMeta:
+        meta: StepMeta = self._get_connector_metadata()
+        return meta

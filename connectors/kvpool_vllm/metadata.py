@@ -1,0 +1,78 @@
+"""What travels between the connector's scheduler side and its workers, once a step.
+
+Plain data without vLLM or torch, so that both sides can be tested alone; ``connector.py`` registers
+the classes under vLLM's abstract ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvpool.client import Lookup
+
+    from kvpool.model import Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Fill ``block_ids`` with the blocks of ``keys`` (16 bytes each); reported under the request's id."""
+
+    namespace: Namespace
+    """With every job, because the scheduler learns it only when the engine has set its hash seed."""
+    request_id: str
+    keys: bytes
+    block_ids: list[int]
+    lookup: Lookup | None
+    """The scheduler's answer for exactly these keys, so that a worker need not ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Store ``block_ids`` under ``keys``; the engine keeps the blocks until every rank reports the job."""
+
+    namespace: Namespace
+    job_id: int
+    keys: bytes
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class StepMeta:
+    """Scheduler to worker: this step's new work."""
+
+    loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+    empty: bool = False
+    """No token is computed in this step: the worker may wait a little for a transfer instead of spinning."""
+
+
+@dataclass(slots=True)
+class WorkerMeta:
+    """Worker to scheduler: transfers that ended since the last step."""
+
+    saved: dict[int, int] = field(default_factory=dict)
+    """Save job to the number of ranks that are done with it."""
+    loaded: dict[str, int] = field(default_factory=dict)
+    """Request to its leading blocks that arrived: the least of the ranks seen so far."""
+
+    def aggregate(self, other: WorkerMeta) -> WorkerMeta:
+        """Return both ranks' reports as one."""
+        saved = dict(self.saved)
+        for job_id, ranks in other.saved.items():
+            saved[job_id] = saved.get(job_id, 0) + ranks
+        loaded = dict(self.loaded)
+        for request_id, blocks in other.loaded.items():
+            loaded[request_id] = min(blocks, loaded.get(request_id, blocks))
+        return WorkerMeta(saved, loaded)
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What only a worker knows, sent to the scheduler once at start; equal on all ranks of an engine."""
+
+    layers: int
+    layer_block_bytes: int
+    layout: str
+    isa: str

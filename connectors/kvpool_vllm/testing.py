@@ -1,0 +1,288 @@
+"""Clients for tests: one that keeps blocks in this process, and one that fails on command.
+
+Both stand in for ``kvpool.Client`` through the setting ``client_factory``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+try:
+    from kvpool.client import GetResult, Lookup, PutResult
+except ImportError:
+
+    @dataclass
+    class Lookup:
+        prefix: int
+        reason: str
+        detail: str
+        lease: int
+        runs: list
+
+    @dataclass
+    class PutResult:
+        stored: int
+        existed: int
+        failed: int
+        errors: dict = field(default_factory=dict)
+
+    @dataclass
+    class GetResult:
+        prefix: int
+        ok: list
+        reasons: dict = field(default_factory=dict)
+        tiers: dict = field(default_factory=dict)
+
+
+from kvpool.model import Namespace, pack_keys, split_keys
+
+if TYPE_CHECKING:
+    from kvpool_vllm.settings import ConnectorSettings
+
+Blocks = Sequence[Any]
+"""Per block one buffer, or one buffer per layer."""
+
+WAIT_S = 30.0
+"""No test waits longer than this for a gate."""
+
+
+@dataclass
+class MemoryPool:
+    """Blocks of one process, and the leases on them."""
+
+    shards: dict[tuple[bytes, bytes, int], list[bytes]] = field(default_factory=dict)
+    leases: set[int] = field(default_factory=set)
+    leases_given: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self.lock:
+            self.shards.clear()
+            self.leases.clear()
+
+
+def _parts(block: Any) -> list[Any]:
+    return list(block) if isinstance(block, (list, tuple)) else [block]
+
+
+def _digest(namespace: Namespace | bytes) -> bytes:
+    return namespace.digest if isinstance(namespace, Namespace) else namespace
+
+
+class MemoryClient:
+    """A client whose pool is a dict."""
+
+    def __init__(self, pool: MemoryPool) -> None:
+        self._pool = pool
+        self._shards: dict[bytes, int] = {}
+        self._threads = ThreadPoolExecutor(2, "memory-client")
+
+    def register(self, namespace: Namespace) -> bytes:
+        """Return the digest."""
+        self._shards[namespace.digest] = namespace.shards
+        return namespace.digest
+
+    def lookup(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        *,
+        known_prefix: int = 0,
+        lease: bool = False,
+        timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
+    ) -> Lookup:
+        """Return the leading blocks of which all shards are here."""
+        shards = namespace.shards if isinstance(namespace, Namespace) else self._shards[namespace]
+        digest, keys = _digest(namespace), split_keys(pack_keys(hashes))
+        with self._pool.lock:
+            prefix = min(known_prefix, len(keys))
+            while prefix < len(keys) and all((digest, keys[prefix], s) in self._pool.shards for s in range(shards)):
+                prefix += 1
+            token = 0
+            if lease and prefix > known_prefix:
+                self._pool.leases_given += 1
+                token = self._pool.leases_given
+                self._pool.leases.add(token)
+        return Lookup(prefix, "complete" if prefix == len(keys) else "not_stored", "", token, [])
+
+    def put(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Blocks,
+        *,
+        shard: int = 0,
+        timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
+    ) -> PutResult:
+        """Keep copies."""
+        digest, keys = _digest(namespace), split_keys(pack_keys(hashes))
+        stored = 0
+        for key, block in zip(keys, blocks, strict=True):
+            copy = [bytes(part) for part in _parts(block)]
+            with self._pool.lock:
+                stored += self._pool.shards.setdefault((digest, key, shard), copy) is copy
+        return PutResult(stored, len(keys) - stored, 0, {})
+
+    def get(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Blocks,
+        *,
+        shard: int = 0,
+        lookup: Lookup | None = None,  # noqa: ARG002 -- Client's signature
+        layers: tuple[int, int] | None = None,  # noqa: ARG002 -- Client's signature
+        timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
+    ) -> GetResult:
+        """Fill the buffers of the blocks that are here."""
+        digest, keys = _digest(namespace), split_keys(pack_keys(hashes))
+        ok = []
+        for key, block in zip(keys, blocks, strict=True):
+            with self._pool.lock:
+                kept = self._pool.shards.get((digest, key, shard))
+            for part, data in zip(_parts(block), kept or (), strict=kept is not None):
+                memoryview(part).cast("B")[:] = data
+            ok.append(kept is not None)
+        prefix = ok.index(False) if False in ok else len(ok)
+        return GetResult(prefix, ok, {} if all(ok) else {"not_stored": ok.count(False)}, {})
+
+    def lookup_async(self, *args: Any, **kwargs: Any) -> Future[Lookup]:
+        """Look up on a thread."""
+        return self._threads.submit(self.lookup, *args, **kwargs)
+
+    def renew(self, leases: Sequence[int]) -> list[int]:
+        """Return the leases that live on."""
+        with self._pool.lock:
+            return [lease for lease in leases if lease in self._pool.leases]
+
+    def release(self, leases: Sequence[int]) -> None:
+        """Give leases back."""
+        with self._pool.lock:
+            self._pool.leases.difference_update(leases)
+
+    def has_node(self) -> bool:
+        """There is always room."""
+        return True
+
+    def stats(self) -> dict[str, int]:
+        """Count nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown()
+
+
+class Gate:
+    """A door that calls pass through; a closed one holds them until it opens, or for ``WAIT_S``."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self.arrived = threading.Event()
+
+    def close(self) -> None:
+        """Hold whoever comes from now on."""
+        self.arrived.clear()
+        self._open.clear()
+
+    def open(self) -> None:
+        """Let everybody through."""
+        self._open.set()
+
+    def pass_through(self) -> None:
+        """Wait for the door."""
+        self.arrived.set()
+        self._open.wait(WAIT_S)
+
+
+class Faults:
+    """What ``FaultyClient`` does wrong; tests set it while an engine runs in their process."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Do nothing wrong."""
+        self.lookup_gate, self.get_gate, self.put_gate = Gate(), Gate(), Gate()
+        self.get_blocks_max: int | None = None
+        self.spoil_rest = False
+        self.raises: dict[str, Exception] = {}
+        self.before_get: Callable[[], None] = lambda: None
+        self.gets = self.puts = self.lookups = 0
+
+
+class FaultyClient:
+    """Any client, with faults before its answers."""
+
+    def __init__(self, inner: Any, faults: Faults) -> None:
+        self._inner = inner
+        self._faults = faults
+        self._threads = ThreadPoolExecutor(2, "faulty-client")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _enter(self, name: str, gate: Gate) -> None:
+        setattr(self._faults, name + "s", getattr(self._faults, name + "s") + 1)
+        gate.pass_through()
+        if name in self._faults.raises:
+            raise self._faults.raises[name]
+
+    def lookup(self, *args: Any, **kwargs: Any) -> Lookup:
+        """Look up, behind the gate."""
+        self._enter("lookup", self._faults.lookup_gate)
+        found: Lookup = self._inner.lookup(*args, **kwargs)
+        return found
+
+    def lookup_async(self, *args: Any, **kwargs: Any) -> Future[Lookup]:
+        """Look up on a thread, behind the gate."""
+        return self._threads.submit(self.lookup, *args, **kwargs)
+
+    def put(self, *args: Any, **kwargs: Any) -> PutResult:
+        """Put, behind the gate."""
+        self._enter("put", self._faults.put_gate)
+        result: PutResult = self._inner.put(*args, **kwargs)
+        return result
+
+    def get(self, namespace: Any, hashes: Any, blocks: Blocks, **kwargs: Any) -> GetResult:
+        """Get, behind the gate; after ``get_blocks_max`` blocks the rest fails, and may be left as garbage."""
+        self._enter("get", self._faults.get_gate)
+        self._faults.before_get()
+        result: GetResult = self._inner.get(namespace, hashes, blocks, **kwargs)
+        keep = self._faults.get_blocks_max
+        if keep is None or keep >= result.prefix:
+            return result
+        if self._faults.spoil_rest:
+            for part in (part for block in blocks[keep:] for part in _parts(block)):
+                np.asarray(part).fill(0x7F)
+        ok = [good and i < keep for i, good in enumerate(result.ok)]
+        return GetResult(keep, ok, {"injected": len(ok) - keep}, result.tiers)
+
+    def close(self) -> None:
+        """Close the inner client."""
+        self._threads.shutdown()
+        self._inner.close()
+
+
+POOL = MemoryPool()
+FAULTS = Faults()
+
+
+def memory_client(settings: ConnectorSettings, name: str) -> FaultyClient:  # noqa: ARG001 -- the setting's signature
+    """Return a faulty client on this process's own pool; for the setting ``client_factory``."""
+    return FaultyClient(MemoryClient(POOL), FAULTS)
+
+
+def faulty_client(settings: ConnectorSettings, name: str) -> FaultyClient:
+    """Return a faulty client on a real pool; for the setting ``client_factory``."""
+    from kvpool_vllm.settings import make_client
+
+    return FaultyClient(make_client(settings, name), FAULTS)

@@ -1,0 +1,38 @@
+"""``kvpoolctl``: look into a pool."""
+
+from __future__ import annotations
+
+import click
+
+from kvpool.cli import ctl_blocks, ctl_pool
+from kvpool.cli.options import CONTEXT, version_option
+from kvpool.cli.remote import EXIT_CODES_HELP, remote_options
+
+
+@click.group("ctl", context_settings=CONTEXT, epilog=EXIT_CODES_HELP)
+@remote_options
+@version_option("kvpoolctl")
+@click.pass_context
+def command(ctx: click.Context, master: str | None, as_json: bool | None, timeout: str | None) -> None:
+    """Look into a pool, and drop blocks from it.
+
+    \b
+    Examples:
+      kvpoolctl status
+      kvpoolctl --master 10.0.0.7:50088 --json nodes
+      kvpoolctl evict --coldest 10GB
+    """
+    ctx.obj = {"master": master, "as_json": as_json, "timeout": timeout}
+
+
+for _command in (ctl_pool.status, ctl_pool.nodes, ctl_pool.namespaces, ctl_blocks.lookup, ctl_blocks.evict):
+    command.add_command(_command)
+
+
+def main() -> None:
+    """Run kvpoolctl."""
+    command(prog_name="kvpoolctl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""What kvpoolctl prints: each answer as plain data with stable keys, and as a table for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvpool.model import format_size, mask_shards
+from kvpool.rpc.v1 import admin_pb2, master_pb2, types_pb2
+
+PIPE_WIDTH = 160
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def _plain(value: object) -> Text:
+    """Return text that came from elsewhere without markup or control characters."""
+    return Text("".join(c if c.isprintable() else "?" for c in str(value)))
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; numbers stand right."""
+    table = Table(title=title or None, title_justify="left")
+    body = [list(row) for row in rows]
+    for column, heading in enumerate(headings):
+        numbers = bool(body) and all(isinstance(row[column], (int, float)) for row in body)
+        table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+    for row in body:
+        table.add_row(*(_plain(value) for value in row))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def _seconds(value: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.1f} s"
+
+
+def _share(used: int, capacity: int) -> str:
+    return f"{format_size(used)} of {format_size(capacity)} ({used / capacity:.1%})" if capacity else format_size(used)
+
+
+# ---- status ----------------------------------------------------------------------------------------
+
+
+def status_data(reply: admin_pb2.StatusResponse) -> dict[str, Any]:
+    """Return the pool's status as plain data."""
+    return {
+        "version": reply.version,
+        "master_epoch": f"{reply.master_epoch:016x}",
+        "uptime_s": reply.uptime_s,
+        "blocks": reply.blocks,
+        "leases": reply.leases,
+        "leased_blocks": reply.leased_blocks,
+        "nodes_live": reply.nodes_live,
+        "nodes_known": reply.nodes_known,
+        "capacity_bytes": reply.capacity_bytes,
+        "used_bytes": reply.used_bytes,
+        "warming": reply.warming,
+        "counters": dict(sorted(reply.counters.items())),
+        "settings": dict(sorted(reply.settings.items())),
+    }
+
+
+def print_status(reply: admin_pb2.StatusResponse) -> None:
+    """Print the pool's status for people."""
+    warming = "  (warming: nodes are still reporting what they hold)" if reply.warming else ""
+    rows = [
+        ("version", reply.version),
+        ("uptime", _seconds(reply.uptime_s)),
+        ("nodes", f"{reply.nodes_live} live of {reply.nodes_known} known"),
+        ("blocks", f"{reply.blocks}{warming}"),
+        ("memory", _share(reply.used_bytes, reply.capacity_bytes)),
+        ("leases", f"{reply.leases} on {reply.leased_blocks} blocks"),
+    ]
+    print_table("Pool", ("", ""), rows)
+    if reply.counters:
+        print_table("Counters since start", ("counter", "value"), sorted(reply.counters.items()))
+    if reply.settings:
+        print_table("Settings", ("setting", "value"), sorted(reply.settings.items()))
+
+
+# ---- nodes -----------------------------------------------------------------------------------------
+
+
+def nodes_data(reply: admin_pb2.NodesResponse) -> dict[str, Any]:
+    """Return all nodes as plain data."""
+    return {
+        "nodes": [
+            {
+                "node_id": node.address.node_id,
+                "state": node.state,
+                "host": node.address.host,
+                "port": node.address.port,
+                "socket_path": node.address.socket_path,
+                "boot_id": node.address.boot_id,
+                "epoch": f"{node.epoch:016x}",
+                "capacity_bytes": node.capacity_bytes,
+                "used_bytes": node.used_bytes,
+                "blocks": node.blocks,
+                "last_seen_s": node.last_seen_s,
+            }
+            for node in sorted(reply.nodes, key=lambda node: node.address.node_id)
+        ]
+    }
+
+
+def print_nodes(reply: admin_pb2.NodesResponse) -> None:
+    """Print all nodes for people."""
+    rows = [
+        (
+            node.address.node_id,
+            node.state,
+            f"{node.address.host}:{node.address.port}",
+            _share(node.used_bytes, node.capacity_bytes),
+            node.blocks,
+            f"{_seconds(node.last_seen_s)} ago",
+        )
+        for node in sorted(reply.nodes, key=lambda node: node.address.node_id)
+    ]
+    print_table("Nodes", ("node", "state", "address", "memory", "blocks", "last heard"), rows)
+
+
+# ---- namespaces ------------------------------------------------------------------------------------
+
+
+def _descriptor_data(descriptor: types_pb2.NamespaceDescriptor) -> dict[str, Any]:
+    return {item.name: getattr(descriptor, item.name) for item in descriptor.DESCRIPTOR.fields}
+
+
+def namespaces_data(reply: admin_pb2.NamespacesResponse) -> dict[str, Any]:
+    """Return all namespaces as plain data."""
+    return {
+        "namespaces": [
+            {
+                "digest": item.digest.hex(),
+                "blocks": item.blocks,
+                "bytes": item.bytes,
+                "descriptor": _descriptor_data(item.descriptor),
+            }
+            for item in sorted(reply.namespaces, key=lambda item: (item.descriptor.model, item.digest))
+        ]
+    }
+
+
+def print_namespaces(reply: admin_pb2.NamespacesResponse) -> None:
+    """Print all namespaces for people."""
+    rows = []
+    for item in sorted(reply.namespaces, key=lambda item: (item.descriptor.model, item.digest)):
+        d = item.descriptor
+        quantised = f"/{d.kv_quant}" if d.kv_quant else ""
+        shape = f"{d.layers} layers x {d.kv_heads} heads x {d.head_size}, {d.block_tokens} tokens a block"
+        rows.append(
+            (
+                item.digest.hex(),
+                d.model,
+                d.revision,
+                f"{d.dtype}{quantised}",
+                shape,
+                item.blocks,
+                format_size(item.bytes),
+            )
+        )
+    print_table("Namespaces", ("namespace", "model", "revision", "dtype", "shape", "blocks", "memory"), rows)
+
+
+# ---- lookup and evict ------------------------------------------------------------------------------
+
+
+def lookup_data(reply: master_pb2.LookupResponse, digest: bytes, asked: int) -> dict[str, Any]:
+    """Return where a chain lies as plain data."""
+    runs = []
+    first = 0
+    for run in reply.runs:
+        owners = [
+            {
+                "node": _node_id(reply, owner.node),
+                "tier": owner.tier,
+                "shards": mask_shards(int.from_bytes(owner.shards, "little")),
+            }
+            for owner in run.owners
+        ]
+        runs.append({"first": first, "blocks": run.blocks, "owners": owners})
+        first += run.blocks
+    return {
+        "namespace": digest.hex(),
+        "asked": asked,
+        "prefix": reply.prefix,
+        "reason": _reason(reply),
+        "detail": reply.detail,
+        "runs": runs,
+    }
+
+
+def _node_id(reply: master_pb2.LookupResponse, index: int) -> str:
+    return reply.nodes[index].node_id if index < len(reply.nodes) else f"#{index}"
+
+
+def _reason(reply: master_pb2.LookupResponse) -> str:
+    value = master_pb2.LookupResponse.Reason.DESCRIPTOR.values_by_number.get(reply.reason)
+    return value.name.lower() if value is not None else f"reason_{reply.reason}"
+
+
+def print_lookup(reply: master_pb2.LookupResponse, digest: bytes, asked: int) -> None:
+    """Print where a chain lies for people."""
+    data = lookup_data(reply, digest, asked)
+    rows = []
+    for run in data["runs"]:
+        where = "; ".join(
+            f"{owner['node']} ({owner['tier']}, shards {','.join(map(str, owner['shards']))})"
+            for owner in run["owners"]
+        )
+        rows.append((f"{run['first']} to {run['first'] + run['blocks'] - 1}", run["blocks"], where))
+    if rows:
+        print_table("", ("blocks", "count", "held by"), rows)
+    ends = "" if data["reason"] == "complete" else f"; it ends there because: {data['reason'].replace('_', ' ')}"
+    detail = f" ({data['detail']})" if data["detail"] else ""
+    click.echo(_plain(f"{reply.prefix} of {asked} blocks are in the pool{ends}{detail}").plain)
+
+
+def evict_data(reply: admin_pb2.EvictBlocksResponse) -> dict[str, Any]:
+    """Return what an eviction asked for as plain data."""
+    return {"blocks": reply.blocks, "bytes": reply.bytes}
+
+
+def print_evict(reply: admin_pb2.EvictBlocksResponse) -> None:
+    """Print what an eviction asked for, for people."""
+    click.echo(f"asked the nodes to drop {reply.blocks} blocks ({format_size(reply.bytes)}); pinned ones stay")

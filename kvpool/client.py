@@ -1,0 +1,541 @@
+"""The client library: look up, put, get. Connectors, benchmarks and the command line are built on it.
+
+Whatever goes wrong with the pool is a miss with a reason, never an exception; exceptions are for callers
+who ask for what cannot be. Nearest first: this host's own node through shared memory, then other nodes
+over TCP. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from kvpool.client_bytes import Blocks, Buffer, CopyThreads
+from kvpool.client_master import MasterFrame, MasterLink, leases_frame
+from kvpool.client_node import LocalNode
+from kvpool.client_peers import Peers, Want, Wanted
+from kvpool.config import boot_id, default_socket_path
+from kvpool.core.messages import NodeAddress
+from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, mask_shards, pack_keys
+from kvpool.rpc import convert
+from kvpool.rpc.v1 import master_pb2
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 1.5
+"""How long a new client waits to know whether there is a pool."""
+
+LOCAL_LOOKUP_S = 0.008
+"""Of a lookup that the master did not answer, for the node of this host."""
+
+TRANSFER_BYTES_S_MIN = 100 << 20
+"""A transfer's deadline grows with its size at this rate."""
+
+REATTACH_S = 0.5
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive blocks that lie at the same places: (address, tier, shards) of each owner."""
+
+    blocks: int
+    owners: list[tuple[NodeAddress, str, tuple[int, ...]]]
+
+
+@dataclass(slots=True)
+class Lookup:
+    """The longest prefix (in blocks, ``known_prefix`` included) that the pool holds whole, and where.
+
+    ``reason`` says why it ends there: complete, not_stored, not_whole, owner_suspect, warming,
+    namespace_unknown, namespace_mismatch (``detail`` names the fields), master_unreachable (this host's
+    node alone was asked), no_pool. ``lease``: 0, or a token to ``renew`` and to ``release``.
+    """
+
+    prefix: int
+    reason: str
+    detail: str = ""
+    lease: int = 0
+    known_prefix: int = 0
+    runs: list[Run] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PutResult:
+    """How many blocks were stored, existed already (or are being written by another), and failed, with reasons."""
+
+    stored: int = 0
+    existed: int = 0
+    failed: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class GetResult:
+    """What is in the buffers now: ``prefix`` leading blocks without a gap, ``ok`` for each block.
+
+    ``reasons`` counts why others are not: not_stored, not_here, owner_lost, corrupt, wrong_size, ...;
+    ``tiers`` counts where blocks came from: local, remote.
+    """
+
+    prefix: int
+    ok: list[bool]
+    reasons: dict[str, int]
+    tiers: dict[str, int]
+
+
+class Client:
+    """A connection to the pool. Thread-safe; make a new one in a forked child.
+
+    ``master``: host:port, None for this host's node alone. ``node``: unix socket of this host's node,
+    None to ask the master for it. ``checksum``: "always", or "transfer" to leave out verifying what came
+    through this host's shared memory. Times are in milliseconds.
+    """
+
+    def __init__(
+        self,
+        master: str | None = "127.0.0.1:50088",
+        *,
+        node: str | None = None,
+        checksum: str = "always",
+        copy_threads: int = 2,
+        lookup_timeout_ms: float = 40,
+        transfer_timeout_ms: float = 1000,
+        name: str = "",
+    ) -> None:
+        if checksum not in {"always", "transfer"}:
+            raise InvalidArgumentError("checksum", f'must be "always" or "transfer", not {checksum!r}')
+        if not 1 <= copy_threads <= 64:
+            raise InvalidArgumentError("copy_threads", f"must be from 1 to 64, not {copy_threads}")
+        for what, value in (("lookup_timeout_ms", lookup_timeout_ms), ("transfer_timeout_ms", transfer_timeout_ms)):
+            if not 0 < value <= 86_400_000:
+                raise InvalidArgumentError(what, f"must be above 0 and at most a day, not {value}")
+        self._verify_local = checksum == "always"
+        self._lookup_s = lookup_timeout_ms / 1000
+        self._transfer_s = transfer_timeout_ms / 1000
+        self._name = name or f"pid {os.getpid()}"
+        self._node_path = node
+        self._copies = CopyThreads(copy_threads)
+        self._peers = Peers()
+        self._counters: Counter[str] = Counter()
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._lock = threading.Lock()
+        self._node: LocalNode | None = None
+        self._attach_at = 0.0
+        self._tasks: ThreadPoolExecutor | None = None
+        self._closed = False
+        self._link = MasterLink(master, self._name, self._attach) if master is not None else None
+        if self._link is None:
+            self._attach()
+        elif not self._link.wait_tried(CONNECT_S):
+            self._attach()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything; calls that still run end as misses."""
+        self._closed = True
+        if self._link is not None:
+            self._link.close()
+        if self._node is not None:
+            self._node.close()
+        if self._tasks is not None:
+            self._tasks.shutdown(wait=False, cancel_futures=True)
+        self._peers.close()
+        self._copies.close()
+
+    def register(self, namespace: Namespace) -> bytes:
+        """Announce a namespace and return its digest; idempotent, and remembered while the pool is away."""
+        digest = namespace.digest
+        if digest not in self._namespaces:
+            self._namespaces[digest] = namespace
+            if self._link is not None:
+                self._link.register(namespace, self._transfer_s)
+            node = self._local()
+            if node is not None:
+                try:
+                    node.register(namespace, self._transfer_s)
+                except KVPoolError as exc:
+                    log.debug("cannot announce the namespace to %s: %s", node.path, exc)
+        return digest
+
+    def has_node(self) -> bool:
+        """Return whether a node of this host is attached."""
+        return self._local() is not None
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters since the start: hits by tier, bytes, misses and failures by reason."""
+        return dict(self._counters)
+
+    # ---- lookup ----------------------------------------------------------------------------------
+
+    def lookup(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        *,
+        known_prefix: int = 0,
+        lease: bool = False,
+        timeout_ms: float | None = None,
+    ) -> Lookup:
+        """Return how much of a prompt the pool holds. ``hashes``: the chain, packed (16 bytes a block) or a list.
+
+        The first ``known_prefix`` blocks are the engine's own: touched, not checked. With ``lease`` the
+        blocks found are protected from eviction until released, or for the master's lease TTL.
+        Raises InvalidArgumentError.
+        """
+        digest = self._digest(namespace)
+        keys = pack_keys(hashes)
+        if not 0 <= known_prefix <= len(keys) // KEY_BYTES:
+            raise InvalidArgumentError("known_prefix", f"must be from 0 to {len(keys) // KEY_BYTES}")
+        request = master_pb2.LookupRequest(namespace=digest, known_prefix=known_prefix, lease=lease)
+        timeout_s = self._lookup_s if timeout_ms is None else timeout_ms / 1000
+        if self._link is not None:
+            try:
+                reply = self._link.ask(MasterFrame(lookup=request), keys, timeout_s).lookup
+            except InvalidArgumentError:
+                raise
+            except KVPoolError as exc:
+                self._counters["lookup.failed"] += 1
+                log.debug("lookup: %s", exc)
+            else:
+                return _lookup_from_proto(reply, known_prefix)
+        return self._lookup_locally(digest, keys, known_prefix)
+
+    def _lookup_locally(self, digest: bytes, keys: bytes, known_prefix: int) -> Lookup:
+        node, namespace = self._local(), self._namespaces.get(digest)
+        if node is None or namespace is None:
+            return Lookup(known_prefix, "no_pool", known_prefix=known_prefix)
+        try:
+            prefix = node.local_prefix(namespace, keys[known_prefix * KEY_BYTES :], LOCAL_LOOKUP_S)
+        except KVPoolError as exc:
+            log.debug("local lookup: %s", exc)
+            return Lookup(known_prefix, "no_pool", known_prefix=known_prefix)
+        address = NodeAddress(node.node_id, socket_path=node.path)
+        run = Run(prefix, [(address, "dram", tuple(range(namespace.shards)))])
+        return Lookup(
+            known_prefix + prefix,
+            "master_unreachable",
+            known_prefix=known_prefix,
+            runs=[run] if prefix else [],
+        )
+
+    def renew(self, leases: Sequence[int]) -> list[int]:
+        """Start the TTL of leases anew; returns those that are over, all of them while the master is away."""
+        return self._leases("renew", leases)
+
+    def release(self, leases: Sequence[int]) -> None:
+        """End leases; those that do not reach the master end by their TTL."""
+        self._leases("release", leases)
+
+    def _leases(self, kind: str, leases: Sequence[int]) -> list[int]:
+        wanted = [lease for lease in leases if lease]
+        if not wanted or self._link is None:
+            return wanted
+        try:
+            return list(self._link.ask(leases_frame(kind, wanted), b"", self._lookup_s).lease.unknown)
+        except KVPoolError as exc:
+            log.debug("%s: %s", kind, exc)
+            return wanted
+
+    # ---- put -------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Sequence[Buffer | Sequence[Buffer]],
+        *,
+        shard: int = 0,
+        timeout_ms: float | None = None,
+    ) -> PutResult:
+        """Store one shard of each block, in this host's node or else in one that the master names.
+
+        ``blocks[i]``: the shard's bytes as one buffer, or as ``namespace.shard_layers`` equal ones.
+        Raises InvalidArgumentError, UnknownNamespaceError is not: register the namespace first.
+        """
+        space = self._namespace(namespace)
+        keys = pack_keys(hashes)
+        wrapped = Blocks(blocks, keys, space.shard_layers, writable=False)
+        _check_shard(space, shard)
+        if not len(wrapped):
+            return PutResult()
+        timeout_s = self._transfer_time(wrapped, timeout_ms)
+        try:
+            counts = self._put(space, keys, wrapped, shard, timeout_s)
+        except InvalidArgumentError:
+            raise
+        except TooLargeError as exc:
+            log.warning("put: %s", exc)
+            counts = {"too_large": len(wrapped)}
+        except AllPinnedError:
+            counts = {"no_room": len(wrapped)}
+        except KVPoolError as exc:
+            log.debug("put: %s", exc)
+            counts = {"unavailable" if isinstance(exc, UnavailableError) else "refused": len(wrapped)}
+        stored = counts.pop("stored", 0)
+        existed = counts.pop("existed", 0) + counts.pop("being_written", 0)
+        errors = {reason: count for reason, count in counts.items() if count}
+        self._counters["put.stored"] += stored
+        self._counters["put.existed"] += existed
+        self._counters["put.bytes"] += stored * wrapped.shard_bytes
+        for reason, count in errors.items():
+            self._counters[f"put.failed.{reason}"] += count
+        return PutResult(stored, existed, len(wrapped) - stored - existed, errors)
+
+    def _put(self, space: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float) -> dict[str, int]:
+        node = self._local()
+        if node is not None:
+            return node.put(space, keys, blocks, shard, self._copies, timeout_s)
+        if self._link is None:
+            raise UnavailableError("no node on this host, and no master to name another")
+        address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
+        if address is None:
+            raise UnavailableError("the master knows no live node")
+        return self._peers.at(address).put(space, keys, blocks, shard, timeout_s)
+
+    # ---- get -------------------------------------------------------------------------------------
+
+    def get(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Sequence[Buffer | Sequence[Buffer]],
+        *,
+        shard: int = 0,
+        lookup: Lookup | None = None,
+        layers: tuple[int, int] | None = None,
+        timeout_ms: float | None = None,
+    ) -> GetResult:
+        """Fill the buffers with one shard of each block, nearest owner first, verified by checksum.
+
+        ``lookup``: an earlier answer for a chain that begins with these hashes (after its
+        ``known_prefix``), so that the master need not be asked again. ``layers``: (first, end) of the
+        shard's layers to read. Buffers of blocks that are not ``ok`` hold anything. Raises
+        InvalidArgumentError.
+        """
+        space = self._namespace(namespace)
+        keys = pack_keys(hashes)
+        first, end = (0, space.shard_layers) if layers is None else layers
+        if not 0 <= first < end <= space.shard_layers:
+            raise InvalidArgumentError("layers", f"must lie within 0 and {space.shard_layers}, not {first} to {end}")
+        wrapped = Blocks(blocks, keys, end - first, writable=True)
+        _check_shard(space, shard)
+        if not len(wrapped):
+            return GetResult(0, [], {}, {})
+        timeout_s = self._transfer_time(wrapped, timeout_ms)
+        reasons = ["not_here"] * len(wrapped)
+        node = self._local()
+        if node is not None:
+            try:
+                reasons = node.get(
+                    space.digest, keys, wrapped, shard, first, self._verify_local, self._copies, timeout_s
+                )
+            except InvalidArgumentError:
+                raise
+            except KVPoolError as exc:
+                log.debug("local get: %s", exc)
+        tiers = {"local": reasons.count("")}
+        if tiers["local"] < len(wrapped):
+            tiers["remote"] = self._get_remotely(space, keys, wrapped, (shard, first), lookup, reasons, timeout_s)
+        return self._got(reasons, tiers, wrapped.shard_bytes)
+
+    def _get_remotely(
+        self,
+        space: Namespace,
+        keys: bytes,
+        blocks: Blocks,
+        place: tuple[int, int],
+        lookup: Lookup | None,
+        reasons: list[str],
+        timeout_s: float,
+    ) -> int:
+        """Fetch what is still missing from other nodes; returns how many blocks came."""
+        shard, first_layer = place
+        if lookup is None:
+            lookup = self.lookup(space, keys)
+        elif lookup.reason in {"master_unreachable", "no_pool"}:
+            return 0
+        own = self._node.node_id if self._node is not None else ""
+        wanted = []
+        number = 0
+        for run in lookup.runs:
+            owners = [a for a, _, shards in run.owners if shard in shards and a.node_id != own and a.port]
+            for i in range(number, min(number + run.blocks, len(blocks))):
+                if reasons[i]:
+                    key = keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]
+                    wanted.append(Wanted(i, key, blocks.pieces[i], owners.copy()))
+            number += run.blocks
+        for i in range(number, len(blocks)):
+            if reasons[i] == "not_here":
+                reasons[i] = lookup.reason if lookup.reason != "complete" else "not_stored"
+        want = Want(shard, first_layer, blocks.layers, blocks.layer_bytes)
+        found = self._peers.get(space.digest, wanted, want, self._copies, timeout_s)
+        for i, reason in found.items():
+            if not reason or reasons[i] == "not_here":
+                reasons[i] = reason
+        return sum(not reason for reason in found.values())
+
+    def _got(self, reasons: list[str], tiers: dict[str, int], block_bytes: int) -> GetResult:
+        ok = [not reason for reason in reasons]
+        prefix = ok.index(False) if False in ok else len(ok)
+        counts = Counter(reason for reason in reasons if reason)
+        for tier, blocks in tiers.items():
+            self._counters[f"get.{tier}_blocks"] += blocks
+            self._counters[f"get.{tier}_bytes"] += blocks * block_bytes
+        for reason, blocks in counts.items():
+            self._counters[f"miss.{reason}"] += blocks
+        return GetResult(prefix, ok, dict(counts), {t: n for t, n in tiers.items() if n})
+
+    # ---- futures ---------------------------------------------------------------------------------
+
+    def lookup_async(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        *,
+        known_prefix: int = 0,
+        lease: bool = False,
+        timeout_ms: float | None = None,
+    ) -> Future[Lookup]:
+        """``lookup`` on a thread of the client's."""
+        return self._executor().submit(
+            self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms
+        )
+
+    def put_async(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Sequence[Buffer | Sequence[Buffer]],
+        *,
+        shard: int = 0,
+        timeout_ms: float | None = None,
+    ) -> Future[PutResult]:
+        """``put`` on a thread of the client's; leave the buffers alone until it is done."""
+        return self._executor().submit(self.put, namespace, hashes, blocks, shard=shard, timeout_ms=timeout_ms)
+
+    def get_async(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Sequence[Buffer | Sequence[Buffer]],
+        *,
+        shard: int = 0,
+        lookup: Lookup | None = None,
+        layers: tuple[int, int] | None = None,
+        timeout_ms: float | None = None,
+    ) -> Future[GetResult]:
+        """``get`` on a thread of the client's; leave the buffers alone until it is done."""
+        return self._executor().submit(
+            self.get, namespace, hashes, blocks, shard=shard, lookup=lookup, layers=layers, timeout_ms=timeout_ms
+        )
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._tasks is None:
+                self._tasks = ThreadPoolExecutor(4, "kvpool-client")
+            return self._tasks
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _digest(self, namespace: Namespace | bytes) -> bytes:
+        if isinstance(namespace, Namespace):
+            return self.register(namespace)
+        if len(namespace) != DIGEST_BYTES:
+            raise InvalidArgumentError("namespace", f"a digest has {DIGEST_BYTES} bytes, not {len(namespace)}")
+        return namespace
+
+    def _namespace(self, namespace: Namespace | bytes) -> Namespace:
+        digest = self._digest(namespace)
+        known = self._namespaces.get(digest)
+        if known is None:
+            raise InvalidArgumentError("namespace", f"{digest.hex()} was never registered with this client")
+        return known
+
+    def _transfer_time(self, blocks: Blocks, timeout_ms: float | None) -> float:
+        if timeout_ms is not None:
+            return timeout_ms / 1000
+        return self._transfer_s + len(blocks) * blocks.shard_bytes / TRANSFER_BYTES_S_MIN
+
+    def _local(self) -> LocalNode | None:
+        node = self._node
+        if node is not None and node.alive:
+            return node
+        if node is not None and time.monotonic() >= self._attach_at:
+            self._attach()
+            node = self._node
+            return node if node is not None and node.alive else None
+        return None
+
+    def _attach(self) -> None:
+        """Attach to this host's node if there is one and we have none; quick, and at most twice a second."""
+        with self._lock:
+            if self._closed or (self._node is not None and self._node.alive):
+                return
+            if time.monotonic() < self._attach_at:
+                return
+            self._attach_at = time.monotonic() + REATTACH_S
+            if self._node is not None:
+                self._node.close()
+            for path in self._node_paths():
+                try:
+                    node = LocalNode(path, self._name)
+                except KVPoolError as exc:
+                    log.debug("no node at %s: %s", path, exc)
+                    continue
+                self._node = node
+                log.info("attached to node %s at %s", node.node_id, path)
+                break
+            else:
+                return
+        for namespace in list(self._namespaces.values()):
+            try:
+                node.register(namespace, self._transfer_s)
+            except KVPoolError as exc:
+                log.debug("cannot announce the namespace to %s: %s", node.path, exc)
+
+    def _node_paths(self) -> list[str]:
+        if self._node_path is not None:
+            return [self._node_path]
+        default = default_socket_path()
+        paths = [default] if Path(default).exists() else []
+        if self._link is not None:
+            here = boot_id()
+            mine = [n.socket_path for n in self._link.nodes if here and n.boot_id == here]
+            if self._link.nodes and default not in mine:
+                paths = []  # a node of another pool has the usual place
+            paths += [path for path in mine if path not in paths and Path(path).exists()]
+        return paths
+
+
+def _check_shard(namespace: Namespace, shard: int) -> None:
+    if not 0 <= shard < namespace.shards:
+        raise InvalidArgumentError("shard", f"this namespace has shards 0 to {namespace.shards - 1}, not {shard}")
+
+
+def _lookup_from_proto(reply: master_pb2.LookupResponse, known_prefix: int) -> Lookup:
+    runs = []
+    if reply.runs:
+        nodes = [convert.address_from_proto(node) for node in reply.nodes]
+        for run in reply.runs:
+            owners = [
+                (nodes[o.node], o.tier, tuple(mask_shards(convert.mask_from_bytes(o.shards)))) for o in run.owners
+            ]
+            runs.append(Run(run.blocks, owners))
+    reason = convert.REASON_OF[reply.reason].value
+    return Lookup(reply.prefix, reason, reply.detail, reply.lease, known_prefix, runs)

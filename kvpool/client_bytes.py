@@ -1,0 +1,185 @@
+"""A client's buffers, and the copies between them and a segment: bytes move once, hashed while in cache.
+
+Steps are a quarter of a megabyte: large enough that numpy and xxhash give up the GIL for nearly all of
+the time, small enough that what was just copied is hashed out of the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import KEY_BYTES
+
+Bytes = NDArray[np.uint8]
+Buffer = Any
+"""bytes, bytearray, memoryview, a numpy array: whatever has contiguous bytes."""
+
+STEP_BYTES = 256 << 10
+PART_BYTES_MIN = 2 << 20
+"""Less than this is not worth a thread of its own."""
+
+T = TypeVar("T")
+
+
+def as_bytes(buffer: Buffer, field: str, *, writable: bool) -> Bytes:
+    """Return a buffer's bytes without a copy. Raises InvalidArgumentError naming ``field``."""
+    try:
+        if isinstance(buffer, np.ndarray):
+            array = buffer.reshape(-1).view(np.uint8) if buffer.flags.c_contiguous else None
+        else:
+            array = np.frombuffer(buffer, np.uint8)
+    except (TypeError, ValueError, BufferError) as exc:
+        raise InvalidArgumentError(field, f"{type(buffer).__name__} is no buffer of contiguous bytes: {exc}") from exc
+    if array is None:
+        raise InvalidArgumentError(field, "the array's bytes are not contiguous")
+    if writable and not array.flags.writeable:
+        raise InvalidArgumentError(field, "the buffer is read-only")
+    return array
+
+
+class Blocks:
+    """The caller's buffers of one call: ``pieces[i]`` are block i's, one for all its layers or one a layer."""
+
+    def __init__(self, blocks: Sequence[Buffer | Sequence[Buffer]], keys: bytes, layers: int, *, writable: bool) -> None:
+        """Check and wrap. Raises InvalidArgumentError for buffers that do not fit each other, or the keys."""
+        if len(blocks) * KEY_BYTES != len(keys):
+            raise InvalidArgumentError("blocks", f"{len(blocks)} buffers for {len(keys) // KEY_BYTES} hashes")
+        self.layers = layers
+        self.pieces: list[list[Bytes]] = []
+        for block in blocks:
+            parts = block if isinstance(block, (list, tuple)) else (block,)
+            self.pieces.append([as_bytes(part, "blocks", writable=writable) for part in parts])
+        sizes = {sum(p.nbytes for p in pieces) for pieces in self.pieces}
+        if len(sizes) > 1:
+            raise InvalidArgumentError("blocks", f"all blocks of a call must have one size, not {sorted(sizes)[:4]}")
+        self.shard_bytes = sizes.pop() if sizes else 0
+        if self.pieces and not self.shard_bytes:
+            raise InvalidArgumentError("blocks", "must not be empty")
+        if self.shard_bytes % layers:
+            raise InvalidArgumentError(
+                "blocks", f"{self.shard_bytes} bytes cannot be divided into {layers} equal layers"
+            )
+        self.layer_bytes = self.shard_bytes // layers
+        for pieces in self.pieces:
+            if len(pieces) != 1 and (len(pieces) != layers or any(p.nbytes != self.layer_bytes for p in pieces)):
+                raise InvalidArgumentError(
+                    "blocks", f"give one buffer a block, or {layers} (one a layer) of {self.layer_bytes} bytes each"
+                )
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.pieces)
+
+
+def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: int, layers: int) -> list[int]:
+    """Copy a shard and return the xxh3-64 of each layer of ``target``'s bytes, as they are in ``source``.
+
+    One side is a single piece (the slot), the other one piece or one a layer.
+    """
+    digests: list[int] = []
+    whole = len(source) == 1 and len(target) == 1
+    if whole and layer_bytes <= STEP_BYTES:
+        step = max(1, STEP_BYTES // layer_bytes) * layer_bytes
+        for start in range(0, layers * layer_bytes, step):
+            part = target[0][start : start + step]
+            np.copyto(part, source[0][start : start + step])
+            digests += [
+                xxhash.xxh3_64_intdigest(part[at : at + layer_bytes]) for at in range(0, len(part), layer_bytes)
+            ]
+        return digests
+    for layer in range(layers):
+        here = _layer(source, layer, layer_bytes)
+        there = _layer(target, layer, layer_bytes)
+        if layer_bytes <= STEP_BYTES:
+            np.copyto(there, here)
+            digests.append(xxhash.xxh3_64_intdigest(there))
+            continue
+        digest = xxhash.xxh3_64()
+        for start in range(0, layer_bytes, STEP_BYTES):
+            part = there[start : start + STEP_BYTES]
+            np.copyto(part, here[start : start + STEP_BYTES])
+            digest.update(part)
+        digests.append(digest.intdigest())
+    return digests
+
+
+def copy_plain(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: int) -> None:
+    """Copy a shard without hashing it."""
+    if len(source) == 1 and len(target) == 1:
+        np.copyto(target[0], source[0])
+        return
+    for layer in range(max(len(source), len(target))):
+        np.copyto(_layer(target, layer, layer_bytes), _layer(source, layer, layer_bytes))
+
+
+def hash_layers(pieces: Sequence[Bytes], layer_bytes: int, layers: int) -> list[int]:
+    """Return the xxh3-64 of each layer."""
+    return [xxhash.xxh3_64_intdigest(_layer(pieces, layer, layer_bytes)) for layer in range(layers)]
+
+
+def _layer(pieces: Sequence[Bytes], layer: int, layer_bytes: int) -> Bytes:
+    if len(pieces) > 1:
+        return pieces[layer]
+    return pieces[0][layer * layer_bytes : (layer + 1) * layer_bytes]
+
+
+def pack_digests(digests: Sequence[int]) -> bytes:
+    """Return checksums as the wire has them."""
+    return struct.pack(f"<{len(digests)}Q", *digests)
+
+
+def unpack_digests(data: memoryview | bytes) -> tuple[int, ...]:
+    """Return checksums from the wire."""
+    return struct.unpack(f"<{len(data) // 8}Q", data)
+
+
+class CopyThreads:
+    """The client's threads for moving bytes, made when first needed."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._pid = 0
+
+    def run(self, items: Sequence[T], item_bytes: int, work: Callable[[Sequence[T]], None]) -> None:
+        """Run ``work`` over all items, cut into up to ``threads`` parts; the caller's thread takes one of them."""
+        parts = min(self.threads, len(items), max(1, len(items) * item_bytes // PART_BYTES_MIN))
+        if parts <= 1:
+            work(items)
+            return
+        edges = [len(items) * i // parts for i in range(parts + 1)]
+        executor = self.executor()
+        futures = [executor.submit(work, items[a:b]) for a, b in zip(edges[1:-1], edges[2:], strict=True)]
+        try:
+            work(items[: edges[1]])
+        finally:
+            # Nobody may leave while a thread still writes to the caller's buffers.
+            wait(futures)
+        for future in futures:
+            future.result()
+
+    def executor(self) -> ThreadPoolExecutor:
+        """Return the threads; a forked child makes its own."""
+        with self._lock:
+            if self._executor is None or self._pid != os.getpid():
+                self._executor = ThreadPoolExecutor(max(1, self.threads), "kvpool-copy")
+                self._pid = os.getpid()
+            return self._executor
+
+    def close(self) -> None:
+        """End the threads once they are idle."""
+        with self._lock:
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+                self._executor = None

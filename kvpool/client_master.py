@@ -1,0 +1,179 @@
+"""The way to the master: a handshake over gRPC, then lookups as frames with a hard deadline.
+
+A thread keeps the connection; callers never wait for it. While the master is away every question fails
+at once, and the caller falls back on its own node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from kvpool.config import split_address
+from kvpool.core.messages import NodeAddress
+from kvpool.errors import FrameError, KVPoolError, UnavailableError
+from kvpool.model import Namespace
+from kvpool.rpc.convert import address_from_proto, namespace_to_proto
+from kvpool.rpc.status import error_of
+from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
+from kvpool.transport.channel import Channel, ChannelPool
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+HANDSHAKE_S = 1.0
+CHANNELS_MAX = 8
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 2.0
+REFRESH_S = 5.0
+"""How often the list of nodes is asked for anew."""
+
+MasterFrame = master_pb2.MasterFrame
+MasterFrameReply = master_pb2.MasterFrameReply
+
+
+class MasterLink:
+    """Knows the master's data port and its nodes while the master is there."""
+
+    def __init__(self, address: str, name: str, changed: Callable[[], None]) -> None:
+        """``changed`` is called by the link's thread after each handshake, good or bad."""
+        self._address = address
+        self._host = split_address(address, "master")[0]
+        self._name = name
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._tried = threading.Event()
+        self._closed = False
+        self._pool: ChannelPool | None = None
+        self._data_port = 0
+        self._epoch = 0
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._announced: set[bytes] = set()
+        self._said = ""
+        self.nodes: list[NodeAddress] = []
+        self._thread = threading.Thread(target=self._keep, name="kvpool-master-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def up(self) -> bool:
+        """Whether the master answered last time."""
+        return self._pool is not None
+
+    def wait_tried(self, timeout_s: float) -> bool:
+        """Wait for the first handshake to have ended, well or not."""
+        return self._tried.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the thread and close all channels."""
+        self._closed = True
+        self._wake.set()
+        self._drop()
+
+    # ---- questions -------------------------------------------------------------------------------
+
+    def ask(
+        self, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float
+    ) -> master_pb2.MasterFrameReply:
+        """Ask by frame. Raises UnavailableError at once when the master is away, and at the deadline."""
+        with self._channel(timeout_s) as channel:
+            return channel.call(frame, MasterFrameReply, payload, timeout_s=timeout_s)[0]
+
+    @contextlib.contextmanager
+    def _channel(self, timeout_s: float) -> Iterator[Channel]:
+        pool = self._pool
+        if pool is None:
+            raise UnavailableError(f"the master at {self._address} is not reachable")
+        try:
+            with pool.channel(timeout_s) as channel:
+                yield channel
+        except (UnavailableError, FrameError):
+            self._drop()
+            raise
+
+    def register(self, namespace: Namespace, timeout_s: float) -> None:
+        """Announce a namespace, now if the master is there, and again after it was away."""
+        with self._lock:
+            self._namespaces[namespace.digest] = namespace
+            if namespace.digest in self._announced:
+                return
+        if self.up:
+            try:
+                self._call("RegisterNamespace", namespace_to_proto(namespace), timeout_s)
+                self._announced.add(namespace.digest)
+            except KVPoolError as exc:
+                log.debug("cannot announce namespace %s: %s", namespace.digest.hex(), exc)
+                self._wake.set()
+
+    def place(self, size: int, timeout_s: float) -> NodeAddress | None:
+        """Ask for a node that takes our blocks. Raises UnavailableError."""
+        reply = self._call("Place", master_pb2.PlaceRequest(bytes=size), timeout_s)
+        return address_from_proto(reply.node) if reply.HasField("node") else None
+
+    # ---- the thread ------------------------------------------------------------------------------
+
+    def _drop(self) -> None:
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+            self._wake.set()
+
+    def _keep(self) -> None:
+        retry_s = RETRY_FIRST_S
+        while not self._closed:
+            self._wake.clear()
+            try:
+                self._handshake()
+                retry_s, pause_s = RETRY_FIRST_S, REFRESH_S
+            except KVPoolError as exc:
+                self._drop()
+                self._wake.clear()
+                if str(exc) != self._said:
+                    self._said = str(exc)
+                    log.warning("no master at %s: %s", self._address, exc)
+                retry_s, pause_s = min(2 * retry_s, RETRY_MAX_S), retry_s
+            self._changed()
+            self._tried.set()
+            self._wake.wait(pause_s)
+
+    def _handshake(self) -> None:
+        request = master_pb2.HandshakeRequest(protocol=PROTOCOL, client=self._name)
+        reply = self._call("Handshake", request, HANDSHAKE_S)
+        self._said = ""
+        self.nodes = [address_from_proto(node) for node in reply.nodes]
+        with self._lock:
+            if reply.master_epoch != self._epoch:
+                self._epoch = reply.master_epoch
+                self._announced.clear()
+            missing = [n for digest, n in self._namespaces.items() if digest not in self._announced]
+            if self._pool is None or reply.data_port != self._data_port:
+                self._data_port = port = reply.data_port
+                self._pool = ChannelPool(
+                    lambda timeout_s: Channel.connect_tcp(self._host, port, timeout_s), channels_max=CHANNELS_MAX
+                )
+        for namespace in missing:
+            self._call("RegisterNamespace", namespace_to_proto(namespace), HANDSHAKE_S)
+            self._announced.add(namespace.digest)
+
+    def _call(self, method: str, request: object, timeout_s: float) -> Any:
+        # A channel of its own each time: calls are rare, and no thread of gRPC's stays in the engine.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+        with grpc.insecure_channel(self._address, options) as channel:
+            stub = master_pb2_grpc.MasterStub(channel)
+            try:
+                return getattr(stub, method)(request, timeout=timeout_s)
+            except grpc.RpcError as exc:
+                raise error_of(exc) from exc
+
+
+def leases_frame(kind: str, leases: Sequence[int]) -> master_pb2.MasterFrame:
+    """Return the frame that renews or releases leases."""
+    request = master_pb2.LeaseRequest(leases=leases)
+    return MasterFrame(renew=request) if kind == "renew" else MasterFrame(release=request)
+

@@ -1,0 +1,203 @@
+"""The way to this host's own node: pins and reservations by unix socket, bytes through shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kvpool.client_bytes import (
+    Blocks,
+    Bytes,
+    CopyThreads,
+    copy_hashed,
+    copy_plain,
+    pack_digests,
+    unpack_digests,
+)
+from kvpool.errors import FrameError, KVPoolError, UnavailableError, UnknownNamespaceError
+from kvpool.model import Namespace
+from kvpool.rpc.convert import namespace_to_proto
+from kvpool.rpc.v1 import node_pb2
+from kvpool.tiers.dram import AttachedSegment
+from kvpool.transport.channel import Channel, ChannelPool
+
+CHANNELS_MAX = 8
+CONNECT_S = 0.5
+NodeFrame = node_pb2.NodeFrame
+NodeFrameReply = node_pb2.NodeFrameReply
+
+STORED, BEING_WRITTEN, NO_ROOM = -1, -2, -3
+
+
+class LocalNode:
+    """An attached node of this host. A failure of the socket ends it: ``alive`` is False from then on."""
+
+    def __init__(self, path: str, name: str) -> None:
+        """Attach. Raises UnavailableError, or what the node answers."""
+        self.path = path
+        self._pool = ChannelPool(lambda timeout_s: Channel.connect_unix(path, timeout_s), channels_max=CHANNELS_MAX)
+        try:
+            with self._pool.channel(CONNECT_S) as channel:
+                attach = NodeFrame(attach=node_pb2.Attach(client=name))
+                reply, _, fds = channel.call_with_fds(attach, NodeFrameReply, timeout_s=CONNECT_S)
+            attached = reply.attached
+            self.node_id, self.epoch = attached.node_id, attached.epoch
+            self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
+        except KVPoolError:
+            self._pool.close()
+            raise
+        self._memory: Bytes = np.frombuffer(self._segment.view, np.uint8)
+        self._registered: set[bytes] = set()
+        self.alive = True
+
+    def prefault(self) -> None:
+        """Enter the segment's pages into our page table, so that no copy has to."""
+        self._segment.prefault()
+
+    def close(self) -> None:
+        """Let go of the node; copies that still run keep the mapping until they end."""
+        self.alive = False
+        self._pool.close()
+
+    def put(
+        self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, copies: CopyThreads, timeout_s: float
+    ) -> dict[str, int]:
+        """Store one shard of each block; returns counts of stored, existed, being_written, no_room."""
+        reserve = node_pb2.Reserve(
+            namespace=namespace.digest, shards=[shard], shard_bytes=blocks.shard_bytes, layers=blocks.layers
+        )
+        with self._channel(timeout_s) as channel:
+            try:
+                reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
+            except UnknownNamespaceError:
+                self._register(channel, namespace, timeout_s)
+                reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
+            offsets = self._places(payload, len(blocks), 1, blocks.shard_bytes)[:, 0].tolist()
+            counts = {
+                "existed": offsets.count(STORED),
+                "being_written": offsets.count(BEING_WRITTEN),
+                "no_room": offsets.count(NO_ROOM),
+            }
+            items = [(i, offset) for i, offset in enumerate(offsets) if offset >= 0]
+            if items:
+                reservation = reply.reserved.reservation
+                digests = self._copy_in(items, blocks, copies)
+                commit = node_pb2.Commit(reservation=reservation)
+                reply, _ = channel.call(
+                    NodeFrame(commit=commit), NodeFrameReply, pack_digests(digests), timeout_s=timeout_s
+                )
+                counts["stored"] = reply.committed.stored
+        return counts
+
+    def _copy_in(self, items: list[tuple[int, int]], blocks: Blocks, copies: CopyThreads) -> list[int]:
+        digests: list[list[int]] = [[]] * len(blocks)
+
+        def work(part: Sequence[tuple[int, int]]) -> None:
+            for i, offset in part:
+                slot = self._memory[offset : offset + blocks.shard_bytes]
+                digests[i] = copy_hashed(blocks.pieces[i], [slot], blocks.layer_bytes, blocks.layers)
+
+        copies.run(items, blocks.shard_bytes, work)
+        return [digest for i, _ in items for digest in digests[i]]
+
+    def get(
+        self,
+        namespace: bytes,
+        keys: bytes,
+        blocks: Blocks,
+        shard: int,
+        first_layer: int,
+        verify: bool,
+        copies: CopyThreads,
+        timeout_s: float,
+    ) -> list[str]:
+        """Fill the buffers of the blocks that are here; returns "" or a miss reason for each."""
+        pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace, shards=[shard]))
+        with self._channel(timeout_s) as channel:
+            reply, payload = channel.call(pin, NodeFrameReply, keys, timeout_s=timeout_s)
+            places = self._places(payload[: 16 * len(blocks)], len(blocks), 2, blocks.shard_bytes)
+            reasons = ["not_here"] * len(blocks)
+            if not reply.pinned.pin:
+                return reasons
+            try:
+                checksums = unpack_digests(payload[16 * len(blocks) :])
+                self._copy_out(places, checksums, reply.pinned.layers, blocks, first_layer, verify, copies, reasons)
+            finally:
+                release = NodeFrame(release=node_pb2.ReleasePin(pin=reply.pinned.pin))
+                channel.send_only(release, timeout_s=timeout_s)
+        return reasons
+
+    def _copy_out(
+        self,
+        places: np.ndarray[tuple[int, int], np.dtype[np.int64]],
+        checksums: tuple[int, ...],
+        slot_layers: int,
+        blocks: Blocks,
+        first_layer: int,
+        verify: bool,
+        copies: CopyThreads,
+        reasons: list[str],
+    ) -> None:
+        here = [(i, offset, size) for i, (offset, size) in enumerate(places.tolist()) if offset >= 0]
+        if len(checksums) != len(here) * slot_layers:
+            raise FrameError("the checksums do not fit the blocks that are pinned")
+        items = []
+        last_layer = first_layer + blocks.layers
+        for number, (i, offset, size) in enumerate(here):
+            if size != slot_layers * blocks.layer_bytes or last_layer > slot_layers:
+                reasons[i] = "wrong_size"
+                continue
+            first = number * slot_layers
+            items.append((i, offset + first_layer * blocks.layer_bytes, first + first_layer, first + last_layer))
+
+        def work(part: Sequence[tuple[int, int, int, int]]) -> None:
+            for i, offset, first, last in part:
+                slot = self._memory[offset : offset + blocks.shard_bytes]
+                if not verify:
+                    copy_plain([slot], blocks.pieces[i], blocks.layer_bytes)
+                    reasons[i] = ""
+                    continue
+                digests = copy_hashed([slot], blocks.pieces[i], blocks.layer_bytes, blocks.layers)
+                reasons[i] = "" if tuple(digests) == checksums[first:last] else "corrupt"
+
+        copies.run(items, blocks.shard_bytes, work)
+
+    def local_prefix(self, namespace: Namespace, keys: bytes, timeout_s: float) -> int:
+        """Return how many leading blocks this node holds whole."""
+        request = node_pb2.LocalPrefix(namespace=namespace.digest, shards=namespace.shards)
+        with self._channel(timeout_s) as channel:
+            reply, _ = channel.call(NodeFrame(local_prefix=request), NodeFrameReply, keys, timeout_s=timeout_s)
+        return reply.local_prefix.prefix
+
+    def register(self, namespace: Namespace, timeout_s: float) -> None:
+        """Make a namespace known to the node, once."""
+        if namespace.digest not in self._registered:
+            with self._channel(timeout_s) as channel:
+                self._register(channel, namespace, timeout_s)
+
+    def _register(self, channel: Channel, namespace: Namespace, timeout_s: float) -> None:
+        channel.call(NodeFrame(register=namespace_to_proto(namespace)), NodeFrameReply, timeout_s=timeout_s)
+        self._registered.add(namespace.digest)
+
+    @contextlib.contextmanager
+    def _channel(self, timeout_s: float) -> Iterator[Channel]:
+        """Lend a channel; when it breaks, the node counts as gone until it is attached anew."""
+        try:
+            with self._pool.channel(timeout_s) as channel:
+                yield channel
+        except (UnavailableError, FrameError):
+            self.alive = False
+            raise
+
+    def _places(
+        self, payload: memoryview, blocks: int, columns: int, shard_bytes: int
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """Return the answer's offsets (and sizes), none of which leads out of the segment."""
+        if len(payload) != 8 * blocks * columns:
+            raise FrameError(f"the answer has {len(payload)} bytes for {blocks} blocks")
+        places = np.frombuffer(payload, np.int64).reshape(blocks, columns)
+        if places[:, 0].max(initial=0) + shard_bytes > len(self._memory):
+            raise FrameError("an offset lies outside of the segment")
+        return places

@@ -1,0 +1,256 @@
+"""The way to other hosts' nodes: TCP, straight between the caller's buffers and the node's segment."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from kvpool.client_bytes import Blocks, Bytes, CopyThreads, hash_layers, pack_digests, unpack_digests
+from kvpool.core.messages import NodeAddress
+from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError, UnknownNamespaceError
+from kvpool.model import CHECKSUM_BYTES, Namespace
+from kvpool.rpc.convert import namespace_to_proto
+from kvpool.rpc.v1 import node_pb2
+from kvpool.transport.channel import Channel, ChannelPool
+
+log = logging.getLogger(__name__)
+
+CHANNELS_MAX = 8
+CONNECT_S = 0.4
+PROGRESS_S = 0.4
+"""A node that is stopped answers nothing: after this long the next owner is asked."""
+
+AVOID_S = 2.0
+REQUEST_BYTES = 32 << 20
+STEP_BYTES = 256 << 10
+
+NodeFrame = node_pb2.NodeFrame
+NodeFrameReply = node_pb2.NodeFrameReply
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a get asks of each block."""
+
+    shard: int
+    first_layer: int
+    layers: int
+    layer_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one block."""
+        return self.layers * self.layer_bytes
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A block to fetch: its number in the call, its key, where its bytes go, who has it (nearest first)."""
+
+    number: int
+    key: bytes
+    pieces: list[Bytes]
+    owners: list[NodeAddress]
+
+
+class Peer:
+    """One remote node. After a failure it is left alone for a while, then tried again."""
+
+    def __init__(self, address: NodeAddress) -> None:
+        self.address = address
+        self._pool = ChannelPool(
+            lambda timeout_s: Channel.connect_tcp(address.host, address.port, min(timeout_s, CONNECT_S)),
+            channels_max=CHANNELS_MAX,
+        )
+        self._avoid_until = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is worth asking."""
+        return time.monotonic() >= self._avoid_until
+
+    def close(self) -> None:
+        """Close its channels."""
+        self._pool.close()
+
+    @contextlib.contextmanager
+    def channel(self, timeout_s: float) -> Iterator[Channel]:
+        """Lend a channel; a failure makes the node unusable for a while."""
+        try:
+            with self._pool.channel(timeout_s) as channel:
+                yield channel
+        except (UnavailableError, FrameError):
+            self._avoid_until = time.monotonic() + AVOID_S
+            raise
+
+    def get(self, namespace: bytes, items: Sequence[Wanted], want: Want, timeout_s: float) -> list[str]:
+        """Fill the buffers of these blocks; returns "" or a miss reason for each. Raises when the node fails."""
+        request = node_pb2.Get(
+            namespace=namespace, shards=[want.shard], first_layer=want.first_layer, layer_count=want.layers
+        )
+        keys = b"".join([item.key for item in items])
+        reasons = []
+        with self.channel(timeout_s) as channel:
+            reply = channel.begin(
+                NodeFrame(get=request), NodeFrameReply, keys, timeout_s=timeout_s, progress_s=PROGRESS_S
+            )
+            sizes = struct.unpack(f"<{len(items)}q", _take(channel, 8 * len(items)))
+            here = sum(size >= 0 for size in sizes)
+            layers = reply.got.layers
+            checksums = unpack_digests(_take(channel, CHECKSUM_BYTES * layers * here))
+            at = 0
+            for size, item in zip(sizes, items, strict=True):
+                if size < 0:
+                    reasons.append("not_here")
+                    continue
+                if size != want.bytes or layers != want.layers:
+                    raise FrameError(f"the node sends {size} bytes in {layers} layers, others were asked for")
+                digests = _receive(channel, item.pieces, want)
+                reasons.append("" if digests == list(checksums[at : at + layers]) else "corrupt")
+                at += layers
+        return reasons
+
+    def put(self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float) -> dict[str, int]:
+        """Store one shard of each block; returns counts as a local put does. Raises when the node fails."""
+        reserve = node_pb2.Reserve(
+            namespace=namespace.digest, shards=[shard], shard_bytes=blocks.shard_bytes, layers=blocks.layers
+        )
+        with self.channel(timeout_s) as channel:
+            try:
+                reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
+            except UnknownNamespaceError:
+                descriptor = namespace_to_proto(namespace)
+                channel.call(NodeFrame(register=descriptor), NodeFrameReply, timeout_s=timeout_s)
+                reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
+            if len(payload) != 8 * len(blocks):
+                raise FrameError(f"the answer has {len(payload)} bytes for {len(blocks)} blocks")
+            offsets = struct.unpack(f"<{len(blocks)}q", payload)
+            counts = {
+                "existed": offsets.count(-1),
+                "being_written": offsets.count(-2),
+                "no_room": offsets.count(-3),
+            }
+            wanted = [pieces for pieces, offset in zip(blocks.pieces, offsets, strict=True) if offset >= 0]
+            if wanted:
+                digests = [d for pieces in wanted for d in hash_layers(pieces, blocks.layer_bytes, blocks.layers)]
+                write = NodeFrame(write=node_pb2.Write(reservation=reply.reserved.reservation))
+                payloads = [memoryview(pack_digests(digests)), *(memoryview(p) for pieces in wanted for p in pieces)]
+                reply, _ = channel.call(write, NodeFrameReply, payloads, timeout_s=timeout_s)
+                counts["stored"] = reply.committed.stored
+                counts["corrupt"] = len(wanted) - reply.committed.stored
+        return counts
+
+
+class Peers:
+    """All remote nodes, by address."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._peers: dict[tuple[str, int], Peer] = {}
+
+    def at(self, address: NodeAddress) -> Peer:
+        """Return the node at an address."""
+        with self._lock:
+            place = (address.host, address.port)
+            peer = self._peers.get(place)
+            if peer is None:
+                peer = self._peers[place] = Peer(address)
+            return peer
+
+    def close(self) -> None:
+        """Close all channels."""
+        with self._lock:
+            for peer in self._peers.values():
+                peer.close()
+            self._peers.clear()
+
+    def get(
+        self, namespace: bytes, wanted: Sequence[Wanted], want: Want, copies: CopyThreads, timeout_s: float
+    ) -> dict[int, str]:
+        """Fetch each block from the first of its owners that has it; returns "" or a miss reason by block number."""
+        deadline = time.monotonic() + timeout_s
+        reasons: dict[int, str] = {}
+        while wanted:
+            requests = []
+            for peer, items in self._by_owner(wanted, reasons).items():
+                size = max(1, min(REQUEST_BYTES // want.bytes, -(-len(items) // copies.threads)))
+                requests += [(peer, items[at : at + size]) for at in range(0, len(items), size)]
+            again: list[Wanted] = []  # list.extend is atomic
+
+            def work(part: Sequence[tuple[Peer, list[Wanted]]], again: list[Wanted] = again) -> None:
+                for peer, items in part:
+                    again.extend(_fetch(peer, namespace, items, want, deadline, reasons))
+
+            copies.run(requests, REQUEST_BYTES, work)
+            wanted = again
+        return reasons
+
+    def _by_owner(self, wanted: Sequence[Wanted], reasons: dict[int, str]) -> dict[Peer, list[Wanted]]:
+        groups: dict[Peer, list[Wanted]] = {}
+        for item in wanted:
+            while item.owners:
+                peer = self.at(item.owners[0])
+                if peer.usable:
+                    groups.setdefault(peer, []).append(item)
+                    break
+                item.owners.pop(0)
+            else:
+                reasons.setdefault(item.number, "owner_lost")
+        return groups
+
+
+def _fetch(
+    peer: Peer, namespace: bytes, items: list[Wanted], want: Want, deadline: float, reasons: dict[int, str]
+) -> list[Wanted]:
+    """Ask one node for some blocks; returns those that another owner may still have."""
+    try:
+        answers = peer.get(namespace, items, want, max(0.001, deadline - time.monotonic()))
+    except UnavailableError:
+        answers = ["owner_lost"] * len(items)
+    except OverloadedError:
+        answers = ["overloaded"] * len(items)
+    except KVPoolError as exc:
+        log.warning("node %s: %s", peer.address.node_id, exc)
+        answers = ["refused"] * len(items)
+    again = []
+    for item, answer in zip(items, answers, strict=True):
+        reasons[item.number] = answer
+        item.owners.pop(0)
+        if answer and item.owners:
+            again.append(item)
+    return again
+
+
+def _take(channel: Channel, size: int) -> memoryview:
+    data = memoryview(bytearray(size))
+    channel.recv_into([data])
+    return data
+
+
+def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
+    """Receive a block into its buffers, hashing each step while it is in the cache."""
+    digests = []
+    for layer in range(want.layers):
+        if len(pieces) > 1:
+            target = pieces[layer]
+        else:
+            target = pieces[0][layer * want.layer_bytes : (layer + 1) * want.layer_bytes]
+        if want.layer_bytes <= STEP_BYTES:
+            channel.recv_into([memoryview(target)])
+            digests.append(xxhash.xxh3_64_intdigest(target))
+            continue
+        digest = xxhash.xxh3_64()
+        for start in range(0, want.layer_bytes, STEP_BYTES):
+            step = target[start : start + STEP_BYTES]
+            channel.recv_into([memoryview(step)])
+            digest.update(step)
+        digests.append(digest.intdigest())
+    return digests
+

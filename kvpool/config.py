@@ -1,0 +1,460 @@
+"""Settings: the only reader of the environment and of configuration files.
+
+A setting has one name: ``--segment_size`` on the command line (dashes do as well), ``segment_size`` in
+a YAML or JSON file, ``KVPOOL_SEGMENT_SIZE`` in the environment. A flag wins over the environment, the
+environment over the file, the file over the default. A ``mooncake.json`` is understood too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from kvpool.errors import ConfigError, InvalidArgumentError
+from kvpool.model import parse_duration_ms, parse_size
+
+ENV_PREFIX = "KVPOOL_"
+CONFIG_ENV = "KVPOOL_CONFIG"
+MOONCAKE_ENV = "MOONCAKE_CONFIG_PATH"
+CONFIG_BYTES_MAX = 1 << 20
+
+# Variables for our own tests and tools; no component reads them as a setting.
+_RESERVED_PREFIXES = ("KVPOOL_TEST_", "KVPOOL_BENCH_")
+# A Kubernetes service whose name begins with "kvpool" puts these into every pod beside it.
+_SERVICE_LINK = re.compile(r"KVPOOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+
+
+# ---- kinds of values -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a setting accepts: ``parse`` takes a value and the field's name, and raises InvalidArgumentError."""
+
+    metavar: str
+    parse: Callable[[Any, str], Any]
+
+
+def _refuse(name: str, value: object, allowed: str) -> InvalidArgumentError:
+    return InvalidArgumentError(name, f"{value!r} is not allowed; allowed: {allowed}")
+
+
+def _parse_int(low: int, high: int) -> Callable[[Any, str], int]:
+    allowed = f"a whole number from {low} to {high}"
+
+    def parse(value: Any, name: str) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _refuse(name, value, allowed)
+        return value
+
+    return parse
+
+
+def _parse_ratio(value: Any, name: str) -> float:
+    try:
+        ratio = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        ratio = 0.0
+    if not 0.0 < ratio <= 1.0:  # refuses nan too
+        raise _refuse(name, value, "a ratio above 0 and up to 1, for example 0.95")
+    return ratio
+
+
+_TRUE = frozenset({"true", "yes", "on", "1"})
+_FALSE = frozenset({"false", "no", "off", "0"})
+
+
+def _parse_bool(value: Any, name: str) -> bool:
+    word = str(value).strip().lower() if isinstance(value, (bool, int, str)) else ""
+    if word not in _TRUE | _FALSE:
+        raise _refuse(name, value, "true or false")
+    return word in _TRUE
+
+
+def _parse_text(value: Any, name: str) -> str:
+    text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    if not text or len(text) > 1024 or not text.isprintable():
+        raise _refuse(name, value, "1 to 1024 printable characters")
+    return text
+
+
+def _parse_host(value: Any, name: str) -> str:
+    host = value.strip().removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", host) and not _is_ipv6(host):
+        raise _refuse(name, value, 'a host name or IP address without a port, for example "0.0.0.0"')
+    return host
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def split_address(value: Any, name: str) -> tuple[str, int]:
+    """Return host and port of ``"10.0.0.7:50088"`` or ``"[::1]:50088"``; raises InvalidArgumentError."""
+    match = re.fullmatch(r"\s*(?:\[(.+)\]|([A-Za-z0-9._-]{1,255})):(\d{1,5})\s*", str(value))
+    if match is None or not 1 <= int(match[3]) <= 65535 or (match[1] and not _is_ipv6(match[1])):
+        raise _refuse(name, value, 'HOST:PORT with a port from 1 to 65535, for example "127.0.0.1:50088"')
+    return match[1] or match[2], int(match[3])
+
+
+def _parse_address(value: Any, name: str) -> str:
+    host, port = split_address(value, name)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _parse_path(value: Any, name: str) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not str(value).strip() or "\0" in str(value):
+        raise _refuse(name, value, "a path")
+    return str(Path(value).expanduser().absolute())
+
+
+def _parse_socket_path(value: Any, name: str) -> str:
+    path = _parse_path(value, name)
+    if len(os.fsencode(path)) > 107:
+        raise InvalidArgumentError(name, f"{path!r} is too long for a unix socket; allowed: at most 107 bytes")
+    return path
+
+
+def _parse_mode(value: Any, name: str) -> int:
+    allowed = "an octal file mode from 0 to 777, for example 0660"
+    if isinstance(value, str) and re.fullmatch(r"\s*(0o)?[0-7]{1,4}\s*", value):
+        value = int(value.strip().removeprefix("0o"), 8)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 0o777:
+        raise _refuse(name, value, allowed)
+    return value
+
+
+def _choice(*words: str) -> Kind:
+    def parse(value: Any, name: str) -> str:
+        word = str(value).strip().lower()
+        if word not in words:
+            raise _refuse(name, value, " or ".join(words))
+        return word
+
+    return Kind("|".join(words), parse)
+
+
+BOOL = Kind("", _parse_bool)
+PORT = Kind("PORT", _parse_int(0, 65535))
+RATIO = Kind("RATIO", _parse_ratio)
+SIZE = Kind("SIZE", parse_size)
+DURATION = Kind("DURATION", parse_duration_ms)
+TEXT = Kind("TEXT", _parse_text)
+HOST = Kind("HOST", _parse_host)
+ADDRESS = Kind("HOST:PORT", _parse_address)
+PATH = Kind("PATH", _parse_path)
+SOCKET_PATH = Kind("PATH", _parse_socket_path)
+MODE = Kind("MODE", _parse_mode)
+LOG_LEVEL = _choice("debug", "info", "warning", "error")
+
+
+def count(low: int, high: int) -> Kind:
+    """Return the kind of a whole number within bounds."""
+    return Kind("N", _parse_int(low, high))
+
+
+def setting(default: Any, kind: Kind, text: str, *, shown: str = "") -> Any:
+    """Return a dataclass field; ``default`` is written as a user would, ``shown`` when it is computed."""
+    metadata = {"kind": kind, "help": text, "shown": shown or ("" if default is None else str(default))}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---- the settings of each component ----------------------------------------------------------------
+
+
+def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the directory for this user's sockets: private by its place, or by its owner's number."""
+    base = environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "kvpool" if base else Path(tempfile.gettempdir()) / f"kvpool-{os.getuid()}"
+
+
+def default_socket_path() -> str:
+    """Return where this user's node listens for local clients unless told otherwise."""
+    return str(runtime_dir() / "node.sock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Values are parsed and checked at construction, so that a settings object is always a valid one."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                object.__setattr__(self, item.name, _parsed(item, value))
+        self._check()
+
+    def _check(self) -> None:
+        """Check what concerns several fields; raise InvalidArgumentError."""
+
+
+def _parsed(item: dataclasses.Field[Any], value: Any) -> Any:
+    kind: Kind = item.metadata["kind"]
+    try:
+        return kind.parse(value, item.name)
+    except ConfigError:
+        raise
+    except InvalidArgumentError as error:
+        raise ConfigError(error.field, error.problem) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasterSettings(Settings):
+    """Settings of kvpool-master. Durations are milliseconds, sizes bytes."""
+
+    port: int = setting(50088, PORT, "gRPC port for everybody; 0 takes a free one.")
+    host: str = setting("0.0.0.0", HOST, "Address to listen on.")
+    data_port: int = setting(0, PORT, "Port of the fast lookup path; clients learn it from --port. 0 takes a free one.")
+    eviction_high_watermark_ratio: float = setting(0.99, RATIO, "Evict when a node is fuller than this.")
+    eviction_ratio: float = setting(0.01, RATIO, "Share of a node's bytes to free in one go.")
+    default_kv_lease_ttl: int = setting("10s", DURATION, "How long a lookup keeps blocks from eviction.")
+    client_ttl: int = setting("10s", DURATION, "A node unheard of for this long is dead.")
+    data_dir: str | None = setting(None, PATH, "Keep namespace descriptors here; without it they live in memory.")
+    insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
+    max_blocks: int = setting(16777216, count(1, 1 << 30), "Blocks the index may hold.")
+    log_level: str = setting("info", LOG_LEVEL, "What to log.")
+
+    def _check(self) -> None:
+        if self.eviction_ratio > self.eviction_high_watermark_ratio:
+            raise ConfigError(
+                "eviction_ratio",
+                f"must be at most eviction_high_watermark_ratio ({self.eviction_high_watermark_ratio}), "
+                f"not {self.eviction_ratio}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings(Settings):
+    """Settings of kvpool-node. Sizes are bytes."""
+
+    master: str = setting("127.0.0.1:50088", ADDRESS, "The master.")
+    segment_size: int = setting("1GB", SIZE, "Memory to give to the pool: bytes, or with KB, MB, GB, TB.")
+    host: str = setting("0.0.0.0", HOST, "Address to listen on for other hosts.")
+    port: int = setting(0, PORT, "Port for other hosts; 0 takes a free one.")
+    advertise_host: str | None = setting(None, HOST, "Address that other hosts reach this node by.", shown="found out")
+    socket_path: str = setting(
+        default_socket_path,
+        SOCKET_PATH,
+        "Unix socket for clients of this host.",
+        shown="in this user's runtime directory",
+    )
+    socket_mode: int = setting(0o600, MODE, "File mode of the socket: who may connect.", shown="0600")
+    node_id: str | None = setting(None, TEXT, "Stable name of this node.", shown="kept from start to start")
+    data_dir: str | None = setting(None, PATH, "Directory for what outlives the process.")
+    lock_memory: bool = setting(True, BOOL, "Lock the segment in memory where the limits allow it.")
+    insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
+    connections_max: int = setting(256, count(1, 65536), "Connections at once.")
+    log_level: str = setting("info", LOG_LEVEL, "What to log.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings(Settings):
+    """Settings of a client, as an engine's connector reads them. Durations are milliseconds, sizes bytes."""
+
+    master: str = setting("127.0.0.1:50088", ADDRESS, "The master.")
+    node: str | None = setting(None, SOCKET_PATH, "Unix socket of this host's node.", shown="asked of the master")
+    checksum: str = setting("always", _choice("always", "transfer"), "When to verify what was loaded.")
+    copy_threads: int = setting(2, count(1, 64), "Threads that copy and hash.")
+    lookup_timeout: int = setting("40ms", DURATION, "How long a lookup may take before it is a miss.")
+    transfer_timeout: int = setting("1s", DURATION, "How long a put or get may take before it ends.")
+    autostart_node: bool = setting(False, BOOL, "Start a node when this host has none.")
+    segment_size: int = setting("1GB", SIZE, "Size of an autostarted node's segment, per local rank.")
+    advertise_host: str | None = setting(None, HOST, "Address that other hosts reach an autostarted node by.")
+
+
+COMPONENTS: tuple[type[Settings], ...] = (MasterSettings, NodeSettings, ClientSettings)
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[S]):
+    """Checked settings, where each value came from, and lines worth logging once at start."""
+
+    settings: S
+    sources: dict[str, str]
+    notes: list[str]
+
+
+# ---- mooncake.json ---------------------------------------------------------------------------------
+
+MOONCAKE_TO_KVPOOL = {
+    "master_server_address": "master",
+    "global_segment_size": "segment_size",
+    "local_hostname": "advertise_host",
+}
+# Its other keys: transports, a metadata server and a second storage stack, none of which exist here.
+MOONCAKE_IGNORED = frozenset({
+    "check_server", "client_server_address", "cluster_id", "decode_url", "device_name", "enable_offload",
+    "enable_ssd_offload", "local_buffer_size", "master_metrics_port", "metadata_backend", "metadata_server",
+    "preferred_segment", "prefill_url", "protocol", "replica_num", "ssd_offload_path", "standalone_storage",
+    "storage_root_dir", "tenant_id", "transfer_timeout", "use_ascend_direct",
+})  # fmt: skip
+_MOONCAKE_SIGNS = frozenset({"master_server_address", "metadata_server", "global_segment_size", "local_hostname"})
+
+
+# ---- loading ---------------------------------------------------------------------------------------
+
+
+def load(
+    cls: type[S],
+    *,
+    flags: Mapping[str, Any],
+    config_path: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    flags_from: str = "",
+) -> Loaded[S]:
+    """Return the settings of one component from flags, environment, file and defaults.
+
+    Flags that are None count as not given; ``flags_from`` names their origin when it is no command
+    line. Raises ConfigError naming the field, where its value came from, and what is allowed.
+    """
+    notes: list[str] = []
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    values: dict[str, tuple[Any, str]] = {}
+
+    config_path = config_path or environ.get(CONFIG_ENV) or None
+    mooncake_path = environ.get(MOONCAKE_ENV) if cls is not MasterSettings else None
+    if config_path and mooncake_path:
+        notes.append(f"{config_path} is used; {MOONCAKE_ENV}={mooncake_path} is not, because --config wins")
+    path = config_path or mooncake_path
+    if path:
+        values.update(_file_values(cls, path, notes, mooncake=not config_path))
+    values.update(_environment_values(known, _all_names(cls), environ))
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if name not in known:
+            raise ConfigError(name, _unknown(name, known) + (f" (from {flags_from})" if flags_from else ""))
+        values[name] = (value, flags_from or f"flag --{name}")
+
+    parsed: dict[str, Any] = {}
+    for name, (value, source) in values.items():
+        try:
+            parsed[name] = _parsed(known[name], value)
+        except ConfigError as error:
+            raise ConfigError(error.field, f"{error.problem} (from {source})") from None
+    sources = {name: values[name][1] if name in values else "default" for name in known}
+    try:
+        return Loaded(cls(**parsed), sources, notes)
+    except ConfigError as error:  # of several fields at once
+        raise ConfigError(error.field, f"{error.problem} (from {sources.get(error.field, 'default')})") from None
+
+
+def _unknown(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f"no such setting; did you mean {spell(near[0])}?" if near else "no such setting"
+
+
+def _all_names(cls: type[Settings]) -> set[str]:
+    """Return the names of all components, and of ``cls``, which may extend one of them."""
+    return {item.name for component in (*COMPONENTS, cls) for item in dataclasses.fields(component)}
+
+
+def _environment_values(
+    known: Mapping[str, Any], everyone: set[str], environ: Mapping[str, str]
+) -> dict[str, tuple[Any, str]]:
+    values: dict[str, tuple[Any, str]] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable.startswith(_RESERVED_PREFIXES):
+            continue
+        if variable == CONFIG_ENV or _SERVICE_LINK.fullmatch(variable):
+            continue
+        if variable.endswith("_PORT") and _SERVICE_URL.match(value):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in everyone or variable != variable.upper():
+            raise ConfigError(variable, _unknown(name, everyone, lambda near: ENV_PREFIX + near.upper()))
+        if name in known and value:  # set but empty counts as not set, as templates leave it
+            values[name] = (value, variable)
+    return values
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file (JSON is YAML)."""
+    try:
+        with Path(path).expanduser().open("rb") as stream:
+            data = stream.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
+    if len(data) > CONFIG_BYTES_MAX:
+        raise ConfigError("config", f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
+    try:
+        content = yaml.safe_load(data.decode())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError("config", f"{path} is neither YAML nor JSON{where}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError("config", f"{path} must hold one mapping of names to values")
+    return content
+
+
+def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: bool) -> dict[str, tuple[Any, str]]:
+    content = _read_file(path)
+    everyone = _all_names(cls)
+    if mooncake or _MOONCAKE_SIGNS & content.keys():
+        content = _from_mooncake(content, path, notes)
+    known = {item.name for item in dataclasses.fields(cls)}
+    values: dict[str, tuple[Any, str]] = {}
+    elsewhere = []
+    for name, value in content.items():
+        if name not in everyone:
+            raise ConfigError(name, f"{_unknown(name, everyone)} (from {path})")
+        if name not in known:
+            elsewhere.append(name)
+        elif value is not None:
+            values[name] = (value, path)
+    if elsewhere:
+        notes.append(f"{path}: meant for other parts of kvpool, not used here: {', '.join(sorted(elsewhere))}")
+    return values
+
+
+def _from_mooncake(content: dict[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
+    translated: dict[str, Any] = {}
+    ignored = []
+    for key, value in content.items():
+        if key in MOONCAKE_TO_KVPOOL:
+            translated[MOONCAKE_TO_KVPOOL[key]] = _mooncake_value(key, value)
+        elif key in MOONCAKE_IGNORED:
+            ignored.append(key)
+        else:
+            raise ConfigError(key, f"{_unknown(key, MOONCAKE_IGNORED | set(MOONCAKE_TO_KVPOOL))} (from {path})")
+    if ignored:
+        notes.append(f"{path}: these Mooncake keys mean nothing here: {', '.join(sorted(ignored))}")
+    return translated
+
+
+def _mooncake_value(key: str, value: Any) -> Any:
+    if value == "":
+        return None
+    if key == "local_hostname" and isinstance(value, str) and re.fullmatch(r"[^:]+:\d+|\[.*\]:\d+", value):
+        return value.rpartition(":")[0].strip("[]")  # a port of its transport, which we do not have
+    return value
+
+
+def boot_id() -> str:
+    """Return the kernel's boot id: two processes with the same one share a host; "" where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

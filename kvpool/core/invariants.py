@@ -1,0 +1,45 @@
+"""What must hold of a segment between any two calls; tests and the simulation ask all the time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from kvpool.core.allocator import require
+from kvpool.core.slots import header_bytes
+
+if TYPE_CHECKING:
+    from kvpool.core.segment import SegmentState
+
+
+def check_segment(state: SegmentState) -> None:
+    """Raise AssertionError unless every count, order and index agrees with the slots themselves."""
+    allocator, blocks, owners = state._allocator, state._blocks, state._owners.values()
+    allocator.check()
+    slots = [slot for block in blocks.values() for slot in block.shards.values()]
+    used = {offset: size for offset, size, taken in allocator.extents() if taken}
+    require({slot.start: slot.extent_bytes for slot in slots} == used, "slots are the used extents: no overlap")
+    require(state._slot_at == {slot.start: slot for slot in slots}, "every slot is found by its address")
+    heads = all(s.offset == s.start + header_bytes(s.layers) for s in slots)
+    fits = all(s.offset + s.shard_bytes <= s.start + s.extent_bytes for s in slots)
+    require(heads and fits, "a slot has room for its header and its payload")
+    require(state.payload_bytes == sum(s.shard_bytes for s in slots if not s.reserved), "payload is counted")
+
+    pins = Counter(slot for owner in owners for pinned in owner.pins.values() for slot in pinned)
+    require(all(slot.pins == pins[slot] for slot in slots), "pins are counted")
+    require(state.pinned == len(pins) == sum(slot in pins for slot in slots), "nothing pinned is gone")
+    writing = [slot for owner in owners for put in owner.reservations.values() for slot in put.slots]
+    writing += [slot for kept in state._quarantine.values() for slot in kept]
+    require({slot for slot in slots if slot.reserved} == set(writing), "what is reserved belongs to somebody")
+    require(state.reserved == len(writing) == len(set(writing)), "reserved slots are counted")
+
+    for key, block in blocks.items():
+        held = block.shards.values()
+        require(block.key == key and bool(held), "a block has a key and a slot")
+        require(all(slot.block is block for slot in held), "a slot knows its block")
+        require(block.busy == sum(slot.pins + slot.reserved for slot in held), "busy = pins + reserved")
+        require(block.bytes == sum(slot.extent_bytes for slot in held), "a block's bytes are its slots'")
+        require(block.committed == sum(1 << s.shard for s in held if not s.reserved), "committed shards are known")
+    stamps = [block.stamp for block in blocks.values() if not block.busy]
+    require(stamps == sorted(stamps), "the eviction order is that of the stamps")
+    require(state._busy_bytes == sum(b.bytes for b in blocks.values() if b.busy), "busy bytes are counted")

@@ -1,0 +1,209 @@
+"""The node's side of its session with the master: what is reported when, resent, or reported anew.
+
+Pure. Deltas are numbered; the last ones stay in a journal until the master acknowledges them, so that a
+short disconnect costs nothing. Whatever the journal no longer covers is answered by an inventory. Any
+message of the master may be lost, late or doubled: the worst that follows is another inventory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from kvpool.core.messages import (
+    Ack,
+    BlockRun,
+    Delta,
+    Evict,
+    Heartbeat,
+    Hello,
+    Inventory,
+    MasterMessage,
+    NodeAddress,
+    NodeMessage,
+    SendInventory,
+    Superseded,
+    Victims,
+    Welcome,
+)
+from kvpool.core.segment import SegmentState
+from kvpool.model import KEY_BYTES, Namespace
+
+DELTA_KEYS_MAX: Final = 16384
+"""Keys, added and removed together, in one delta."""
+
+INVENTORY_KEYS_MAX: Final = 32768
+"""Keys in one chunk of an inventory."""
+
+JOURNAL_DELTAS_MAX: Final = 4096
+JOURNAL_KEYS_MAX: Final = 1 << 20
+
+# A message stays under 1 MiB even when every run is short: its digest, mask and lengths count too.
+_MESSAGE_BYTES_MAX: Final = 1_000_000
+_RUN_BYTES: Final = 80
+
+
+class Reporter:
+    """Turns a segment's changes into messages to the master, and the master's messages into calls."""
+
+    def __init__(self, segment: SegmentState, address: NodeAddress, epoch: int) -> None:
+        """Report ``segment`` as node ``address``; ``epoch`` is this process's random number."""
+        self.superseded = False
+        self.welcomed = False
+        self.sequence = 0
+        self.master_epoch = 0
+        self.inventories = 0
+        self._segment = segment
+        self._address = address
+        self._epoch = epoch
+        self._connected = False
+        self._journal: deque[Delta] = deque()
+        self._journal_keys = 0
+        self._namespaces_told = 0
+        self._evictions_done = 0
+        self._evictions_told = 0
+
+    def __repr__(self) -> str:
+        return f"<Reporter {self._address.node_id} at {self.sequence}, {len(self._journal)} not acknowledged>"
+
+    def connected(self) -> list[NodeMessage]:
+        """Begin a session; until the master's Welcome changes stay with the segment."""
+        self._connected, self.welcomed = True, False
+        namespaces = self._segment.namespaces
+        self._namespaces_told = len(namespaces)
+        return [
+            Hello(
+                self._address,
+                self._epoch,
+                self._segment.capacity_bytes,
+                self._segment.used_bytes,
+                self.sequence,
+                self.master_epoch,
+                namespaces,
+            )
+        ]
+
+    def disconnected(self) -> None:
+        """End the session."""
+        self._connected = self.welcomed = False
+
+    def handle(self, message: MasterMessage) -> list[NodeMessage]:
+        """Do what the master says and return the answers; an eviction is confirmed by the next flush."""
+        if isinstance(message, Welcome):
+            return self._welcome(message)
+        if isinstance(message, Victims):
+            self._segment.set_victims(message.blocks)
+        elif isinstance(message, Evict):
+            self._segment.evict(message.blocks)
+            self._evictions_done = max(self._evictions_done, message.id)
+        elif isinstance(message, SendInventory):
+            self.welcomed = self._connected  # the Welcome may be lost; this says as much
+            return self._inventory() if self.welcomed else []
+        elif isinstance(message, Ack):
+            self._acknowledged(message.sequence)
+        elif isinstance(message, Superseded):
+            self.superseded = True
+            self.disconnected()
+        return []
+
+    def flush(self) -> list[NodeMessage]:
+        """Return deltas for what has changed, or was evicted or registered, since the last ones."""
+        if not self.welcomed:
+            return []
+        untold = self._namespaces_told < len(self._segment.namespaces) or self._evictions_told < self._evictions_done
+        if not untold and not self._segment.has_changes:
+            return []
+        return list(self._record_changes())
+
+    def heartbeat(self) -> Heartbeat:
+        """Return a sign of life that also shows when the last delta was lost."""
+        return Heartbeat(self._segment.used_bytes, self.sequence)
+
+    def _welcome(self, message: Welcome) -> list[NodeMessage]:
+        if not self._connected or self.superseded:
+            return []
+        if message.master_epoch != self.master_epoch:
+            self.master_epoch = message.master_epoch
+            self._evictions_done = self._evictions_told = 0  # ids of another master
+        self.welcomed = True
+        oldest = self._journal[0].sequence if self._journal else self.sequence + 1
+        if message.inventory or not oldest - 1 <= message.resume_after <= self.sequence:
+            return self._inventory()
+        missed = [delta for delta in self._journal if delta.sequence > message.resume_after]
+        return [*missed, *self.flush()]
+
+    def _inventory(self) -> list[NodeMessage]:
+        """Return a snapshot under a sequence number of its own, after what the master must know to read it.
+
+        Pending changes become deltas too, unsent: the snapshot has them, but if it is lost, a resumed
+        session does not. The one delta that is sent names every namespace: an earlier one may be lost.
+        """
+        self.inventories += 1
+        if self._segment.has_changes:
+            self._record_changes()
+        told = self._delta((), (), self._segment.namespaces, self._evictions_done)
+        self._namespaces_told = len(told.namespaces)
+        chunks = list(_batches(self._segment.snapshot(), INVENTORY_KEYS_MAX)) or [()]
+        last = len(chunks) - 1
+        return [told, *(Inventory(self.sequence, at, at == last, runs) for at, runs in enumerate(chunks))]
+
+    def _record_changes(self) -> list[Delta]:
+        added, removed = self._segment.take_changes()
+        namespaces = self._segment.namespaces[self._namespaces_told :]
+        self._namespaces_told += len(namespaces)
+        parts: list[tuple[tuple[BlockRun, ...], tuple[BlockRun, ...]]] = [(added, removed)]
+        if len(list(_batches((*removed, *added), DELTA_KEYS_MAX))) > 1:
+            parts = [((), runs) for runs in _batches(removed, DELTA_KEYS_MAX)]
+            parts += [(runs, ()) for runs in _batches(added, DELTA_KEYS_MAX)]
+        deltas = []
+        for at, (new, gone) in enumerate(parts, 1):
+            # An eviction is done when all of what it removed is told.
+            evictions = self._evictions_done if at == len(parts) else self._evictions_told
+            deltas.append(self._delta(new, gone, namespaces, evictions))
+            namespaces = ()
+        return deltas
+
+    def _delta(
+        self, added: tuple[BlockRun, ...], removed: tuple[BlockRun, ...], namespaces: tuple[Namespace, ...], done: int
+    ) -> Delta:
+        """Number a delta and keep it until it is acknowledged, within the journal's bounds."""
+        self.sequence += 1
+        self._evictions_told = done
+        delta = Delta(self.sequence, added, removed, self._segment.used_bytes, done, namespaces)
+        self._journal.append(delta)
+        self._journal_keys += _keys_in(delta)
+        while len(self._journal) > JOURNAL_DELTAS_MAX or self._journal_keys > JOURNAL_KEYS_MAX:
+            self._journal_keys -= _keys_in(self._journal.popleft())
+        return delta
+
+    def _acknowledged(self, sequence: int) -> None:
+        if sequence > self.sequence:
+            return  # of another process with this node id
+        while self._journal and self._journal[0].sequence <= sequence:
+            self._journal_keys -= _keys_in(self._journal.popleft())
+
+
+def _keys_in(delta: Delta) -> int:
+    return sum(len(run) for run in (*delta.added, *delta.removed))
+
+
+def _batches(runs: Iterable[BlockRun], keys_max: int) -> Iterator[tuple[BlockRun, ...]]:
+    """Yield runs, split where needed, in tuples of at most ``keys_max`` keys and a bounded size."""
+    batch: list[BlockRun] = []
+    keys_left, bytes_left = keys_max, _MESSAGE_BYTES_MAX
+    for run in runs:
+        at = 0
+        while at < len(run.keys):
+            room = min(keys_left, (bytes_left - _RUN_BYTES) // KEY_BYTES)
+            if room < 1:
+                yield tuple(batch)
+                batch, keys_left, bytes_left = [], keys_max, _MESSAGE_BYTES_MAX
+                continue
+            keys = run.keys[at : at + room * KEY_BYTES]
+            batch.append(BlockRun(run.namespace, run.shards, run.shard_bytes, keys))
+            at += len(keys)
+            keys_left -= len(keys) // KEY_BYTES
+            bytes_left -= len(keys) + _RUN_BYTES
+    if batch:
+        yield tuple(batch)

@@ -1,0 +1,113 @@
+"""The operators' service: what kvpoolctl shows and asks for."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvpool import __version__
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import KEY_BYTES
+from kvpool.rpc import convert
+from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
+from kvpool.server.peers import rpc
+
+if TYPE_CHECKING:
+    from kvpool.server.master import Pool
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """Reads the state, changes nothing but by EvictBlocks."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    @rpc
+    async def Status(self, request: admin_pb2.StatusRequest, context: Any) -> admin_pb2.StatusResponse:
+        """Return one page about the pool."""
+        state = self.pool.state
+        now = time.monotonic()
+        present = [n for n in state.nodes.values() if n.state in {"live", "warming"}]
+        counters = dict(state.counters)
+        counters["leases_expired"] = state.leases.expired
+        counters["leases_refused"] = state.leases.refused
+        counters["blocks_refused_index_full"] = state.index.refused
+        settings = self.pool.settings
+        return admin_pb2.StatusResponse(
+            version=__version__,
+            master_epoch=self.pool.epoch,
+            uptime_s=now - state.started,
+            blocks=len(state.index),
+            leases=len(state.leases),
+            leased_blocks=state.leases.blocks,
+            nodes_live=len([n for n in present if n.state == "live"]),
+            nodes_known=len(state.nodes),
+            capacity_bytes=sum(n.capacity_bytes for n in present),
+            used_bytes=sum(n.used_bytes for n in present),
+            warming=state.warming,
+            counters=counters,
+            settings={name: str(getattr(settings, name)) for name in settings.__dataclass_fields__},
+        )
+
+    @rpc
+    async def Nodes(self, request: admin_pb2.NodesRequest, context: Any) -> admin_pb2.NodesResponse:
+        """Return every node."""
+        state = self.pool.state
+        up = state.uptime(time.monotonic())
+        return admin_pb2.NodesResponse(
+            nodes=[
+                admin_pb2.NodeStatus(
+                    address=convert.address_to_proto(node.address),
+                    state=node.state,
+                    capacity_bytes=node.capacity_bytes,
+                    used_bytes=node.used_bytes,
+                    blocks=state.index.blocks_on.get(node.incarnation or node.pending, 0),
+                    last_seen_s=max(0.0, up - node.last_seen),
+                    epoch=node.epoch,
+                )
+                for node in state.nodes.values()
+            ]
+        )
+
+    @rpc
+    async def Namespaces(self, request: admin_pb2.NamespacesRequest, context: Any) -> admin_pb2.NamespacesResponse:
+        """Return every namespace."""
+        return admin_pb2.NamespacesResponse(
+            namespaces=[
+                admin_pb2.NamespaceStatus(
+                    digest=space.digest,
+                    descriptor=convert.namespace_to_proto(space.descriptor),
+                    blocks=len(space.table),
+                    bytes=space.stored_bytes,
+                )
+                for space in self.pool.state.index.spaces.values()
+                if space.descriptor is not None
+            ]
+        )
+
+    @rpc
+    async def Inspect(self, request: master_pb2.LookupRequest, context: Any) -> master_pb2.LookupResponse:
+        """Look up without touching or leasing."""
+        request.lease = False
+        answer = self.pool.state.lookup(convert.query_from_proto(request, request.hashes))
+        return convert.answer_to_proto(answer, self.pool.address_of)
+
+    @rpc
+    async def EvictBlocks(self, request: admin_pb2.EvictBlocksRequest, context: Any) -> admin_pb2.EvictBlocksResponse:
+        """Ask the nodes to drop blocks."""
+        state = self.pool.state
+        if request.coldest_bytes:
+            if request.namespace or request.keys:
+                raise InvalidArgumentError("coldest_bytes", "goes alone, without namespace or keys")
+            blocks, size, effects = state.evict_coldest(request.coldest_bytes)
+            self.pool.perform(effects)
+        elif request.keys:
+            if len(request.keys) % KEY_BYTES:
+                raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(request.keys)}")
+            blocks, size, effects = state.evict_keys(request.namespace, request.keys)
+            self.pool.perform(effects)
+        elif request.namespace:
+            blocks, size = state.evict_namespace(request.namespace)
+            self.pool.perform([])
+        else:
+            raise InvalidArgumentError("namespace", "give keys, a namespace or coldest_bytes")
+        return admin_pb2.EvictBlocksResponse(blocks=blocks, bytes=size)

@@ -1,0 +1,31 @@
+"""What both daemons do around their work: logging, signals, uvloop, the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+log = logging.getLogger("kvpool")
+
+
+def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], log_level: str, notes: list[str]) -> int:
+    """Run ``main(stop)`` on uvloop until it returns; SIGTERM and SIGINT set ``stop``. Returns the exit code."""
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for note in notes:
+        log.info("%s", note)
+
+    async def supervised() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        return await main(stop)
+
+    return uvloop.run(supervised())

@@ -1,0 +1,303 @@
+"""The node's data plane: frames from clients to ``SegmentState``, bytes by threads on pinned ranges only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import xxhash
+
+from kvpool.core.segment import SegmentState, Slot
+from kvpool.errors import InvalidArgumentError, KVPoolError, UnknownIdError
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES
+from kvpool.rpc.convert import namespace_from_proto
+from kvpool.rpc.errors import to_proto
+from kvpool.rpc.v1 import node_pb2
+from kvpool.server.peers import Guard
+from kvpool.tiers.dram import Segment, SlotHeader, pack_header
+from kvpool.transport.connection import BlockingIO, Connection
+from kvpool.transport.frames import frame_buffers
+
+log = logging.getLogger(__name__)
+
+NodeFrameReply = node_pb2.NodeFrameReply
+
+PROGRESS_S = 5.0
+"""How long a peer may take nothing of a transfer before it is given up."""
+
+HASH_BYTES = 256 << 10
+"""Received bytes are hashed in steps that still lie in the cache."""
+
+
+@dataclass(slots=True)
+class _Process:
+    """A local client's process, watched from the first moment of its connection."""
+
+    pidfd: int
+    gone: bool = False
+
+
+class DataPlane:
+    """Handles the frames of one node; everything but the byte movers runs on the loop's thread."""
+
+    def __init__(self, segment: Segment, state: SegmentState, node_id: str, epoch: int, guard: Guard) -> None:
+        self._segment = segment
+        self._state = state
+        self._node_id = node_id
+        self._epoch = epoch
+        self._guard = guard
+        self._processes: dict[int, _Process] = {}
+        self.changed: Callable[[], None] = lambda: None
+        self.counters: Counter[str] = Counter()
+
+    # ---- connections -----------------------------------------------------------------------------
+
+    def opened(self, conn: Connection) -> None:
+        """Let a connection in, and watch the process behind a local one."""
+        if not conn.peer.unix:
+            self._guard.check(conn.peer.host)
+        elif conn.peer.pid is not None:
+            # A process that is gone already, or one of another pid namespace: end-of-file has to do.
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(conn.peer.pid)
+                self._processes[conn.id] = _Process(pidfd)
+                asyncio.get_running_loop().add_reader(pidfd, self._process_ended, conn)
+
+    def closed(self, conn: Connection, reason: str) -> None:
+        """End a connection's pins now, its reservations when nobody can write to them any more."""
+        log.debug("%r is closed: %s", conn, reason)
+        process = self._processes.get(conn.id)
+        alive = process is not None and not process.gone
+        self._state.disconnect(conn.id, quarantine=alive)
+        if process is not None and not alive:
+            self._forget_process(conn.id)
+        self.changed()
+
+    def _process_ended(self, conn: Connection) -> None:
+        self._processes[conn.id].gone = True
+        asyncio.get_running_loop().remove_reader(self._processes[conn.id].pidfd)
+        conn.close("the process ended")
+        self._state.process_gone(conn.id)
+        self._forget_process(conn.id)
+        self.changed()
+
+    def _forget_process(self, conn_id: int) -> None:
+        process = self._processes.pop(conn_id, None)
+        if process is not None:
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+            os.close(process.pidfd)
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def frame(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        """Answer a request."""
+        body = message.WhichOneof("body")
+        handler = self._HANDLERS.get(body or "")
+        if handler is None:
+            raise InvalidArgumentError("body", f"{body} needs a payload" if body else "is missing")
+        handler(self, conn, message, payload)
+
+    def streams_payload(self, conn: Connection, message: node_pb2.NodeFrame, payload_bytes: int) -> bool:
+        """Take the payload of a Write straight into its slots."""
+        if message.WhichOneof("body") != "write":
+            return False
+        slots = self._state.reservation(conn.id, message.write.reservation).slots
+        checksums = sum(slot.layers for slot in slots) * CHECKSUM_BYTES
+        wanted = checksums + sum(slot.shard_bytes for slot in slots)
+        if payload_bytes != wanted:
+            raise InvalidArgumentError("payload", f"must be {wanted} bytes for this reservation, not {payload_bytes}")
+        self._write(conn, message, slots, checksums)
+        return True
+
+    def _attach(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        if not conn.peer.unix:
+            raise InvalidArgumentError("attach", "only on the unix socket")
+        attached = node_pb2.Attached(node_id=self._node_id, epoch=self._epoch, segment_bytes=self._segment.size)
+        conn.reply(NodeFrameReply(id=message.id, attached=attached), fds=(self._segment.fd,))
+
+    def _register(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        self._state.register(namespace_from_proto(message.register))
+        conn.reply(NodeFrameReply(id=message.id))
+        self.changed()
+
+    def _reserve(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        request = message.reserve
+        _check_keys(request.namespace, payload)
+        reservation = self._state.reserve(
+            conn.id, request.namespace, request.shards, bytes(payload), request.shard_bytes, request.layers
+        )
+        conn.reply(
+            NodeFrameReply(id=message.id, reserved=node_pb2.Reserved(reservation=reservation.id)),
+            array("q", reservation.offsets).tobytes(),
+        )
+        if self._state.has_changes:
+            self.changed()
+
+    def _commit(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        request = message.commit
+        slots = self._state.commit(conn.id, request.reservation, bytes(payload), request.keep or None)
+        conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(slots))))
+        self._describe(slots)
+        self.changed()
+
+    def _describe(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            key = slot.block.key
+            header = SlotHeader(
+                key[:DIGEST_BYTES],
+                key[DIGEST_BYTES:],
+                slot.shard,
+                slot.shard_bytes,
+                slot.layers,
+                slot.generation,
+                slot.checksums or b"",
+            )
+            pack_header(self._segment.view, slot.offset, header)
+
+    def _abort(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        self._state.abort(conn.id, message.abort.reservation)
+        conn.reply(NodeFrameReply(id=message.id))
+
+    def _pin(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        request = message.pin
+        _check_keys(request.namespace, payload)
+        pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
+        places = array("q")
+        checksums = []
+        layers = 0
+        for slot in pin.slots:
+            if slot is None:
+                places.extend((-1, 0))
+            else:
+                places.extend((slot.offset, slot.shard_bytes))
+                checksums.append(slot.checksums or b"")
+                layers = slot.layers
+        conn.reply(
+            NodeFrameReply(id=message.id, pinned=node_pb2.Pinned(pin=pin.id, layers=layers)),
+            b"".join((places.tobytes(), *checksums)),
+        )
+
+    def _release(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        self._state.release(conn.id, message.release.pin)
+
+    def _local_prefix(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        request = message.local_prefix
+        _check_keys(request.namespace, payload)
+        prefix = self._state.local_prefix(request.namespace, request.shards, bytes(payload))
+        conn.reply(NodeFrameReply(id=message.id, local_prefix=node_pb2.LocalPrefixReply(prefix=prefix)))
+
+    # ---- bytes over TCP ----------------------------------------------------------------------------
+
+    def _get(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        request = message.get
+        _check_keys(request.namespace, payload)
+        pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
+        try:
+            frame = self._get_frame(message, pin.slots)
+        except KVPoolError:
+            self._state.release(conn.id, pin.id)
+            raise
+
+        def send(io: BlockingIO) -> None:
+            io.send_all(frame, PROGRESS_S)
+
+        def done(_: None, error: BaseException | None) -> None:
+            self._state.release(conn.id, pin.id)
+            self.counters["get_failed" if error else "get_sent"] += 1
+
+        conn.run_blocking(send, done)
+
+    def _get_frame(self, message: node_pb2.NodeFrame, slots: list[Slot | None]) -> list[memoryview]:
+        request = message.get
+        sizes, checksums, data = array("q"), [], []
+        sent_layers = 0
+        for slot in slots:
+            if slot is None:
+                sizes.append(-1)
+                continue
+            layers = request.layer_count or slot.layers - request.first_layer
+            if layers < 1 or request.first_layer + layers > slot.layers:
+                raise InvalidArgumentError("layer_count", f"this block has layers 0 to {slot.layers - 1}")
+            sent_layers = layers
+            step = slot.shard_bytes // slot.layers
+            start = slot.offset + request.first_layer * step
+            data.append(self._segment.view[start : start + layers * step])
+            sizes.append(layers * step)
+            first = request.first_layer * CHECKSUM_BYTES
+            checksums.append((slot.checksums or b"")[first : first + layers * CHECKSUM_BYTES])
+        prefix = memoryview(b"".join((sizes.tobytes(), *checksums)))
+        return frame_buffers(NodeFrameReply(id=message.id, got=node_pb2.Got(layers=sent_layers)), [prefix, *data])
+
+    def _write(self, conn: Connection, message: node_pb2.NodeFrame, slots: list[Slot], checksum_bytes: int) -> None:
+        reservation = message.write.reservation
+        view = self._segment.view
+        checksums = bytearray(checksum_bytes)
+
+        def receive(io: BlockingIO) -> bytes:
+            io.recv_exact_into([memoryview(checksums)], PROGRESS_S)
+            keep = bytearray()
+            at = 0
+            for slot in slots:
+                step = slot.shard_bytes // slot.layers
+                right = True
+                for layer in range(slot.layers):
+                    start = slot.offset + layer * step
+                    digest = _receive_hashed(io, view[start : start + step])
+                    right &= digest == int.from_bytes(checksums[at : at + CHECKSUM_BYTES], "little")
+                    at += CHECKSUM_BYTES
+                keep.append(right)
+            return bytes(keep)
+
+        def done(keep: bytes | None, error: BaseException | None) -> None:
+            if keep is None:
+                self.counters["write_failed"] += 1
+                # Its connection is closed, or it is still there and the reservation with it.
+                with contextlib.suppress(UnknownIdError):
+                    self._state.abort(conn.id, reservation)
+                if conn.is_open:
+                    conn.reply(NodeFrameReply(id=message.id, error=to_proto(error or KVPoolError("write failed"))))
+                return
+            self.counters["write_corrupt"] += keep.count(0)
+            stored = self._state.commit(conn.id, reservation, bytes(checksums), keep)
+            conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(stored))))
+            self._describe(stored)
+            self.changed()
+
+        conn.run_blocking(receive, done)
+
+    _HANDLERS = {
+        "attach": _attach,
+        "register": _register,
+        "reserve": _reserve,
+        "commit": _commit,
+        "abort": _abort,
+        "pin": _pin,
+        "release": _release,
+        "get": _get,
+        "local_prefix": _local_prefix,
+    }
+
+
+def _check_keys(namespace: bytes, payload: memoryview) -> None:
+    if len(namespace) != DIGEST_BYTES:
+        raise InvalidArgumentError("namespace", f"must be {DIGEST_BYTES} bytes, not {len(namespace)}")
+    if len(payload) % KEY_BYTES:
+        raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(payload)}")
+
+
+def _receive_hashed(io: BlockingIO, target: memoryview) -> int:
+    if len(target) <= HASH_BYTES:
+        io.recv_exact_into([target], PROGRESS_S)
+        return xxhash.xxh3_64_intdigest(target)
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(target), HASH_BYTES):
+        piece = target[start : start + HASH_BYTES]
+        io.recv_exact_into([piece], PROGRESS_S)
+        digest.update(piece)
+    return digest.intdigest()

@@ -1,0 +1,225 @@
+"""The node's process: its segment, its data plane, its session with the master."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import grpc
+
+from kvpool.config import NodeSettings, boot_id, split_address
+from kvpool.core.messages import NodeAddress, NodeMessage
+from kvpool.core.reporter import Reporter
+from kvpool.core.segment import SegmentState
+from kvpool.errors import ConfigError, KVPoolError
+from kvpool.model import format_size
+from kvpool.rpc import convert
+from kvpool.rpc.v1 import node_pb2, node_pb2_grpc
+from kvpool.server.daemon import run_daemon
+from kvpool.server.dataplane import DataPlane
+from kvpool.server.peers import Guard, is_loopback
+from kvpool.tiers.dram import Segment
+from kvpool.transport.server import FrameServer
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.2
+FLUSH_S = 0.005
+"""Changes of this long go into one delta."""
+
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 1.0
+COMPLAIN_EVERY_S = 10.0
+QUEUE_MAX = 64
+MESSAGE_BYTES_MAX = 32 << 20
+EXIT_SUPERSEDED = 3
+
+
+class Session:
+    """Keeps a session with the master: connects, says Hello, reports, and begins again when it breaks."""
+
+    def __init__(self, master: str, state: SegmentState, reporter: Reporter) -> None:
+        self._master = master
+        self._state = state
+        self._reporter = reporter
+        self._out: asyncio.Queue[NodeMessage] = asyncio.Queue()
+        self._flush_asked = False
+        self.superseded = asyncio.Event()
+
+    def changed(self) -> None:
+        """Report soon; what changes meanwhile goes along."""
+        if not self._flush_asked:
+            self._flush_asked = True
+            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_asked = False
+        if self._out.qsize() >= QUEUE_MAX:
+            self.changed()  # the master takes nothing at the moment: the changes stay where they are
+            return
+        self._put(self._reporter.flush())
+
+    def _put(self, messages: Iterable[NodeMessage]) -> None:
+        for message in messages:
+            self._out.put_nowait(message)
+
+    async def run(self) -> None:
+        """Keep the session until cancelled, or until another process takes our place."""
+        retry_s, complained = RETRY_FIRST_S, -COMPLAIN_EVERY_S
+        loop = asyncio.get_running_loop()
+        while not self._reporter.superseded:
+            try:
+                await self._once()
+                retry_s = RETRY_FIRST_S
+            except (grpc.RpcError, KVPoolError) as exc:
+                text = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
+                if loop.time() - complained >= COMPLAIN_EVERY_S:
+                    complained = loop.time()
+                    log.warning("no session with the master at %s: %s; trying again", self._master, text)
+            if self._reporter.welcomed:
+                retry_s, complained = RETRY_FIRST_S, -COMPLAIN_EVERY_S
+            self._reporter.disconnected()
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, RETRY_MAX_S)
+        self.superseded.set()
+
+    async def _once(self) -> None:
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.keepalive_time_ms", 30_000),
+            # Each try is a channel of its own: one that remembers failures would wait on its own account.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        async with grpc.aio.insecure_channel(self._master, options) as channel:
+            call = node_pb2_grpc.NodeSessionStub(channel).Session()
+            self._out = asyncio.Queue()
+            self._put(self._reporter.connected())
+            tasks = [asyncio.create_task(part) for part in (self._read(call), self._write(call), self._beat())]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                call.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[node_pb2.NodeMessage, node_pb2.MasterMessage]) -> None:
+        async for wire in call:
+            self._put(self._reporter.handle(convert.master_message_from_proto(wire)))
+            if self._reporter.superseded:
+                return
+            if isinstance(wire, node_pb2.MasterMessage) and wire.WhichOneof("body") == "welcome":
+                log.info("session with the master at %s", self._master)
+            self.changed()
+        # Ended in order by the master: begin again.
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[node_pb2.NodeMessage, node_pb2.MasterMessage]) -> None:
+        while True:
+            message = await self._out.get()
+            await call.write(convert.node_message_to_proto(message))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self._reporter.welcomed and self._out.empty():
+                self._put([self._reporter.heartbeat()])
+
+
+def node_id(settings: NodeSettings) -> str:
+    """Return the node's stable name: as set, as kept in the data directory, or made from host and socket."""
+    if settings.node_id:
+        return settings.node_id
+    name = socket.gethostname()
+    made = f"{name}-{hashlib.blake2b(f'{name}|{settings.socket_path}'.encode(), digest_size=4).hexdigest()}"
+    if settings.data_dir is None:
+        return made
+    kept = Path(settings.data_dir) / "node_id"
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if kept.exists():
+            return kept.read_text().strip() or made
+        kept.write_text(made + "\n")
+    except OSError as exc:
+        raise ConfigError("data_dir", f"cannot keep the node's id in {settings.data_dir}: {exc.strerror}") from exc
+    return made
+
+
+def advertised_host(settings: NodeSettings) -> str:
+    """Return the address that other hosts reach us by: as set, or that of the way to the master."""
+    if settings.advertise_host:
+        return settings.advertise_host
+    if settings.host not in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared, not bound
+        return settings.host
+    host, port = split_address(settings.master, "master")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.connect(address)  # sends nothing: it only chooses a route
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _prepare_socket_dir(path: str) -> None:
+    parent = Path(path).parent
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = parent.stat()
+    except OSError as exc:
+        raise ConfigError("socket_path", f"cannot make {parent}: {exc.strerror}") from exc
+    if status.st_uid not in {os.getuid(), 0} and not status.st_mode & 0o1000:
+        raise ConfigError("socket_path", f"{parent} belongs to another user")
+
+
+async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
+    """Serve until ``stop``; returns the exit code. Raises KVPoolError for what cannot be started."""
+    _prepare_socket_dir(settings.socket_path)
+    epoch = secrets.randbits(63) | 1
+    log.info("populating a segment of %s", format_size(settings.segment_size))
+    segment = await asyncio.to_thread(Segment.create, settings.segment_size, lock=settings.lock_memory)
+    if not segment.locked:
+        log.warning("the segment is not locked in memory: %s", segment.lock_error)
+    state = SegmentState(settings.segment_size)
+    name = node_id(settings)
+    plane = DataPlane(segment, state, name, epoch, Guard("node", insecure=settings.insecure))
+    server = FrameServer(plane, connections_max=settings.connections_max)
+    server.listen_unix(settings.socket_path, settings.socket_mode)
+    _, port = server.listen_tcp(settings.host, settings.port)
+    host = advertised_host(settings)
+    if not settings.insecure and not is_loopback(host):
+        log.info("protected mode: other hosts are refused; --insecure lets them in")
+    address = NodeAddress(name, host, port, os.path.abspath(settings.socket_path), boot_id())
+    session = Session(settings.master, state, Reporter(state, address, epoch))
+    plane.changed = session.changed
+    log.info("node %s is ready on %s and %s:%d", name, settings.socket_path, host, port)
+    running = asyncio.create_task(session.run())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
+    code = 0
+    if session.superseded.is_set():
+        log.error("another process has taken the name %s: this one exits", name)
+        code = EXIT_SUPERSEDED
+    elif running.done():
+        log.error("the node stops: %r", running.exception(), exc_info=running.exception())
+        code = 1
+    running.cancel()
+    stopped.cancel()
+    await asyncio.gather(running, stopped, return_exceptions=True)
+    await server.close()
+    segment.close()
+    return code
+
+
+def run(settings: NodeSettings, notes: list[str]) -> int:
+    """Run a node until SIGTERM or SIGINT; returns the exit code."""
+    return run_daemon(functools.partial(serve, settings), settings.log_level, notes)

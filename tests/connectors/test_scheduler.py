@@ -1,0 +1,326 @@
+"""The scheduler's side without an engine: what it answers, plans and holds."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from kvpool.model import KEY_BYTES, Namespace
+from kvpool_vllm.metadata import StepMeta, WorkerMeta
+from kvpool_vllm.scheduler import SAVING_SHARE_MAX, SchedulerSide
+from kvpool_vllm.settings import ConnectorSettings
+from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
+
+TOKENS = 4
+NAMESPACE = Namespace(model="demo", block_tokens=TOKENS)
+
+
+def hashes_of(prompt: str, blocks: int) -> list[bytes]:
+    return [hashlib.sha256(f"{prompt}/{i}".encode()).digest() for i in range(blocks)]
+
+
+@dataclass
+class Request:
+    request_id: str
+    num_prompt_tokens: int
+    block_hashes: list[bytes]
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    lora_request: Any = None
+    skip_reading_prefix_cache: bool = False
+    over: bool = False
+
+    def is_finished(self) -> bool:
+        return self.over
+
+
+def request_of(name: str, tokens: int, prompt: str = "p") -> Request:
+    return Request(name, tokens, hashes_of(prompt, tokens // TOKENS))
+
+
+@dataclass
+class Block:
+    block_id: int
+    ref_cnt: int = 0
+
+
+@dataclass
+class BlockPool:
+    num_gpu_blocks: int = 100
+    blocks: list[Block] = field(default_factory=lambda: [Block(i) for i in range(100)])
+
+    def touch(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            block.ref_cnt += 1
+
+    def free_blocks(self, blocks: Iterator[Block]) -> None:
+        for block in blocks:
+            block.ref_cnt -= 1
+
+    @property
+    def held(self) -> int:
+        return sum(block.ref_cnt for block in self.blocks)
+
+
+class Harness:
+    """A scheduler's side on a pool in memory; it waits for lookups unless a gate holds them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.pool, self.faults, self.blocks = MemoryPool(), Faults(), BlockPool()
+        self.client = MemoryClient(self.pool)
+        self.side = SchedulerSide(
+            FaultyClient(self.client, self.faults),  # type: ignore[arg-type]  # stands in for Client
+            ConnectorSettings(**settings),
+            lambda: NAMESPACE,
+            block_tokens=TOKENS,
+            hashes_per_block=1,
+            ranks=2,
+        )
+        self.side.bind_block_pool(self.blocks)
+
+    def store(self, hashes: list[bytes]) -> None:
+        self.client.put(NAMESPACE, hashes, [b"x"] * len(hashes))
+
+    def matched(self, request: Request, computed: int = 0) -> tuple[int | None, bool]:
+        """Ask as the engine does, step by step, until there is an answer."""
+        for _ in range(5000):
+            answer = self.side.matched_tokens(request, computed)
+            if answer[0] is not None:
+                return answer
+            self.side.build_meta({}, lambda _: [])
+        raise AssertionError("no answer")
+
+    def step(self, **scheduled: int) -> StepMeta:
+        return self.side.build_meta(scheduled, lambda _: list(range(50)))
+
+    def settle_leases(self) -> None:
+        """Wait until the keeper has released what it was told to."""
+        done = threading.Event()
+        for _ in range(1000):
+            if self.side.leases == len(self.side._leases._held):
+                return
+            done.wait(0.005)
+        raise AssertionError("leases were not released")
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    one = Harness()
+    yield one
+    one.faults.reset()
+    one.side.close()
+
+
+def test_miss_is_no_load(harness: Harness) -> None:
+    """An empty pool offers nothing."""
+    assert harness.matched(request_of("a", 12)) == (0, False)
+
+
+def test_hit_is_offered_once_asked_and_remembered(harness: Harness) -> None:
+    """The engine may ask in every step; the pool is asked once."""
+    request = request_of("a", 14)
+    harness.store(request.block_hashes[:2])
+    assert harness.matched(request) == (8, True)
+    for _ in range(10):
+        assert harness.side.matched_tokens(request, 0) == (8, True)
+    assert harness.faults.lookups == 1
+
+
+def test_engine_hit_is_subtracted(harness: Harness) -> None:
+    """Only what the engine lacks is loaded, into the blocks behind its own."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    assert harness.matched(request, 4) == (8, True)
+    harness.side.allocated(request, [10, 11, 12], 8)
+    (job,) = harness.step().loads
+    assert job.block_ids == [11, 12]
+    assert job.keys == b"".join(h[:KEY_BYTES] for h in request.block_hashes[1:])
+
+
+def test_lookup_that_takes_long_is_asked_for_later(harness: Harness) -> None:
+    """The scheduler's thread gets None and goes on."""
+    harness.faults.lookup_gate.close()
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    assert harness.side.matched_tokens(request, 0) == (None, False)
+    assert harness.side.matched_tokens(request, 0) == (None, False)
+    harness.faults.lookup_gate.open()
+    assert harness.matched(request) == (12, True)
+    assert harness.faults.lookups == 1
+
+
+def test_lookup_that_never_answers_is_a_miss() -> None:
+    """After a few of its own timeouts the request is computed, and a late lease is given back."""
+    harness = Harness(lookup_timeout=1)
+    harness.faults.lookup_gate.close()
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    assert harness.matched(request) == (0, False)
+    assert harness.side.counters["lookup.abandoned"] == 1
+    harness.faults.lookup_gate.open()
+    harness.side._client.close()  # waits for the lookup
+    harness.settle_leases()
+    assert harness.pool.leases_given == 1
+    assert not harness.pool.leases
+    harness.side.close()
+
+
+def test_lookup_that_fails_is_a_miss(harness: Harness) -> None:
+    """An exception of the client is a miss, once."""
+    harness.faults.raises = {"lookup": RuntimeError("injected")}
+    request = request_of("a", 12)
+    assert harness.matched(request) == (0, False)
+    assert harness.matched(request) == (0, False)
+    assert harness.faults.lookups == 1
+
+
+def test_engine_that_lost_blocks_asks_again(harness: Harness) -> None:
+    """An answer that took blocks of the engine for granted does not outlive them."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes[2:])
+    assert harness.matched(request, 8) == (4, True)
+    assert harness.matched(request, 0) == (0, False)
+    assert harness.faults.lookups == 2
+
+
+def test_lease_lives_as_long_as_the_load(harness: Harness) -> None:
+    """Taken by the lookup, kept while the load waits and runs, released when all ranks are done."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    harness.matched(request)
+    assert len(harness.pool.leases) == 1
+    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.step()
+    harness.side.worker_report(WorkerMeta(loaded={"a": 3}), [])
+    assert len(harness.pool.leases) == 1
+    harness.side.worker_report(WorkerMeta(loaded={"a": 3}), ["a"])
+    harness.settle_leases()
+    assert not harness.pool.leases
+
+
+def test_load_is_tried_once(harness: Harness) -> None:
+    """After a load that failed the request is computed: it would otherwise fail for ever."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    harness.matched(request)
+    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.step()
+    harness.side.worker_report(WorkerMeta(loaded={"a": 0}), ["a"])
+    assert harness.matched(request) == (0, False)
+
+
+def test_preempted_request_may_load_again(harness: Harness) -> None:
+    """A preemption takes the request's blocks, so it asks the pool anew."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    harness.matched(request)
+    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.step()
+    harness.side.worker_report(WorkerMeta(loaded={"a": 3}), ["a"])
+    request.num_preemptions = 1
+    assert harness.matched(request) == (12, True)
+
+
+def test_aborted_load_is_followed_to_its_end(harness: Harness) -> None:
+    """The lease of an aborted request stays while its load still reads, and no longer."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    harness.matched(request)
+    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.step()
+    request.over = True
+    harness.side.finished(request)
+    assert harness.side.leases == 1
+    harness.side.worker_report(WorkerMeta(loaded={"a": 3}), ["a"])
+    harness.settle_leases()
+    assert harness.side.leases == 0
+    assert not harness.side._requests
+
+
+def test_load_refused_by_the_engine_releases_the_lease(harness: Harness) -> None:
+    """Another connector was chosen: nothing is loaded here."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    harness.matched(request)
+    harness.side.allocated(request, [1, 2, 3], 0)
+    harness.settle_leases()
+    assert not harness.pool.leases
+    assert harness.step().loads == []
+
+
+def test_full_blocks_of_the_prompt_are_saved_as_they_fill(harness: Harness) -> None:
+    """Chunks save what they complete; the partial block and generated tokens are not saved."""
+    request = request_of("a", 14)
+    request.block_hashes += hashes_of("generated", 3)
+    harness.matched(request)
+    harness.side.allocated(request, list(range(50)), 0)
+    saved: list[list[int]] = []
+    for tokens in (6, 6, 2, 1, 1, 8):
+        saved.extend(job.block_ids for job in harness.step(a=tokens).saves)
+        request.num_computed_tokens += tokens
+    assert saved == [[0], [1, 2]]
+
+
+def test_nothing_known_is_saved_again(harness: Harness) -> None:
+    """Blocks that the engine or the pool had are not saved; blocks that failed to load are."""
+    request = request_of("a", 20)
+    harness.store(request.block_hashes)
+    harness.matched(request, 4)
+    harness.side.allocated(request, list(range(50)), 16)
+    harness.step()
+    harness.side.worker_report(WorkerMeta(loaded={"a": 2}), ["a"])
+    request.num_computed_tokens = 12
+    (job,) = harness.step(a=8).saves
+    assert job.block_ids == [3, 4]
+
+
+def test_saved_blocks_are_held_until_all_ranks_report(harness: Harness) -> None:
+    """The engine may free a request at once: saves hold references of their own."""
+    request = request_of("a", 12)
+    harness.side.track(request)
+    (job,) = harness.step(a=12).saves
+    request.over = True
+    harness.side.finished(request)
+    assert (harness.blocks.held, harness.side.saving) == (3, True)
+    harness.side.worker_report(WorkerMeta(saved={job.job_id: 1}), [])
+    assert (harness.blocks.held, harness.side.saving) == (3, True)
+    harness.side.worker_report(WorkerMeta(saved={job.job_id: 1}), [])
+    assert (harness.blocks.held, harness.side.saving) == (0, False)
+
+
+def test_saves_hold_a_bounded_share_of_the_engine(harness: Harness) -> None:
+    """A pool that takes nothing costs misses later, not room now."""
+    limit = harness.blocks.num_gpu_blocks // SAVING_SHARE_MAX
+    for i in range(5):
+        request = request_of(f"r{i}", 10 * TOKENS, f"p{i}")
+        harness.side.track(request)
+        harness.step(**{f"r{i}": 10 * TOKENS})
+    assert harness.blocks.held <= limit
+    assert harness.side.counters["save.dropped_blocks"] == 50 - harness.blocks.held
+
+
+def test_adapters_and_unread_requests(harness: Harness) -> None:
+    """An adapter's KV is neither loaded nor saved; a request that must be computed is still saved."""
+    adapter = request_of("a", 12)
+    adapter.lora_request = object()
+    unread = request_of("b", 12)
+    unread.skip_reading_prefix_cache = True
+    harness.store(adapter.block_hashes)
+    assert harness.matched(adapter) == harness.matched(unread) == (0, False)
+    assert harness.faults.lookups == 0
+    assert [job.job_id for job in harness.step(a=12, b=12).saves] == [1]
+
+
+def test_hashes_finer_than_blocks() -> None:
+    """Each hash covers all before it, so the last one in a block names the block."""
+    harness = Harness()
+    harness.side._hashes_per_block = 2
+    request = request_of("a", 12)
+    request.block_hashes = hashes_of("fine", 7)
+    assert harness.side._hashes(request) == [request.block_hashes[i] for i in (1, 3, 5)]
+    harness.side.close()

@@ -1,0 +1,132 @@
+"""The worker's side without an engine: every job ends in one report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from kvpool.model import KEY_BYTES, Namespace
+from kvpool_vllm.metadata import LoadJob, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.settings import ConnectorSettings
+from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
+from kvpool_vllm.worker import WorkerSide
+
+NAMESPACE = Namespace(model="demo", layers=2)
+DEADLINE_S = 30.0
+
+
+class Memory:
+    """Eight blocks of two layers."""
+
+    def __init__(self) -> None:
+        self.bytes = np.arange(8 * 2 * 16, dtype=np.uint8).reshape(8, 2, 16)
+
+    def views(self, block_ids: list[int]) -> list[list[np.ndarray]]:
+        return [list(self.bytes[block]) for block in block_ids]
+
+
+def keys(*names: int) -> bytes:
+    return b"".join(bytes([name]) * KEY_BYTES for name in names)
+
+
+class Harness:
+    """A worker's side on a pool in memory."""
+
+    def __init__(self, *, saves: bool = True) -> None:
+        self.pool, self.faults, self.memory = MemoryPool(), Faults(), Memory()
+        client = FaultyClient(MemoryClient(self.pool), self.faults)
+        self.side = WorkerSide(client, ConnectorSettings(load_threads=1), shard=0, saves=saves)  # type: ignore[arg-type]
+        self.side.attach(self.memory)  # type: ignore[arg-type]
+
+    def save(self, job_id: int, names: bytes, block_ids: list[int]) -> None:
+        self.side.start_saves(StepMeta(saves=[SaveJob(NAMESPACE, job_id, names, block_ids)]))
+
+    def load(self, request_id: str, names: bytes, block_ids: list[int]) -> None:
+        self.side.start_loads(StepMeta(loads=[LoadJob(NAMESPACE, request_id, names, block_ids, None)]))
+
+    def collect(
+        self, loads: int = 0, saves: int = 0, aborted: tuple[str, ...] = ()
+    ) -> tuple[set[str], set[int], WorkerMeta]:
+        """Step until so much was reported; return ids, failed blocks and the report."""
+        ids: set[str] = set()
+        failed: set[int] = set()
+        total = WorkerMeta()
+        deadline = time.monotonic() + DEADLINE_S
+        while len(ids) < loads or len(total.saved) < saves:
+            assert time.monotonic() < deadline
+            self.side.wait_for_progress()
+            ids |= self.side.finished_loads(())
+            failed |= self.side.failed_blocks()
+            total = total.aggregate(self.side.report() or WorkerMeta())
+        return ids, failed, total
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    one = Harness()
+    yield one
+    one.faults.reset()
+    one.side.close()
+
+
+def test_saved_blocks_can_be_loaded(harness: Harness) -> None:
+    """Bytes come back into other blocks as they were."""
+    harness.save(1, keys(1, 2), [0, 1])
+    assert harness.collect(saves=1)[2].saved == {1: 1}
+    harness.load("a", keys(1, 2), [6, 7])
+    ids, failed, meta = harness.collect(loads=1)
+    assert (ids, failed, meta.loaded) == ({"a"}, set(), {"a": 2})
+    assert np.array_equal(harness.memory.bytes[6:8], harness.memory.bytes[0:2])
+
+
+def test_missing_tail_is_reported_with_the_request(harness: Harness) -> None:
+    """Blocks from the first missing one on count as failed, those that did arrive behind it too."""
+    harness.save(1, keys(1, 3), [0, 1])
+    harness.collect(saves=1)
+    harness.load("a", keys(1, 2, 3), [5, 6, 7])
+    ids, failed, meta = harness.collect(loads=1)
+    assert (ids, failed, meta.loaded) == ({"a"}, {6, 7}, {"a": 1})
+    assert harness.side.failed_blocks() == set()
+
+
+@pytest.mark.parametrize("call", ["get", "put"])
+def test_client_that_raises_ends_the_job(harness: Harness, call: str) -> None:
+    """Whatever the client does, the engine gets its report."""
+    harness.faults.raises = {call: RuntimeError("injected")}
+    harness.save(1, keys(1), [0])
+    harness.load("a", keys(1), [7])
+    ids, failed, meta = harness.collect(loads=1, saves=1)
+    assert ids == {"a"}
+    assert failed == {7}
+    assert meta.saved == {1: 1}
+
+
+def test_aborted_load_that_no_thread_began_ends_at_once(harness: Harness) -> None:
+    """It is reported without being read; the one that runs is reported when it ends."""
+    harness.faults.get_gate.close()
+    harness.load("running", keys(1), [1])
+    assert harness.faults.get_gate.arrived.wait(DEADLINE_S)
+    harness.load("queued", keys(2), [2])
+    assert harness.side.finished_loads(["running", "queued"]) == {"queued"}
+    assert harness.side.finished_loads([]) == set()
+    harness.faults.get_gate.open()
+    assert harness.collect(loads=1)[0] == {"running"}
+    assert harness.faults.gets == 1
+
+
+def test_rank_that_holds_the_same_heads_reports_without_storing() -> None:
+    """Every rank reports every job, or the engine would wait."""
+    harness = Harness(saves=False)
+    harness.save(1, keys(1), [0])
+    assert harness.collect(saves=1)[2].saved == {1: 1}
+    assert harness.pool.shards == {}
+    harness.side.close()
+
+
+def test_reports_of_ranks_add_up() -> None:
+    """Saves are counted per rank; a load is as good as its worst rank."""
+    one, two = WorkerMeta({1: 1, 2: 1}, {"a": 3}), WorkerMeta({1: 1}, {"a": 2, "b": 1})
+    assert one.aggregate(two) == WorkerMeta({1: 2, 2: 1}, {"a": 2, "b": 1})

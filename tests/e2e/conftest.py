@@ -1,0 +1,225 @@
+"""Real engines and real pools for the end-to-end tests; they run in the environment of ``make e2e``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engine import Answer, Engine, engine_environment
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+MARGIN_MIN = 0.25
+"""A prompt is used where no other token comes this close: bf16 rounds differently for other shapes."""
+
+MEMORY_CLIENT = {"client_factory": "kvpool_vllm.testing:memory_client"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs an engine, skip it where there is none, and let vLLM's own warnings pass."""
+    absent = pytest.mark.skip(reason="needs vLLM: make e2e")
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.e2e)
+        item.add_marker(pytest.mark.filterwarnings("default"))
+        if importlib.util.find_spec("vllm") is None:
+            item.add_marker(absent)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for what vLLM leaves behind, after pointing vLLM at it."""
+    path = tmp_path_factory.mktemp("vllm")
+    os.environ.update(engine_environment(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(home: Path) -> Path:
+    """Return a tiny checkpoint whose answers depend on the whole prompt."""
+    from tests.e2e.make_model import make_model
+
+    return make_model(home / "tiny-model")
+
+
+@pytest.fixture(scope="session")
+def memory_engine(model: Path) -> Iterator[Engine]:
+    """Return the engine of this process, on a pool in this process that fails on command."""
+    engine = Engine(model, MEMORY_CLIENT)
+    yield engine
+    engine.close()
+
+
+class Prompts:
+    """Random prompts that the model answers with a clear margin, so that equal tokens mean equal KV."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(11)
+
+    def random(self, length: int) -> list[int]:
+        return [self._rng.randrange(3, 4096) for _ in range(length)]
+
+    def clear(self, engine: Any, length: int, tokens: int = 4) -> tuple[list[int], Answer]:
+        """Return a prompt and its cold answer."""
+        for _ in range(50):
+            prompt = self.random(length)
+            answer = engine.generate(prompt, tokens)
+            if answer.margin >= MARGIN_MIN:
+                return prompt, answer
+        raise AssertionError("no prompt with a clear margin")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Prompts:
+    """Return a source of prompts."""
+    return Prompts()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Pool:
+    """A master and one node as processes of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("KVPOOL_")}
+        self.address = f"127.0.0.1:{free_port()}"
+        self._master = self._start("master", "--port", self.address.rpartition(":")[2])
+        self.node = self._start_node()
+
+    def _start(self, component: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self._folder / f"{component}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"kvpool.cli.{component}", *arguments],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _start_node(self) -> subprocess.Popen[bytes]:
+        socket_path = str(self._folder / "node.sock")
+        node = self._start("node", "--master", self.address, "--segment_size", "256MB", "--socket_path", socket_path)
+        self._wait_ready(node)
+        return node
+
+    def nodes(self) -> list[Any]:
+        """Return what the master says of its nodes; nothing while there is no master."""
+        command = [sys.executable, "-m", "kvpool.cli.ctl", "--master", self.address, "nodes", "--json"]
+        asked = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=30, check=False)
+        if asked.returncode:
+            return []
+        answer = json.loads(asked.stdout)
+        found: list[Any] = answer["nodes"] if isinstance(answer, dict) else answer
+        return found
+
+    def _wait_ready(self, node: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 60
+        while not self.nodes():
+            assert node.poll() is None, f"the node ended with {node.returncode}"
+            assert time.monotonic() < deadline, "the node did not reach the master"
+
+    def replace_node(self) -> None:
+        """Start another node where the last one was, once that one is gone for the master too."""
+        self.node.wait(30)
+        deadline = time.monotonic() + 30
+        while self.nodes():
+            assert time.monotonic() < deadline, "the master still counts on a dead node"
+        self.node = self._start_node()
+
+    def close(self) -> None:
+        for process in (self.node, self._master):
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Return a running pool."""
+    one = Pool(tmp_path_factory.mktemp("pool"))
+    yield one
+    one.close()
+
+
+class EngineProcess:
+    """An engine in a process of its own."""
+
+    def __init__(self, model: Path, connector: dict[str, Any], environment: dict[str, str], **arguments: Any) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.engine", str(model), json.dumps(connector), json.dumps(arguments)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._up = False
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the engine process ended with {self._process.wait(10)}"
+        return json.loads(line)
+
+    def _ask(self, **request: Any) -> Any:
+        self.wait_up()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def wait_up(self) -> None:
+        """Wait until it answers, so that two can start side by side."""
+        if not self._up:
+            assert self._read() == "ready"
+            self._up = True
+
+    def ask(self, do: str, **request: Any) -> Any:
+        """Have it do what ``tests.e2e.engine`` knows."""
+        return self._ask(do=do, **request)
+
+    def generate(self, prompt: list[int], tokens: int = 8) -> Answer:
+        return Answer(**self._ask(do="generate", prompt=prompt, tokens=tokens))
+
+    def forget(self) -> None:
+        self._ask(do="forget")
+
+    def counters(self) -> dict[str, int]:
+        found: dict[str, int] = self.state()["counters"]
+        return found
+
+    def state(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self._ask(do="state")
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()

@@ -1,0 +1,223 @@
+"""A vLLM engine in this process, driven step by step; as a program, the same behind JSON lines.
+
+As a program it reads ``{"do": NAME, ...}`` from standard input and answers with one line each, so
+that a test can have a second engine in a second process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BLOCK_TOKENS = 32
+DEADLINE_S = 60.0
+KV_CACHE_BYTES = 64 << 20
+
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def engine_environment(home: Path) -> dict[str, str]:
+    """Return what vLLM needs to run offline and to leave its files under ``home``."""
+    home.mkdir(parents=True, exist_ok=True)
+    folders = dict.fromkeys(("TMPDIR", "VLLM_RPC_BASE_PATH", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME"), str(home))
+    return {**ENVIRONMENT, **folders}
+
+
+@dataclass
+class Answer:
+    """What a prompt was answered with, and how sure the model was."""
+
+    tokens: list[int]
+    margin: float
+    """The least distance, over all tokens, of the best from the second best log probability."""
+    cached: int
+    """Prompt tokens that were not computed."""
+
+
+class Engine:
+    """One engine with the connector; the test steps it, so nothing happens behind its back."""
+
+    def __init__(self, model: Path, connector: dict[str, Any], **arguments: Any) -> None:
+        from vllm import LLM
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+        options: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "block_size": BLOCK_TOKENS,
+            "max_model_len": 4096,
+            "max_num_seqs": 8,
+            "kv_transfer_config": {
+                "kv_connector": "KVPoolConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": connector,
+            },
+        }
+        self.llm = LLM(model=str(model), **(options | arguments))
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.vllm_scheduler = self.core.scheduler
+        self.scheduler = self.vllm_scheduler.connector.scheduler
+        self.worker: Any = get_kv_transfer_group().worker if has_kv_transfer_group() else None  # ranks are processes
+        self._count = 0
+
+    def submit(self, prompt: list[int], tokens: int = 8) -> str:
+        """Add a request; nothing runs until somebody steps."""
+        from vllm import SamplingParams
+
+        self._count += 1
+        parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True)
+        request_id = f"test-{self._count}"
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, parameters)
+        return request_id
+
+    def step_until(self, condition: Callable[[], bool]) -> dict[str, Any]:
+        """Step until the condition holds; return the finished outputs by request."""
+        finished = {}
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, "the engine did not get there"
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    finished[output.request_id] = output
+        return finished
+
+    def drain(self) -> dict[str, Any]:
+        """Step until nothing is left to do, saves included."""
+        return self.step_until(lambda: not self.vllm_scheduler.has_requests())
+
+    def generate_all(self, prompts: list[list[int]], tokens: int = 8) -> list[Answer]:
+        """Answer several prompts at once, and drain."""
+        ids = [self.submit(prompt, tokens) for prompt in prompts]
+        outputs = self.drain()
+        return [self._answer(outputs[request_id]) for request_id in ids]
+
+    def generate(self, prompt: list[int], tokens: int = 8) -> Answer:
+        """Answer one prompt, and drain."""
+        return self.generate_all([prompt], tokens)[0]
+
+    @staticmethod
+    def _answer(output: Any) -> Answer:
+        best = output.outputs[0]
+        margins = []
+        for chosen, step in zip(best.token_ids, best.logprobs, strict=True):
+            others = [logprob.logprob for token, logprob in step.items() if token != chosen]
+            margins.append(step[chosen].logprob - max(others))
+        return Answer(list(best.token_ids), min(margins), output.num_cached_tokens or 0)
+
+    def abort(self, request_id: str) -> None:
+        """Abort as a client that hangs up does."""
+        self.llm.llm_engine.abort_request([request_id])
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache."""
+        assert self.llm.llm_engine.reset_prefix_cache(), "blocks are still held"
+
+    def free_blocks(self) -> int:
+        """Return how many blocks nobody holds."""
+        free: int = self.vllm_scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return free
+
+    def counters(self) -> dict[str, int]:
+        """Return what both sides counted."""
+        return {**self.scheduler.counters, **(self.worker.counters if self.worker else {})}
+
+    def close(self) -> None:
+        """End the engine and the connector's threads."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _abort_during_load(engine: Engine, prompt: list[int]) -> dict[str, Any]:
+    """Abort a request while its load hangs; return what was held then, and what is held in the end."""
+    from kvpool_vllm.testing import FAULTS
+
+    free = engine.free_blocks()
+    FAULTS.get_gate.close()
+    request = engine.submit(prompt)
+    engine.step_until(FAULTS.get_gate.arrived.is_set)
+    engine.abort(request)
+    engine.llm.llm_engine.step()
+    held = free - engine.free_blocks()
+    FAULTS.get_gate.open()
+    engine.drain()
+    engine.step_until(lambda: engine.scheduler.leases == 0)
+    return {"held": held, "leaked": free - engine.free_blocks(), "tracked": len(engine.scheduler._requests)}
+
+
+def _generate_killing(engine: Engine, prompt: list[int], pid: int) -> Answer:
+    """Answer a prompt whose node is killed after the lookup, when its load begins."""
+    from kvpool_vllm.testing import FAULTS
+
+    FAULTS.before_get = lambda: os.kill(pid, signal.SIGKILL)
+    try:
+        return engine.generate(prompt)
+    finally:
+        FAULTS.reset()
+
+
+def _generate_partly(engine: Engine, prompt: list[int], blocks: int) -> Answer:
+    """Answer a prompt whose load ends after some blocks, with garbage in the others."""
+    from kvpool_vllm.testing import FAULTS
+
+    FAULTS.get_blocks_max, FAULTS.spoil_rest = blocks, True
+    try:
+        return engine.generate(prompt)
+    finally:
+        FAULTS.reset()
+
+
+def _serve(engine: Engine, request: dict[str, Any]) -> Any:
+    prompt = request.get("prompt", [])
+    match request["do"]:
+        case "generate":
+            return engine.generate(prompt, request["tokens"]).__dict__
+        case "generate_killing":
+            return _generate_killing(engine, prompt, request["pid"]).__dict__
+        case "generate_partly":
+            return _generate_partly(engine, prompt, request["blocks"]).__dict__
+        case "abort_during_load":
+            return _abort_during_load(engine, prompt)
+        case "forget":
+            return engine.forget()
+        case "state":
+            sides = {"scheduler": engine.scheduler, "worker": engine.worker}
+            return {
+                "counters": engine.counters(),
+                "free_blocks": engine.free_blocks(),
+                "leases": engine.scheduler.leases,
+                "client": {name: side._client.stats() for name, side in sides.items() if side},
+            }
+    raise ValueError(request["do"])
+
+
+def main() -> None:
+    """Serve one engine; the arguments are the model, the connector's settings and vLLM's, both as JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints is not an answer
+    engine = Engine(Path(sys.argv[1]), json.loads(sys.argv[2]), **json.loads(sys.argv[3]))
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_serve(engine, json.loads(line))), file=answers, flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""Settings: one name everywhere, a clear order of who wins, and errors that name the field and what is allowed."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpool.config import (
+    COMPONENTS,
+    MOONCAKE_IGNORED,
+    TEXT,
+    ClientSettings,
+    MasterSettings,
+    NodeSettings,
+    load,
+    runtime_dir,
+    setting,
+    split_address,
+)
+from kvpool.errors import ConfigError, InvalidArgumentError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="kvpool.yaml"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+class TestDefaults:
+    def test_defaults_are_what_operators_expect(self):
+        """Without any setting a master listens on 50088 with a small eviction gap."""
+        loaded = load(MasterSettings, flags={}, environ={})
+        assert loaded.settings.port == 50088
+        assert loaded.settings.eviction_high_watermark_ratio == 0.99
+        assert loaded.settings.eviction_ratio == 0.01
+        assert loaded.settings.default_kv_lease_ttl == 10_000
+        assert loaded.settings.client_ttl == 10_000
+        assert set(loaded.sources.values()) == {"default"}
+        assert loaded.notes == []
+
+    def test_a_node_gives_one_gigabyte_by_default(self):
+        """Sizes are bytes once parsed."""
+        settings = load(NodeSettings, flags={}, environ={}).settings
+        assert settings.segment_size == 1 << 30
+        assert settings.socket_mode == 0o600
+        assert settings.lock_memory
+
+    def test_the_socket_is_in_the_users_runtime_directory(self, tmp_path):
+        """Two users of one host never share a default socket."""
+        assert runtime_dir({"XDG_RUNTIME_DIR": "/run/user/7"}).as_posix() == "/run/user/7/kvpool"
+        assert runtime_dir({}).name.startswith("kvpool-")
+
+    @pytest.mark.parametrize("component", COMPONENTS)
+    def test_every_setting_explains_itself(self, component):
+        """Help, kind and name are there for every field."""
+        for item in dataclasses.fields(component):
+            assert item.metadata["help"].endswith(".")
+            assert item.name == item.name.lower()
+
+
+class TestPrecedence:
+    def test_flag_beats_environment_beats_file_beats_default(self, write):
+        """Each layer overrides the one below, and the source is remembered."""
+        path = write("port: 1\nhost: file.example\nclient_ttl: 1s\n")
+        environ = {"KVPOOL_PORT": "2", "KVPOOL_HOST": "env.example"}
+        loaded = load(MasterSettings, flags={"port": "3", "host": None}, config_path=path, environ=environ)
+        assert (loaded.settings.port, loaded.settings.host, loaded.settings.client_ttl) == (3, "env.example", 1000)
+        assert loaded.sources["port"] == "flag --port"
+        assert loaded.sources["host"] == "KVPOOL_HOST"
+        assert loaded.sources["client_ttl"] == path
+        assert loaded.sources["max_blocks"] == "default"
+
+    def test_the_file_can_be_named_in_the_environment(self, write):
+        """KVPOOL_CONFIG is --config."""
+        environ = {"KVPOOL_CONFIG": write({"port": 7})}
+        assert load(MasterSettings, flags={}, environ=environ).settings.port == 7
+
+    def test_an_empty_variable_counts_as_not_set(self):
+        """Templates leave empty variables behind."""
+        assert load(MasterSettings, flags={}, environ={"KVPOOL_PORT": ""}).settings.port == 50088
+
+    def test_null_in_a_file_counts_as_not_set(self, write):
+        """`port:` without a value is the default."""
+        assert load(MasterSettings, flags={}, config_path=write("port:\n"), environ={}).settings.port == 50088
+
+    def test_an_empty_file_is_no_error(self, write):
+        """A file of comments only is a file without settings."""
+        assert load(MasterSettings, flags={}, config_path=write("# nothing\n"), environ={}).settings.port == 50088
+
+
+class TestUnknown:
+    def test_an_unknown_key_names_the_nearest_and_the_file(self, write):
+        """A typo in a file is refused with what was probably meant."""
+        path = write("segment_sise: 1GB\n")
+        with pytest.raises(ConfigError) as caught:
+            load(NodeSettings, flags={}, config_path=path, environ={})
+        assert caught.value.field == "segment_sise"
+        assert "did you mean segment_size?" in str(caught.value)
+        assert path in str(caught.value)
+
+    def test_an_unknown_variable_names_the_nearest(self):
+        """A typo in the environment is refused too."""
+        with pytest.raises(ConfigError, match=r"KVPOOL_SEGMENT_SIZ: .*KVPOOL_SEGMENT_SIZE\?"):
+            load(NodeSettings, flags={}, environ={"KVPOOL_SEGMENT_SIZ": "1GB"})
+
+    def test_an_unknown_flag_names_its_origin(self):
+        """An engine's connector hands its own settings over as flags."""
+        with pytest.raises(ConfigError, match=r"checksums: .*did you mean checksum\?.*extra_config"):
+            load(ClientSettings, flags={"checksums": "always"}, environ={}, flags_from="extra_config")
+
+    def test_what_another_component_knows_is_fine(self, write):
+        """One environment and one file serve all parts of a host."""
+        path = write("segment_size: 1GB\nport: 5\n")
+        environ = {"KVPOOL_CHECKSUM": "transfer"}
+        loaded = load(MasterSettings, flags={}, config_path=path, environ=environ)
+        assert loaded.settings.port == 5
+        assert len(loaded.notes) == 1
+        assert "segment_size" in loaded.notes[0]
+
+    def test_a_settings_class_may_be_extended(self):
+        """A connector's own settings have names in file and environment as well."""
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Extended(ClientSettings):
+            flavour: str = setting("plain", TEXT, "A taste.")
+
+        loaded = load(Extended, flags={}, environ={"KVPOOL_FLAVOUR": "sour", "KVPOOL_MASTER": "a:1"})
+        assert (loaded.settings.flavour, loaded.settings.master) == ("sour", "a:1")
+
+    def test_variables_of_a_kubernetes_service_are_no_settings(self):
+        """A service called kvpool or kvpool-master puts variables like these beside every pod."""
+        environ = {
+            "KVPOOL_PORT": "tcp://10.0.0.1:50088",
+            "KVPOOL_SERVICE_HOST": "10.0.0.1",
+            "KVPOOL_SERVICE_PORT_GRPC": "50088",
+            "KVPOOL_PORT_50088_TCP_ADDR": "10.0.0.1",
+            "KVPOOL_MASTER_PORT": "tcp://10.0.0.1:50088",
+            "KVPOOL_MASTER_SERVICE_PORT": "50088",
+            "KVPOOL_MASTER_PORT_50088_TCP": "tcp://10.0.0.1:50088",
+        }
+        assert load(MasterSettings, flags={}, environ=environ).settings.port == 50088
+
+    def test_a_lower_case_variable_is_refused(self):
+        """One spelling in the environment."""
+        with pytest.raises(ConfigError, match="KVPOOL_PORT"):
+            load(MasterSettings, flags={}, environ={"KVPOOL_port": "1"})
+
+
+GOOD = [
+    (MasterSettings, "port", "0", 0),
+    (MasterSettings, "port", 65535, 65535),
+    (MasterSettings, "eviction_ratio", "0.05", 0.05),
+    (MasterSettings, "eviction_high_watermark_ratio", 1, 1.0),
+    (MasterSettings, "default_kv_lease_ttl", "11000", 11_000),
+    (MasterSettings, "default_kv_lease_ttl", 11000, 11_000),
+    (MasterSettings, "default_kv_lease_ttl", "1h", 3_600_000),
+    (MasterSettings, "insecure", "Yes", True),
+    (MasterSettings, "insecure", False, False),
+    (MasterSettings, "host", "::", "::"),
+    (MasterSettings, "log_level", "DEBUG", "debug"),
+    (NodeSettings, "segment_size", 107374182400, 107374182400),
+    (NodeSettings, "segment_size", "1GB", 1 << 30),
+    (NodeSettings, "segment_size", "1024MB", 1 << 30),
+    (NodeSettings, "segment_size", "1048576KB", 1 << 30),
+    (NodeSettings, "segment_size", "1073741824B", 1 << 30),
+    (NodeSettings, "segment_size", "1073741824", 1 << 30),
+    (NodeSettings, "master", "[::1]:50088", "[::1]:50088"),
+    (NodeSettings, "socket_mode", "0660", 0o660),
+    (NodeSettings, "socket_mode", "0o660", 0o660),
+    (NodeSettings, "socket_mode", 0o660, 0o660),
+    (NodeSettings, "node_id", 7, "7"),
+    (ClientSettings, "checksum", "transfer", "transfer"),
+    (ClientSettings, "lookup_timeout", "25ms", 25),
+]
+
+BAD = [
+    (MasterSettings, "port", "65536", "0 to 65535"),
+    (MasterSettings, "port", "-1", "0 to 65535"),
+    (MasterSettings, "port", "http", "0 to 65535"),
+    (MasterSettings, "port", True, "0 to 65535"),
+    (MasterSettings, "port", 1.5, "0 to 65535"),
+    (MasterSettings, "eviction_ratio", "0", "above 0 and up to 1"),
+    (MasterSettings, "eviction_ratio", "nan", "above 0 and up to 1"),
+    (MasterSettings, "eviction_high_watermark_ratio", "1.01", "above 0 and up to 1"),
+    (MasterSettings, "eviction_high_watermark_ratio", "95%", "above 0 and up to 1"),
+    (MasterSettings, "eviction_high_watermark_ratio", [1], "above 0 and up to 1"),
+    (MasterSettings, "default_kv_lease_ttl", "0", "1ms"),
+    (MasterSettings, "default_kv_lease_ttl", "soon", "ms"),
+    (MasterSettings, "insecure", "maybe", "true or false"),
+    (MasterSettings, "host", "a b", "host name"),
+    (MasterSettings, "host", "localhost:50088", "without a port"),
+    (MasterSettings, "log_level", "loud", "debug or info"),
+    (MasterSettings, "max_blocks", 0, "1 to"),
+    (MasterSettings, "data_dir", 5, "path"),
+    (NodeSettings, "segment_size", "1XB", "KB, MB, GB"),
+    (NodeSettings, "segment_size", "0", "from 1"),
+    (NodeSettings, "master", "localhost", "HOST:PORT"),
+    (NodeSettings, "master", "localhost:0", "1 to 65535"),
+    (NodeSettings, "master", "[nonsense]:5", "HOST:PORT"),
+    (NodeSettings, "socket_mode", "999", "0 to 777"),
+    (NodeSettings, "socket_mode", 0o1777, "0 to 777"),
+    (NodeSettings, "socket_path", "/" + "x" * 120, "107 bytes"),
+    (NodeSettings, "node_id", "a\nb", "printable"),
+    (NodeSettings, "connections_max", 0, "1 to 65536"),
+    (ClientSettings, "checksum", "never", "always or transfer"),
+    (ClientSettings, "copy_threads", 65, "1 to 64"),
+]
+
+
+class TestValues:
+    @pytest.mark.parametrize(("component", "name", "value", "meaning"), GOOD)
+    def test_accepted(self, component, name, value, meaning):
+        """Every spelling that operators know means the same on every way in."""
+        assert getattr(component(**{name: value}), name) == meaning
+        assert getattr(load(component, flags={name: value}, environ={}).settings, name) == meaning
+
+    @pytest.mark.parametrize(("component", "name", "value", "allowed"), BAD)
+    def test_refused(self, component, name, value, allowed):
+        """A value that is not allowed names the field, its origin, and what is."""
+        with pytest.raises(ConfigError) as caught:
+            load(component, flags={name: value}, environ={})
+        assert caught.value.field == name
+        assert allowed in caught.value.problem
+        assert f"(from flag --{name})" in caught.value.problem
+        with pytest.raises(ConfigError):
+            component(**{name: value})
+
+    def test_the_eviction_ratio_is_at_most_the_watermark(self, write):
+        """What concerns two fields names the one to change, and where it came from."""
+        with pytest.raises(ConfigError, match=r"eviction_ratio: must be at most .*0\.5.*KVPOOL_EVICTION_RATIO"):
+            load(
+                MasterSettings,
+                flags={"eviction_high_watermark_ratio": "0.5"},
+                environ={"KVPOOL_EVICTION_RATIO": "0.6"},
+            )
+
+    def test_the_seed_ratios_are_accepted(self):
+        """0.9/0.1 and 0.95/0.05 are in use elsewhere."""
+        for high, gap in (("0.9", "0.1"), ("0.95", "0.05")):
+            settings = MasterSettings(eviction_high_watermark_ratio=high, eviction_ratio=gap)
+            assert settings.eviction_ratio == float(gap)
+
+    @given(st.sampled_from(COMPONENTS), st.data())
+    def test_any_value_is_taken_or_refused_with_its_field(self, component, data):
+        """Nothing that can stand in a file raises anything but ConfigError."""
+        name = data.draw(st.sampled_from([item.name for item in dataclasses.fields(component)]))
+        scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+        value = data.draw(scalar | st.lists(scalar, max_size=2) | st.dictionaries(st.text(), scalar, max_size=2))
+        try:
+            load(component, flags={name: value}, environ={})
+        except ConfigError as error:
+            assert error.field in {name, "eviction_ratio"}
+
+    @given(st.text())
+    def test_split_address_is_total(self, text):
+        """Any text is an address with a usable port, or refused."""
+        try:
+            host, port = split_address(text, "master")
+        except InvalidArgumentError as error:
+            assert error.field == "master"
+        else:
+            assert host
+            assert 1 <= port <= 65535
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            ("[1, 2]", "one mapping"),
+            ("5", "one mapping"),
+            ("1: 2", "one mapping"),
+            ("a: b: c", "line 1"),
+            ("a: !!python/object:os.system x", "neither YAML nor JSON"),
+            ("\0", "neither YAML nor JSON"),
+            ("[" * 5000, "neither YAML nor JSON"),
+        ],
+    )
+    def test_a_file_that_is_no_mapping_is_refused(self, write, content, problem):
+        """The error names the file and what is wrong with it."""
+        path = write(content)
+        with pytest.raises(ConfigError, match=problem) as caught:
+            load(MasterSettings, flags={}, config_path=path, environ={})
+        assert path in str(caught.value)
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        """So is one that cannot be read."""
+        with pytest.raises(ConfigError, match=r"config: cannot read .*: No such file"):
+            load(MasterSettings, flags={}, config_path=str(tmp_path / "none.yaml"), environ={})
+
+    def test_bytes_that_are_no_text_are_refused(self, tmp_path):
+        """A binary file is not parsed."""
+        path = tmp_path / "kvpool.yaml"
+        path.write_bytes(b"\xff\xfe\xff")
+        with pytest.raises(ConfigError, match="neither YAML nor JSON"):
+            load(MasterSettings, flags={}, config_path=str(path), environ={})
+
+    def test_a_huge_file_is_refused(self, write):
+        """Only so much is read."""
+        with pytest.raises(ConfigError, match="larger than"):
+            load(MasterSettings, flags={}, config_path=write("#" * (1 << 20) + "\n"), environ={})
+
+
+MOONCAKE = {
+    "local_hostname": "10.0.0.8",
+    "metadata_server": "P2PHANDSHAKE",
+    "protocol": "tcp",
+    "device_name": "",
+    "use_ascend_direct": True,
+    "master_server_address": "10.0.0.7:50088",
+    "global_segment_size": "2GB",
+}
+
+
+class TestMooncake:
+    @pytest.mark.parametrize("component", [NodeSettings, ClientSettings])
+    def test_a_mooncake_json_is_understood(self, write, component):
+        """By node and connector, through MOONCAKE_CONFIG_PATH; what means nothing here is one note."""
+        path = write(MOONCAKE, "mooncake.json")
+        loaded = load(component, flags={}, environ={"MOONCAKE_CONFIG_PATH": path})
+        assert loaded.settings.master == "10.0.0.7:50088"
+        assert loaded.settings.segment_size == 2 << 30
+        assert loaded.settings.advertise_host == "10.0.0.8"
+        assert loaded.sources["master"] == path
+        (note,) = loaded.notes
+        for key in ("metadata_server", "protocol", "device_name", "use_ascend_direct"):
+            assert key in note
+
+    def test_it_may_be_given_as_config(self, write):
+        """Its keys tell what it is."""
+        path = write({**MOONCAKE, "transfer_timeout": 5}, "pool.json")
+        assert load(NodeSettings, flags={}, config_path=path, environ={}).settings.segment_size == 2 << 30
+
+    @pytest.mark.parametrize("size", [107374182400, "1GB", "1024MB", "1048576KB", "1073741824B", "1073741824"])
+    def test_every_way_to_write_a_segment_size(self, write, size):
+        """A number or a string, with or without a unit."""
+        path = write({**MOONCAKE, "global_segment_size": size})
+        expected = 100 << 30 if isinstance(size, int) else 1 << 30
+        assert load(NodeSettings, flags={}, config_path=path, environ={}).settings.segment_size == expected
+
+    def test_an_unknown_key_is_refused_with_the_nearest(self, write):
+        """A typo is not taken for something to ignore."""
+        path = write({**MOONCAKE, "global_segmentsize": "1GB"})
+        with pytest.raises(ConfigError, match=r"global_segmentsize: .*did you mean global_segment_size\?"):
+            load(NodeSettings, flags={}, environ={"MOONCAKE_CONFIG_PATH": path})
+
+    def test_environment_and_flags_win(self, write):
+        """It is a file like any other."""
+        environ = {"MOONCAKE_CONFIG_PATH": write(MOONCAKE), "KVPOOL_SEGMENT_SIZE": "3GB"}
+        loaded = load(NodeSettings, flags={"master": "h:1"}, environ=environ)
+        assert (loaded.settings.master, loaded.settings.segment_size) == ("h:1", 3 << 30)
+
+    def test_config_wins_over_it_and_says_so(self, write):
+        """Of two files, the one named to us."""
+        own, theirs = write({"segment_size": "3GB"}, "own.yaml"), write(MOONCAKE, "mooncake.json")
+        loaded = load(NodeSettings, flags={}, config_path=own, environ={"MOONCAKE_CONFIG_PATH": theirs})
+        assert loaded.settings.segment_size == 3 << 30
+        assert loaded.settings.master == "127.0.0.1:50088"
+        assert any(own in note and theirs in note for note in loaded.notes)
+
+    def test_the_master_does_not_read_it(self):
+        """Nothing in it is about the master; a wrong path does not stop one."""
+        assert load(MasterSettings, flags={}, environ={"MOONCAKE_CONFIG_PATH": "/does/not/exist"}).notes == []
+
+    @pytest.mark.parametrize(
+        ("hostname", "advertised"),
+        [("10.0.0.8:12345", "10.0.0.8"), ("", None), ("node-3", "node-3"), ("fd00::1", "fd00::1")],
+    )
+    def test_a_transport_port_behind_the_hostname_is_left_out(self, write, hostname, advertised):
+        """Some deployments write one there."""
+        path = write({**MOONCAKE, "local_hostname": hostname})
+        assert load(NodeSettings, flags={}, config_path=path, environ={}).settings.advertise_host == advertised
+
+    def test_a_bad_value_names_the_setting_and_the_file(self, write):
+        """The name is ours, the file theirs."""
+        path = write({**MOONCAKE, "global_segment_size": "lots"})
+        with pytest.raises(ConfigError, match="segment_size: 'lots'") as caught:
+            load(NodeSettings, flags={}, config_path=path, environ={})
+        assert path in str(caught.value)
+
+    def test_ignored_keys_are_told_apart_from_ours(self):
+        """A key is translated or ignored, never both."""
+        assert "master_server_address" not in MOONCAKE_IGNORED

@@ -1,0 +1,55 @@
+"""Shared memory: only a sealed memfd of the announced size is mapped."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from kvpool.errors import InvalidArgumentError
+from kvpool.transport.shm import check_sealed, close_fds, create_memfd, fd_control, receive_with_fds, seal
+
+
+def test_sealed_memfd_cannot_change_its_size() -> None:
+    """Neither end can pull the memory from under the other."""
+    fd = create_memfd("test", 8192)
+    try:
+        seal(fd)
+        check_sealed(fd, 8192)
+        for size in (0, 4096, 16384):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def test_unsealed_wrong_size_and_other_files_are_refused(tmp_path: Path) -> None:
+    """The field is named whatever is wrong with the descriptor."""
+    memfd = create_memfd("test", 8192)
+    other = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    try:
+        for fd, size in ((memfd, 8192), (other, 0)):
+            with pytest.raises(InvalidArgumentError, match="segment_fd"):
+                check_sealed(fd, size)
+        seal(memfd)
+        with pytest.raises(InvalidArgumentError, match="announced 4096 bytes"):
+            check_sealed(memfd, 4096)
+    finally:
+        close_fds([memfd, other])
+
+
+def test_descriptors_travel_with_bytes() -> None:
+    """A received descriptor is the same memory, and is closed in programs that are started."""
+    fd = create_memfd("test", 4096)
+    left, right = socket.socketpair()
+    received: list[int] = []
+    with left, right:
+        os.pwrite(fd, b"hello", 0)
+        left.sendmsg([b"x"], fd_control([fd]))
+        assert receive_with_fds(right, memoryview(bytearray(1)), received) == 1
+    assert len(received) == 1
+    assert os.pread(received[0], 5, 0) == b"hello"
+    assert not os.get_inheritable(received[0])
+    close_fds([fd, *received])
