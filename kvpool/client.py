@@ -23,9 +23,8 @@ from kvpool.client_master import MasterFrame, MasterLink, leases_frame
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peers, Want, Wanted
 from kvpool.config import boot_id, default_socket_path
-from kvpool.core.messages import NodeAddress
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, mask_shards, pack_keys
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, mask_shards, pack_keys
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import master_pb2
 
@@ -133,9 +132,7 @@ class Client:
         self._tasks: ThreadPoolExecutor | None = None
         self._closed = False
         self._link = MasterLink(master, self._name, self._attach) if master is not None else None
-        if self._link is None:
-            self._attach()
-        elif not self._link.wait_tried(CONNECT_S):
+        if self._link is None or not self._link.wait_tried(CONNECT_S):
             self._attach()
 
     def __enter__(self) -> Self:
@@ -476,10 +473,10 @@ class Client:
         node = self._node
         if node is not None and node.alive:
             return node
-        if node is not None and time.monotonic() >= self._attach_at:
-            self._attach()
-            node = self._node
-            return node if node is not None and node.alive else None
+        if node is not None and time.monotonic() >= self._attach_at and not self._closed:
+            # Not here: a node that is stopped lets us connect, and then says nothing.
+            self._attach_at = time.monotonic() + REATTACH_S
+            self._executor().submit(self._attach)
         return None
 
     def _attach(self) -> None:
@@ -487,9 +484,6 @@ class Client:
         with self._lock:
             if self._closed or (self._node is not None and self._node.alive):
                 return
-            if time.monotonic() < self._attach_at:
-                return
-            self._attach_at = time.monotonic() + REATTACH_S
             if self._node is not None:
                 self._node.close()
             for path in self._node_paths():

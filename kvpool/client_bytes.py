@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,14 +29,21 @@ STEP_BYTES = 256 << 10
 PART_BYTES_MIN = 2 << 20
 """Less than this is not worth a thread of its own."""
 
+digest64: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+"""One-shot xxh3-64 of a buffer; typed for arrays, which have the buffer protocol."""
+
 T = TypeVar("T")
 
 
 def as_bytes(buffer: Buffer, field: str, *, writable: bool) -> Bytes:
     """Return a buffer's bytes without a copy. Raises InvalidArgumentError naming ``field``."""
+    array: Bytes | None
     try:
         if isinstance(buffer, np.ndarray):
-            array = buffer.reshape(-1).view(np.uint8) if buffer.flags.c_contiguous else None
+            if buffer.dtype == np.uint8 and buffer.ndim == 1 and buffer.strides == (1,):
+                array = buffer
+            else:
+                array = buffer.reshape(-1).view(np.uint8) if buffer.flags.c_contiguous else None
         else:
             array = np.frombuffer(buffer, np.uint8)
     except (TypeError, ValueError, BufferError) as exc:
@@ -50,16 +58,20 @@ def as_bytes(buffer: Buffer, field: str, *, writable: bool) -> Bytes:
 class Blocks:
     """The caller's buffers of one call: ``pieces[i]`` are block i's, one for all its layers or one a layer."""
 
-    def __init__(self, blocks: Sequence[Buffer | Sequence[Buffer]], keys: bytes, layers: int, *, writable: bool) -> None:
+    def __init__(
+        self, blocks: Sequence[Buffer | Sequence[Buffer]], keys: bytes, layers: int, *, writable: bool
+    ) -> None:
         """Check and wrap. Raises InvalidArgumentError for buffers that do not fit each other, or the keys."""
         if len(blocks) * KEY_BYTES != len(keys):
             raise InvalidArgumentError("blocks", f"{len(blocks)} buffers for {len(keys) // KEY_BYTES} hashes")
         self.layers = layers
-        self.pieces: list[list[Bytes]] = []
-        for block in blocks:
-            parts = block if isinstance(block, (list, tuple)) else (block,)
-            self.pieces.append([as_bytes(part, "blocks", writable=writable) for part in parts])
-        sizes = {sum(p.nbytes for p in pieces) for pieces in self.pieces}
+        self.pieces: list[list[Bytes]] = [
+            [as_bytes(part, "blocks", writable=writable) for part in block]
+            if isinstance(block, (list, tuple))
+            else [as_bytes(block, "blocks", writable=writable)]
+            for block in blocks
+        ]
+        sizes = {pieces[0].nbytes if len(pieces) == 1 else sum(p.nbytes for p in pieces) for pieces in self.pieces}
         if len(sizes) > 1:
             raise InvalidArgumentError("blocks", f"all blocks of a call must have one size, not {sorted(sizes)[:4]}")
         self.shard_bytes = sizes.pop() if sizes else 0
@@ -81,6 +93,11 @@ class Blocks:
         return len(self.pieces)
 
 
+def view(array: Any) -> memoryview:
+    """Return an array's bytes for the socket layer."""
+    return memoryview(array)
+
+
 def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: int, layers: int) -> list[int]:
     """Copy a shard and return the xxh3-64 of each layer of ``target``'s bytes, as they are in ``source``.
 
@@ -94,7 +111,7 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
             part = target[0][start : start + step]
             np.copyto(part, source[0][start : start + step])
             digests += [
-                xxhash.xxh3_64_intdigest(part[at : at + layer_bytes]) for at in range(0, len(part), layer_bytes)
+                digest64(part[at : at + layer_bytes]) for at in range(0, len(part), layer_bytes)
             ]
         return digests
     for layer in range(layers):
@@ -102,9 +119,9 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
         there = _layer(target, layer, layer_bytes)
         if layer_bytes <= STEP_BYTES:
             np.copyto(there, here)
-            digests.append(xxhash.xxh3_64_intdigest(there))
+            digests.append(digest64(there))
             continue
-        digest = xxhash.xxh3_64()
+        digest: Any = xxhash.xxh3_64()
         for start in range(0, layer_bytes, STEP_BYTES):
             part = there[start : start + STEP_BYTES]
             np.copyto(part, here[start : start + STEP_BYTES])
@@ -124,7 +141,7 @@ def copy_plain(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: in
 
 def hash_layers(pieces: Sequence[Bytes], layer_bytes: int, layers: int) -> list[int]:
     """Return the xxh3-64 of each layer."""
-    return [xxhash.xxh3_64_intdigest(_layer(pieces, layer, layer_bytes)) for layer in range(layers)]
+    return [digest64(_layer(pieces, layer, layer_bytes)) for layer in range(layers)]
 
 
 def _layer(pieces: Sequence[Bytes], layer: int, layer_bytes: int) -> Bytes:
@@ -160,7 +177,7 @@ class CopyThreads:
             return
         edges = [len(items) * i // parts for i in range(parts + 1)]
         executor = self.executor()
-        futures = [executor.submit(work, items[a:b]) for a, b in zip(edges[1:-1], edges[2:], strict=True)]
+        futures = [executor.submit(work, items[a:b]) for a, b in pairwise(edges[1:])]
         try:
             work(items[: edges[1]])
         finally:

@@ -15,9 +15,8 @@ from typing import Any
 import grpc
 
 from kvpool.config import split_address
-from kvpool.core.messages import NodeAddress
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
-from kvpool.model import Namespace
+from kvpool.model import Namespace, NodeAddress
 from kvpool.rpc.convert import address_from_proto, namespace_to_proto
 from kvpool.rpc.status import error_of
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc

@@ -20,11 +20,14 @@ from kvpool.errors import FrameError, KVPoolError, UnavailableError, UnknownName
 from kvpool.model import Namespace
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
-from kvpool.tiers.dram import AttachedSegment
 from kvpool.transport.channel import Channel, ChannelPool
+from kvpool.transport.shm import AttachedSegment
 
 CHANNELS_MAX = 8
 CONNECT_S = 0.5
+CONTROL_S = 0.5
+"""A node that answers no question for so long is stopped: go on without it."""
+
 NodeFrame = node_pb2.NodeFrame
 NodeFrameReply = node_pb2.NodeFrameReply
 
@@ -68,6 +71,7 @@ class LocalNode:
         reserve = node_pb2.Reserve(
             namespace=namespace.digest, shards=[shard], shard_bytes=blocks.shard_bytes, layers=blocks.layers
         )
+        timeout_s = min(timeout_s, CONTROL_S)
         with self._channel(timeout_s) as channel:
             try:
                 reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
@@ -114,6 +118,7 @@ class LocalNode:
         timeout_s: float,
     ) -> list[str]:
         """Fill the buffers of the blocks that are here; returns "" or a miss reason for each."""
+        timeout_s = min(timeout_s, CONTROL_S)
         pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace, shards=[shard]))
         with self._channel(timeout_s) as channel:
             reply, payload = channel.call(pin, NodeFrameReply, keys, timeout_s=timeout_s)

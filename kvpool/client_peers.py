@@ -9,13 +9,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
-from kvpool.client_bytes import Blocks, Bytes, CopyThreads, hash_layers, pack_digests, unpack_digests
-from kvpool.core.messages import NodeAddress
+from kvpool.client_bytes import (
+    Blocks,
+    Bytes,
+    CopyThreads,
+    digest64,
+    hash_layers,
+    pack_digests,
+    unpack_digests,
+    view,
+)
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError, UnknownNamespaceError
-from kvpool.model import CHECKSUM_BYTES, Namespace
+from kvpool.model import CHECKSUM_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
@@ -141,7 +150,7 @@ class Peer:
             if wanted:
                 digests = [d for pieces in wanted for d in hash_layers(pieces, blocks.layer_bytes, blocks.layers)]
                 write = NodeFrame(write=node_pb2.Write(reservation=reply.reserved.reservation))
-                payloads = [memoryview(pack_digests(digests)), *(memoryview(p) for pieces in wanted for p in pieces)]
+                payloads = [memoryview(pack_digests(digests)), *(view(p) for pieces in wanted for p in pieces)]
                 reply, _ = channel.call(write, NodeFrameReply, payloads, timeout_s=timeout_s)
                 counts["stored"] = reply.committed.stored
                 counts["corrupt"] = len(wanted) - reply.committed.stored
@@ -243,13 +252,13 @@ def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
         else:
             target = pieces[0][layer * want.layer_bytes : (layer + 1) * want.layer_bytes]
         if want.layer_bytes <= STEP_BYTES:
-            channel.recv_into([memoryview(target)])
-            digests.append(xxhash.xxh3_64_intdigest(target))
+            channel.recv_into([view(target)])
+            digests.append(digest64(target))
             continue
-        digest = xxhash.xxh3_64()
+        digest: Any = xxhash.xxh3_64()
         for start in range(0, want.layer_bytes, STEP_BYTES):
             step = target[start : start + STEP_BYTES]
-            channel.recv_into([memoryview(step)])
+            channel.recv_into([view(step)])
             digest.update(step)
         digests.append(digest.intdigest())
     return digests

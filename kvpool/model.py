@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 from kvpool.errors import InvalidArgumentError
@@ -67,6 +68,8 @@ class Namespace:
     hash_algorithm: str = "sha256"
     hash_fingerprint: str = ""
     format_version: int = FORMAT_VERSION
+    digest: bytes = field(init=False, repr=False, compare=False)
+    """Sixteen bytes that stand for all other fields."""
 
     def __post_init__(self) -> None:
         """Raise InvalidArgumentError for a value that no engine can mean."""
@@ -76,10 +79,9 @@ class Namespace:
             value = getattr(self, name)
             if not 1 <= value < 1 << 32:
                 raise InvalidArgumentError(f"namespace.{name}", f"must be from 1 to 2**32 - 1, not {value}")
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in self.as_dict().items():
             if isinstance(value, str) and len(value) > 1024:
-                raise InvalidArgumentError(f"namespace.{field.name}", "must be at most 1024 characters")
+                raise InvalidArgumentError(f"namespace.{name}", "must be at most 1024 characters")
         if self.shards > SHARDS_MAX:
             raise InvalidArgumentError(
                 "namespace.layer_groups", f"layer_groups x head_groups must be at most {SHARDS_MAX}, not {self.shards}"
@@ -90,6 +92,9 @@ class Namespace:
             )
         if self.format_version != FORMAT_VERSION:
             raise InvalidArgumentError("namespace.format_version", f"must be {FORMAT_VERSION}")
+        text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+        object.__setattr__(self, "digest", digest)
 
     @property
     def shards(self) -> int:
@@ -101,19 +106,38 @@ class Namespace:
         """Layers in one shard: each has its own checksum."""
         return self.layers // self.layer_groups
 
-    @property
-    def digest(self) -> bytes:
-        """Sixteen bytes that stand for all fields."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
-
     def differences(self, other: Namespace) -> list[str]:
         """Return the names of the fields in which the two differ."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        theirs = other.as_dict()
+        return [name for name, value in self.as_dict().items() if value != theirs[name]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dict."""
-        return asdict(self)
+        """Return the fields (not the digest) as a plain dict."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAddress:
+    """How to reach a node's bytes: TCP for everybody, the unix socket on the same host."""
+
+    node_id: str
+    host: str = ""
+    port: int = 0
+    socket_path: str = ""
+    boot_id: str = ""
+
+
+class Reason(Enum):
+    """Why a looked-up prefix ends where it does."""
+
+    COMPLETE = "complete"
+    NOT_STORED = "not_stored"
+    NOT_WHOLE = "not_whole"
+    OWNER_SUSPECT = "owner_suspect"
+    WARMING = "warming"
+    NAMESPACE_UNKNOWN = "namespace_unknown"
+    NAMESPACE_MISMATCH = "namespace_mismatch"
+    MASTER_UNREACHABLE = "master_unreachable"
 
 
 def pack_keys(hashes: bytes | bytearray | memoryview | Sequence[bytes], field: str = "hashes") -> bytes:

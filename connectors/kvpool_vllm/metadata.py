@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvpool.client import Lookup
-
     from kvpool.model import Namespace
 
 
@@ -25,7 +24,7 @@ class LoadJob:
     keys: bytes
     block_ids: list[int]
     lookup: Lookup | None
-    """The scheduler's answer for exactly these keys, so that a worker need not ask again."""
+    """The scheduler's answer for a chain that begins with these keys, so that a worker need not ask again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvpool.client import Client, Lookup
-
     from kvpool.model import Namespace
     from kvpool_vllm.settings import ConnectorSettings
 
@@ -151,7 +150,8 @@ class SchedulerSide:
             return
         end = state.first + -(-tokens // self._block_tokens)
         keys = pack_keys(self._hashes(request)[state.first : end])
-        lookup = state.answer.lookup if state.first == 0 else None
+        # An answer counts from the blocks it was told of; the engine may hold more by now.
+        lookup = state.answer.lookup if state.first == state.known else None
         state.job = LoadJob(namespace, request.request_id, keys, list(block_ids[state.first : end]), lookup)
         state.loading = True
         self._loads.append(state.job)

@@ -13,33 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-try:
-    from kvpool.client import GetResult, Lookup, PutResult
-except ImportError:
-
-    @dataclass
-    class Lookup:
-        prefix: int
-        reason: str
-        detail: str
-        lease: int
-        runs: list
-
-    @dataclass
-    class PutResult:
-        stored: int
-        existed: int
-        failed: int
-        errors: dict = field(default_factory=dict)
-
-    @dataclass
-    class GetResult:
-        prefix: int
-        ok: list
-        reasons: dict = field(default_factory=dict)
-        tiers: dict = field(default_factory=dict)
-
-
+from kvpool.client import GetResult, Lookup, PutResult
 from kvpool.model import Namespace, pack_keys, split_keys
 
 if TYPE_CHECKING:
@@ -110,7 +84,8 @@ class MemoryClient:
                 self._pool.leases_given += 1
                 token = self._pool.leases_given
                 self._pool.leases.add(token)
-        return Lookup(prefix, "complete" if prefix == len(keys) else "not_stored", "", token, [])
+        reason = "complete" if prefix == len(keys) else "not_stored"
+        return Lookup(prefix, reason, lease=token, known_prefix=known_prefix)
 
     def put(
         self,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvpool.client import Client
-
     from kvpool_vllm.device import KVBlocks
     from kvpool_vllm.settings import ConnectorSettings
 
@@ -36,10 +35,14 @@ class WorkerSide:
 
     def __init__(self, client: Client, settings: ConnectorSettings, *, shard: int, saves: bool) -> None:
         """``shard`` is this rank's part of a block; ``saves`` is false where another rank stores the same heads."""
+        if not client.has_node():
+            logger.warning(
+                "kvpool: no node runs on this host (master: %s): blocks are stored on other hosts, or not at all",
+                settings.master,
+            )
         self._client = client
         self._shard = shard
         self._saves = saves
-        self._timeout_ms = settings.transfer_timeout
         self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
         self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
         self._progress = threading.Condition()
@@ -123,7 +126,6 @@ class WorkerSide:
                 self._kv.views(job.block_ids),
                 shard=self._shard,
                 lookup=job.lookup,
-                timeout_ms=self._timeout_ms,
             )
             arrived = result.prefix
             if arrived < len(job.block_ids):
@@ -142,9 +144,7 @@ class WorkerSide:
 
     def _save(self, job: SaveJob) -> None:
         try:
-            result = self._client.put(
-                job.namespace, job.keys, self._kv.views(job.block_ids), shard=self._shard, timeout_ms=self._timeout_ms
-            )
+            result = self._client.put(job.namespace, job.keys, self._kv.views(job.block_ids), shard=self._shard)
             self.counters["save.stored"] += result.stored
             self.counters["save.existed"] += result.existed
             self.counters["save.failed"] += result.failed

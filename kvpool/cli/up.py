@@ -2,171 +2,30 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 import click
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from kvpool.cli.options import CONTEXT, RefusedUsage, load_settings
+from kvpool.cli.options import CONTEXT, RefusedUsage, load_settings, one_line_errors
 from kvpool.config import Loaded, MasterSettings, NodeSettings
-from kvpool.errors import InvalidArgumentError
 from kvpool.model import format_size, parse_duration_ms
-from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
+from kvpool.rpc.v1 import admin_pb2
+from kvpool.server.launch import CHANNEL_OPTIONS, Children, free_port, is_serving, join_address, live_nodes
 
-LOG_LINES_KEPT = 200
-LOG_LINES_SHOWN = 15
-STOP_SECONDS = 5.0
 NODES_MAX = 64
-
-
-@dataclass
-class Child:
-    """One process of the pool, with its last lines of output."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    socket_path: str = ""
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES_KEPT))
-    reader: threading.Thread | None = None
-
-    def follow(self, echo: bool) -> None:
-        """Keep reading the output, so that the child never blocks on a full pipe."""
-        stream = self.process.stdout
-        if stream is None:
-            raise ValueError("the child's output is not a pipe")
-        self.reader = threading.Thread(target=self._read, args=(stream, echo), name=f"log-{self.name}", daemon=True)
-        self.reader.start()
-
-    def _read(self, stream: IO[bytes], echo: bool) -> None:
-        with stream:
-            for raw in stream:
-                line = raw.decode(errors="replace").rstrip()
-                self.lines.append(line)
-                if echo:
-                    click.echo(f"{self.name}: {line}", err=True)
-
-    def last_words(self) -> str:
-        """Return the last lines of output, indented."""
-        if self.reader is not None:
-            self.reader.join(timeout=1.0)
-        return "\n".join(f"  {line}" for line in list(self.lines)[-LOG_LINES_SHOWN:]) or "  (it said nothing)"
-
-
-class UpFailed(click.ClickException):
-    """The pool did not start, or a part of it died: exit code 1."""
-
-
-class Pool:
-    """The children of one ``kvpool up``; closing it ends them and removes what they left."""
-
-    def __init__(self, work_dir: Path, echo: bool) -> None:
-        self.work_dir = work_dir
-        self.children: list[Child] = []
-        self.stop = threading.Event()
-        self._echo = echo
-
-    def start(self, name: str, module: str, arguments: list[str], *, socket_path: str = "") -> Child:
-        """Start ``python -m module`` in a session of its own, so that Ctrl-C reaches only this process."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kvpool.cli.child", str(os.getpid()), module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        child = Child(name, process, socket_path)
-        self.children.append(child)
-        child.follow(self._echo)
-        return child
-
-    def check(self) -> None:
-        """Raise UpFailed when a child has ended."""
-        for child in self.children:
-            code = child.process.poll()
-            if code is not None:
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                raise UpFailed(f"{child.name} {how}. Its last lines:\n{child.last_words()}")
-
-    def wait_until(self, condition: Callable[[], bool], what: str, deadline: float) -> bool:
-        """Wait for a condition while all children live; False when told to stop meanwhile."""
-        while not condition():
-            self.check()
-            if time.monotonic() > deadline:
-                words = "\n".join(f"{child.name}:\n{child.last_words()}" for child in self.children)
-                raise UpFailed(f"{what} in time. Last lines:\n{words}")
-            if self.stop.wait(0.05):
-                return False
-        return True
-
-    def close(self) -> None:
-        """End all children, nodes first; remove their sockets."""
-        for child in reversed(self.children):
-            if child.process.poll() is None:
-                child.process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
-        for child in reversed(self.children):
-            try:
-                child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait(timeout=STOP_SECONDS)
-            if child.socket_path and child.process.returncode != 0:
-                _remove_dead_socket(child.socket_path)
-
-
-def _remove_dead_socket(path: str) -> None:
-    """Remove a socket that nobody listens on; a node that refused to start may have met another's."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            Path(path).unlink(missing_ok=True)
-        except OSError:
-            return
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise RefusedUsage(f"host: cannot listen on {host}: {error.strerror}") from None
-        return int(probe.getsockname()[1])
-
-
-def _serving(channel: grpc.Channel) -> bool:
-    try:
-        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-    except grpc.RpcError:
-        return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def _live_nodes(channel: grpc.Channel) -> list[admin_pb2.NodeStatus]:
-    try:
-        reply = admin_pb2_grpc.AdminStub(channel).Nodes(admin_pb2.NodesRequest(), timeout=1.0)
-    except grpc.RpcError:
-        return []
-    return [node for node in reply.nodes if node.state == "live"]
 
 
 @contextmanager
@@ -203,10 +62,6 @@ def _reach(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 @dataclass(frozen=True)
 class _Plan:
     """Everything ``up`` was asked for."""
@@ -223,7 +78,7 @@ class _Plan:
     @property
     def address(self) -> str:
         """Where the master is reached from here."""
-        return _join(_reach(self.host), self.port)
+        return join_address(_reach(self.host), self.port)
 
     def master_arguments(self) -> list[str]:
         """Return the command line of the master."""
@@ -265,28 +120,19 @@ def _show(console: Console, address: str, nodes: list[admin_pb2.NodeStatus]) -> 
     console.file.flush()
 
 
-# A master takes a moment to listen: try again soon, and never by way of a proxy.
-_CHANNEL_OPTIONS = [
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
-
-
-def _run(plan: _Plan, pool: Pool, console: Console) -> None:
+def _run(plan: _Plan, pool: Children, work_dir: Path, console: Console) -> None:
     deadline = time.monotonic() + plan.timeout_s
     live: list[admin_pb2.NodeStatus] = []
-    with grpc.insecure_channel(plan.address, options=_CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(plan.address, options=CHANNEL_OPTIONS) as channel:
         pool.start("master", "kvpool.cli.master", plan.master_arguments())
-        if not pool.wait_until(lambda: _serving(channel), "the master was not ready", deadline):
+        if not pool.wait_until(lambda: is_serving(channel), "the master was not ready", deadline):
             return
         for index in range(plan.nodes):
-            arguments, path = plan.node_arguments(index, pool.work_dir / f"node-{index}")
+            arguments, path = plan.node_arguments(index, work_dir / f"node-{index}")
             pool.start(f"node {index}", "kvpool.cli.node", arguments, socket_path=path)
 
         def all_live() -> bool:
-            live[:] = _live_nodes(channel)
+            live[:] = live_nodes(channel)
             return len(live) >= plan.nodes
 
         if not pool.wait_until(all_live, f"not all of {plan.nodes} nodes were ready", deadline):
@@ -328,26 +174,25 @@ def command(
     """
     master = load_settings(MasterSettings, {"port": port, "host": host}, config)
     node = load_settings(NodeSettings, {"segment_size": segment_size}, config)
-    try:
-        timeout_s = parse_duration_ms(ready_timeout, "ready_timeout") / 1000
-    except InvalidArgumentError as error:
-        raise RefusedUsage(str(error)) from None
     listen = "127.0.0.1" if master.sources["host"] == "default" else master.settings.host
+    with one_line_errors():
+        timeout_s = parse_duration_ms(ready_timeout, "ready_timeout") / 1000
+        master_port = master.settings.port or free_port(listen)
     plan = _Plan(
         nodes=nodes,
         host=listen,
-        port=master.settings.port or _free_port(listen),
+        port=master_port,
         config=config,
         segment_size=segment_size,
         private=base_dir is not None,
         node=node,
         timeout_s=timeout_s,
     )
-    with _work_dir(base_dir, needed=nodes > 1) as work_dir:
-        pool = Pool(work_dir, verbose)
+    with one_line_errors(), _work_dir(base_dir, needed=nodes > 1) as work_dir:
+        pool = Children(echo=functools.partial(click.echo, err=True) if verbose else None)
         with _signals(pool.stop):
             try:
-                _run(plan, pool, Console())
+                _run(plan, pool, work_dir, Console())
             finally:
                 pool.close()
 

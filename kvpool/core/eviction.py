@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.core.effects import Effect
 from kvpool.core.index import Index
 from kvpool.core.keytable import Rows
 
@@ -31,22 +32,29 @@ def slices_for_eviction(index: Index, incarnation: int, target: int, least: int)
                 return
 
 
-def pick_victims(index: Index, incarnation: int, size: int) -> Iterator[Rows]:
-    """Yield ever longer lists of a node's coldest unleased blocks; the last one is the victim list."""
+def pick_victims(index: Index, incarnation: int, size: int) -> Generator[list[Effect], None, Rows]:
+    """Yield between slices; return a node's coldest unleased blocks, about ``size`` bytes, as of the return."""
     picked: list[Rows] = []
+    stamps: list[NDArray[np.int64]] = []
     total = count = 0
     for rows in index.coldest(incarnation):
         if len(rows):
             sizes = np.cumsum(index.bytes_on(rows, incarnation))
             enough = min(int(np.searchsorted(sizes, size - total)) + 1, VICTIMS_MAX - count, len(rows))
             picked.append(rows[:enough])
+            stamps.append(index.recency.stamps_of(rows[:enough]))
             total += int(sizes[enough - 1])
             count += enough
-        yield np.empty(0, np.int64)
         if total >= size or count >= VICTIMS_MAX:
             break
-    if picked:
-        yield _spare_first(index, np.concatenate(picked), incarnation)
+        yield []
+    if not picked:
+        return np.empty(0, np.int64)
+    rows = np.concatenate(picked)
+    # Between slices rows were touched, leased (which touches), freed or given to other blocks.
+    rows = rows[index.recency.stamps_of(rows) == np.concatenate(stamps)]
+    rows = rows[index.placements.held_by(incarnation).take(index.placement.take(rows))]
+    return _spare_first(index, rows, incarnation)
 
 
 def _spare_first(index: Index, rows: Rows, incarnation: int) -> Rows:

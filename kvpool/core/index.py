@@ -20,6 +20,7 @@ from kvpool.core.recency import Recency
 from kvpool.model import Namespace
 
 ROWS_PER_SLICE = 1024
+NAMESPACES_MAX = 4096
 _NO_NAMESPACE = -1
 
 
@@ -101,12 +102,15 @@ class Index:
         if (rows < 0).any():
             self.refused += int(np.count_nonzero(rows < 0))
             rows = rows[rows >= 0]
-        self.shard_bytes[rows] = run.shard_bytes
         # A put walks its chain head first; reversed, the tail ages before the head.
         if not self.recency.touch(rows[::-1]):
             rows = np.unique(rows)
         owner = Owner(incarnation, tier, run.shards)
         before = self.placement.take(rows)
+        # The newest report's size counts for all copies, or the account would not come down to zero.
+        grown = self.placements.copies.take(before) * (run.shard_bytes - self.shard_bytes.take(rows))
+        space.stored_bytes += int(grown.sum())
+        self.shard_bytes[rows] = run.shard_bytes
         after = self.placements.added(before, space.full, owner)
         self._replace(space, rows, before, after, incarnation)
 

@@ -235,7 +235,8 @@ class KeyTable:
     def _claim(self, buckets: int, extra: int) -> _Slots:
         load = (self._count + extra) / WIDTH
         if self._next is None or load > LOAD_START_MAX * self._next.buckets:
-            wanted = BUCKETS_MIN
+            # Never smaller than now: two halves of a move could then be more than the new array holds.
+            wanted = self._slots.buckets
             while load > LOAD_START * wanted:
                 wanted *= 2
             self._next, self._claimed = _Slots(wanted), 0

@@ -33,15 +33,15 @@ class Leases:
         return len(self._leases)
 
     def next_token(self, blocks: int) -> int:
-        """Return the token that ``take`` will give to a lease on so many blocks; 0 = no room for it."""
+        """Return a token for ``take`` to give to a lease on so many blocks; 0 = no room for it."""
         if self.blocks + blocks > self._blocks_max:
             self.refused += 1
             return 0
-        return self._next
+        self._next += 1
+        return self._next - 1
 
     def take(self, token: int, rows: Rows, now: float) -> None:
-        """Lease distinct rows under the token that ``next_token`` promised."""
-        self._next = token + 1
+        """Lease distinct rows under a token of ``next_token``."""
         self._index.lease(rows)
         self._leases[token] = _Lease(rows, now + self._ttl_s)
         self.blocks += len(rows)

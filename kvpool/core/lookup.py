@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,10 @@ from kvpool.core.index import Index, Space
 from kvpool.core.keytable import Rows, Words, as_words
 from kvpool.core.placement import Placement
 from kvpool.errors import InvalidArgumentError
-from kvpool.model import KEY_BYTES, KEYS_PER_CALL_MAX
+from kvpool.model import KEY_BYTES, KEYS_PER_CALL_MAX, Reason
+
+SIBLINGS_ASKED = 16
+"""In how many other namespaces of a model, the newest ones, a miss looks for its block."""
 
 
 class Rule(IntEnum):
@@ -21,19 +24,6 @@ class Rule(IntEnum):
     FULL = 0
     LAST_N = 1
     LAST = 2
-
-
-class Reason(Enum):
-    """Why a prefix ends where it does."""
-
-    COMPLETE = "complete"
-    NOT_STORED = "not_stored"
-    NOT_WHOLE = "not_whole"
-    OWNER_SUSPECT = "owner_suspect"
-    WARMING = "warming"
-    NAMESPACE_UNKNOWN = "namespace_unknown"
-    NAMESPACE_MISMATCH = "namespace_mismatch"
-    MASTER_UNREACHABLE = "master_unreachable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +124,7 @@ def _why(index: Index, space: Space, key: Words, row: int, *, warming: bool) -> 
         if not index.placements.complete[number]:
             return (Reason.WARMING if warming else Reason.NOT_WHOLE), ""
         return (Reason.WARMING if warming else Reason.OWNER_SUSPECT), ""
-    for sibling in space.siblings:
+    for sibling in space.siblings[-SIBLINGS_ASKED:]:
         if sibling.descriptor and space.descriptor and sibling.table.find(key.reshape(1, 2))[0] >= 0:
             return Reason.NAMESPACE_MISMATCH, ", ".join(space.descriptor.differences(sibling.descriptor))
     return (Reason.WARMING if warming else Reason.NOT_STORED), ""
@@ -153,6 +143,7 @@ def _hybrid(index: Index, query: Query, keys: Words, *, warming: bool) -> Answer
             continue
         rows = space.table.find(keys[: answer.prefix])
         there = index.placements.whole.take(index.placement.take(rows, mode="wrap")) & (rows >= 0)
+        there[: query.known_prefix] = True  # the engine has what it needs of these
         need = {Rule.FULL: answer.prefix, Rule.LAST_N: group.last_n, Rule.LAST: 1}[group.rule]
         count = np.concatenate(([0], np.cumsum(there)))
         n = np.arange(answer.prefix + 1)
@@ -162,8 +153,9 @@ def _hybrid(index: Index, query: Query, keys: Words, *, warming: bool) -> Answer
     prefix = int(np.flatnonzero(fits)[-1])
     if prefix < answer.prefix:
         blocks = prefix - query.known_prefix
-        answer.prefix, answer.reason, answer.hit_rows = prefix, Reason.NOT_STORED, answer.hit_rows[:blocks]
+        answer.prefix, answer.hit_rows, answer.detail = prefix, answer.hit_rows[:blocks], ""
+        answer.reason = Reason.WARMING if warming else Reason.NOT_STORED
         answer.runs = _runs(index, index.placement.take(answer.hit_rows))
-    needed = [rows[max(0, prefix - need) : prefix] for rows, need in extra]
+    needed = [rows[max(query.known_prefix, prefix - need) : prefix] for rows, need in extra]
     answer.hit_rows = np.concatenate([r[r >= 0] for r in (*reversed(needed), answer.hit_rows)])
     return answer

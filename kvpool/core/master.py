@@ -18,10 +18,10 @@ import numpy as np
 
 from kvpool.core.effects import Close, Closed, Effect, Event, NodeChanged, Received, Remember, Send
 from kvpool.core.eviction import pick_victims, slices_for_eviction
-from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.index import NAMESPACES_MAX, ROWS_PER_SLICE, Index
 from kvpool.core.keytable import Rows, as_words
 from kvpool.core.leases import Leases
-from kvpool.core.lookup import Answer, Query, Reason, check, longest_prefix
+from kvpool.core.lookup import Answer, Query, check, longest_prefix
 from kvpool.core.messages import (
     Ack,
     BlockRun,
@@ -30,14 +30,13 @@ from kvpool.core.messages import (
     Heartbeat,
     Hello,
     Inventory,
-    NodeAddress,
     SendInventory,
     Superseded,
     Victims,
     Welcome,
 )
-from kvpool.errors import UnknownNamespaceError
-from kvpool.model import KEY_BYTES, Namespace
+from kvpool.errors import OverloadedError, UnknownNamespaceError
+from kvpool.model import KEY_BYTES, Namespace, NodeAddress, Reason
 
 TIER = "dram"
 STALL_S = 1.0
@@ -75,6 +74,7 @@ class Node:
     last_seen: float = 0.0
     incarnation: int = 0  # 0: none yet
     sequence: int = 0  # newest delta applied
+    applying: bool = False  # ... and not all of it is in the index yet
     heard_sequence: int = 0  # newest delta the node says it has sent
     awaiting: bool = True  # for an inventory
     asked_at: float = 0.0
@@ -128,7 +128,7 @@ class MasterState:
     @property
     def warming(self) -> bool:
         """Whether some node is still reporting what it holds."""
-        return any(node.awaiting and node.session is not None for node in self.nodes.values())
+        return any(n.awaiting and n.session is not None and n.state != "dead" for n in self.nodes.values())
 
     # ---- events --------------------------------------------------------------------------------
 
@@ -137,7 +137,10 @@ class MasterState:
         return [effect for part in self.ingest(event, now) for effect in part]
 
     def ingest(self, event: Event, now: float) -> Iterator[list[Effect]]:
-        """Take in an event a slice at a time; other calls may come between two slices."""
+        """Take in an event a slice at a time; other calls may come between two slices.
+
+        Events of one session are taken in one after another. A session that ends may leave its last event unfinished.
+        """
         up = self.uptime(now)
         if isinstance(event, Closed):
             yield self._closed(event.session, up)
@@ -169,10 +172,17 @@ class MasterState:
             node.heard_sequence = message.sequence
             yield effects + self._relieve(node, up)
 
-    def _hello(self, session: int, hello: Hello, up: float) -> list[Effect]:
+    def _learn(self, namespaces: tuple[Namespace, ...]) -> list[Effect]:
         effects: list[Effect] = []
-        for namespace in hello.namespaces:
-            effects += self.register(namespace)
+        for namespace in namespaces:
+            try:
+                effects += self.register(namespace)
+            except OverloadedError:
+                self.counters["namespaces_refused"] += 1
+        return effects
+
+    def _hello(self, session: int, hello: Hello, up: float) -> list[Effect]:
+        effects = self._learn(hello.namespaces)
         node = self.nodes.get(hello.address.node_id)
         if node is not None and hello.epoch in node.superseded:
             return [*effects, Send(session, Superseded()), Close(session, "superseded")]
@@ -193,7 +203,8 @@ class MasterState:
         node.heard_sequence = hello.sequence
         node.evict_sent = node.evict_done = 0
         self._sessions[session] = node
-        resume = not node.awaiting and hello.master_epoch == self.epoch and node.sequence <= hello.sequence
+        reported = not node.awaiting and not node.applying
+        resume = reported and hello.master_epoch == self.epoch and node.sequence <= hello.sequence
         if not resume:
             self._await_inventory(node, up)
         effects.append(Send(session, Welcome(self.epoch, node.sequence if resume else 0, inventory=not resume)))
@@ -224,22 +235,22 @@ class MasterState:
         for piece in _slices(message.added):
             if node.pending != incarnation or self._sessions.get(session) is not node:
                 return
-            self._add(piece, incarnation)
+            if not self._add(piece, incarnation):
+                node.next_chunk = -1  # what would make it known was lost: the tick asks again
+                return
             yield []
         if not message.last or node.pending != incarnation:
             return
         if node.incarnation:
             self._retire(node.incarnation)
-        node.incarnation, node.pending, node.awaiting = incarnation, 0, False
+        node.incarnation, node.pending, node.awaiting, node.applying = incarnation, 0, False, False
         node.sequence = node.pending_sequence
         node.heard_sequence = max(node.heard_sequence, node.sequence)
         node.victims_stale = True
         yield [Send(session, Ack(node.sequence)), *self._judge(node, up, "inventory complete")]
 
     def _delta(self, session: int, node: Node, delta: Delta, up: float) -> Iterator[list[Effect]]:
-        effects: list[Effect] = []
-        for namespace in delta.namespaces:
-            effects += self.register(namespace)
+        effects = self._learn(delta.namespaces)
         node.heard_sequence = max(node.heard_sequence, delta.sequence)
         if node.awaiting or delta.sequence <= node.sequence:
             yield effects
@@ -248,7 +259,7 @@ class MasterState:
             yield effects + self._ask_inventory(node, up)
             return
         # Claimed before the first slice: whatever comes between two slices must see it as applied.
-        node.sequence = delta.sequence
+        node.sequence, node.applying = delta.sequence, True
         node.used_bytes = delta.used_bytes
         node.evict_done = max(node.evict_done, delta.evictions_done)
         incarnation = node.incarnation
@@ -263,17 +274,25 @@ class MasterState:
         for piece in _slices(delta.added):
             if node.incarnation != incarnation:
                 return
-            self._add(piece, incarnation)
+            if not self._add(piece, incarnation):
+                yield self._ask_inventory(node, up)
+                return
             yield []
+        node.applying = False
         yield [Send(session, Ack(delta.sequence)), *self._relieve(node, up)]
 
-    def _add(self, piece: BlockRun, incarnation: int) -> None:
+    def _add(self, piece: BlockRun, incarnation: int) -> bool:
+        """Add blocks; returns False if their namespace is not known, so that the node must say it again."""
         space = self.index.spaces.get(piece.namespace)
-        if space is None or space.descriptor is None or piece.shards & ~space.full or not piece.shards:
+        if space is None or space.descriptor is None:
             self.counters["blocks_of_unknown_namespace"] += len(piece)
-            return
+            return len(self.index.spaces) >= NAMESPACES_MAX  # then nothing could make it known
+        if piece.shards & ~space.full or not piece.shards:
+            self.counters["blocks_with_bad_shards"] += len(piece)
+            return True
         self.index.add(piece, incarnation, TIER)
         self.counters["blocks_added"] += len(piece)
+        return True
 
     def _closed(self, session: int, up: float) -> list[Effect]:
         node = self._sessions.pop(session, None)
@@ -322,6 +341,7 @@ class MasterState:
             if incarnation:
                 self._retire(incarnation)
         node.incarnation = node.pending = 0
+        node.applying = False
         self._await_inventory(node, node.last_seen)
 
     def _sweep(self) -> Iterator[list[Effect]]:
@@ -352,13 +372,14 @@ class MasterState:
             if node.state == "dead":
                 if up - node.last_seen > FORGET_DEAD_S:
                     del self.nodes[node_id]
+                    if node.session is not None:
+                        del self._sessions[node.session]
+                        effects.append(Close(node.session, "silent for too long"))
                 continue
             lost_tail = not node.awaiting and node.heard_sequence > node.sequence
-            if node.session is not None and up - node.asked_at > INVENTORY_RETRY_S:
-                if node.awaiting or (lost_tail and up - node.last_seen < SUSPECT_AFTER_S):
-                    effects += self._ask_inventory(node, up)
-            elif lost_tail and node.session is not None:
-                pass
+            unheard = node.session is None or up - node.last_seen > SUSPECT_AFTER_S
+            if (node.awaiting or lost_tail) and not unheard and up - node.asked_at > INVENTORY_RETRY_S:
+                effects += self._ask_inventory(node, up)
             effects += self._relieve(node, up)
             self._refresh_victims(node, up)
         return effects
@@ -410,13 +431,9 @@ class MasterState:
 
     def _victims(self, node: Node, incarnation: int) -> Iterator[list[Effect]]:
         try:
-            rows: Rows = np.empty(0, np.int64)
-            for rows in pick_victims(self.index, incarnation, int(VICTIMS_SHARE * node.capacity_bytes)):
-                yield []
+            rows = yield from pick_victims(self.index, incarnation, int(VICTIMS_SHARE * node.capacity_bytes))
             if node.incarnation != incarnation or node.session is None:
                 return
-            # Rows may have gone since they were picked.
-            rows = rows[self.index.placements.held_by(incarnation).take(self.index.placement.take(rows))]
             self.index.listed[node.listed] = False
             self.index.listed[rows] = True
             node.listed = rows
@@ -450,10 +467,12 @@ class MasterState:
     # ---- clients -------------------------------------------------------------------------------
 
     def register(self, namespace: Namespace) -> list[Effect]:
-        """Make a namespace known; idempotent."""
+        """Make a namespace known; idempotent. Raises OverloadedError."""
         space = self.index.spaces.get(namespace.digest)
         if space is not None and space.descriptor is not None:
             return []
+        if len(self.index.spaces) >= NAMESPACES_MAX:
+            raise OverloadedError(f"the master knows {NAMESPACES_MAX} namespaces already")
         self.index.describe(namespace)
         return [Remember(namespace)]
 
@@ -509,8 +528,8 @@ class MasterState:
         return nodes[self._place_turn % len(nodes)]
 
     def node_of(self, incarnation: int) -> Node | None:
-        """Return the node of an incarnation, if it is not over."""
-        return self._incarnations.get(incarnation)
+        """Return the node of an incarnation that lookups count on, None for others."""
+        return self._incarnations.get(incarnation) if self.index.placements.is_live(incarnation) else None
 
     # ---- operators -----------------------------------------------------------------------------
 
@@ -536,7 +555,9 @@ class MasterState:
                 part = slice(start, min(start + 16 * ROWS_PER_SLICE, self.index.rows_used))
                 mine = np.flatnonzero(self.index.space_of[part] == space.number) + start
                 for i in range(0, len(mine), ROWS_PER_SLICE):
-                    yield self._evict_rows(mine[i : i + ROWS_PER_SLICE])[2]
+                    rows = mine[i : i + ROWS_PER_SLICE]
+                    # Since the last slice a row may have gone to another namespace.
+                    yield self._evict_rows(rows[self.index.space_of.take(rows) == space.number])[2]
 
         self._jobs.append(job())
         return len(space.table), space.stored_bytes

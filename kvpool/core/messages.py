@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpool.model import KEY_BYTES, Namespace
+from kvpool.model import KEY_BYTES, Namespace, NodeAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +23,6 @@ class BlockRun:
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.keys) // KEY_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class NodeAddress:
-    """How to reach a node's bytes: TCP for everybody, the unix socket on the same host."""
-
-    node_id: str
-    host: str = ""
-    port: int = 0
-    socket_path: str = ""
-    boot_id: str = ""
 
 
 # ---- node to master --------------------------------------------------------------------------------

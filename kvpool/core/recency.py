@@ -62,6 +62,10 @@ class Recency:
                 self._close_tail(self._next - n + done - 1)
         return bool((self._stamps.take(rows) == stamps).all())
 
+    def stamps_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the newest stamp of each row: while it is the same, nobody touched, removed or reused the row."""
+        return self._stamps.take(rows)
+
     def forget(self, rows: NDArray[np.int64]) -> None:
         """Take rows out of the order."""
         self._stamps[rows] = 0
@@ -90,11 +94,11 @@ class Recency:
         self._segments.append(_Segment(last, self._tail, np.arange(last - SEGMENT + 1, last + 1)))
         self._lasts.append(last)
         self._tail, self._fill = np.empty(SEGMENT, np.int32), 0
-        for _ in range(min(2, len(self._segments))):
+        for _ in range(2):
+            if not self._segments:
+                return  # the first step removed the only one
             if self._cursor >= len(self._segments):
                 self._cursor = 0
-            if not self._segments:  # the first step removed the only one
-                return
             if self._squeeze(self._cursor) is not None:
                 self._merge_with_previous()
                 self._cursor += 1

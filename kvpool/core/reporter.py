@@ -20,7 +20,6 @@ from kvpool.core.messages import (
     Hello,
     Inventory,
     MasterMessage,
-    NodeAddress,
     NodeMessage,
     SendInventory,
     Superseded,
@@ -28,7 +27,7 @@ from kvpool.core.messages import (
     Welcome,
 )
 from kvpool.core.segment import SegmentState
-from kvpool.model import KEY_BYTES, Namespace
+from kvpool.model import KEY_BYTES, Namespace, NodeAddress
 
 DELTA_KEYS_MAX: Final = 16384
 """Keys, added and removed together, in one delta."""

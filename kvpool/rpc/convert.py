@@ -1,17 +1,14 @@
-"""Between the wire's messages and the core's words, in both directions."""
+"""Between the wire's messages and the words of ``kvpool.model``, in both directions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
 
-from kvpool.core import messages as core
-from kvpool.core.lookup import Answer, Group, Query, Reason, Rule
-from kvpool.errors import FrameError, InvalidArgumentError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, SHARD_BYTES_MAX, SHARDS_MAX, Namespace
-from kvpool.rpc.v1 import master_pb2, node_pb2, types_pb2
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import SHARDS_MAX, Namespace, NodeAddress, Reason
+from kvpool.rpc.v1 import master_pb2, types_pb2
 
-_DESCRIPTOR_FIELDS = tuple(f.name for f in dataclasses.fields(Namespace))
+_DESCRIPTOR_FIELDS = tuple(f.name for f in dataclasses.fields(Namespace) if f.init)
 
 REASONS = {
     Reason.COMPLETE: master_pb2.LookupResponse.COMPLETE,
@@ -52,35 +49,7 @@ def namespace_from_proto(message: types_pb2.NamespaceDescriptor) -> Namespace:
     return Namespace(**{name: getattr(message, name) for name in _DESCRIPTOR_FIELDS})
 
 
-def run_to_proto(run: core.BlockRun) -> types_pb2.BlockRun:
-    """Return a run as a message."""
-    return types_pb2.BlockRun(
-        namespace=run.namespace, shards=mask_to_bytes(run.shards), shard_bytes=run.shard_bytes, keys=run.keys
-    )
-
-
-def run_from_proto(message: types_pb2.BlockRun) -> core.BlockRun:
-    """Return a run. Raises InvalidArgumentError."""
-    if len(message.namespace) != DIGEST_BYTES:
-        raise InvalidArgumentError("namespace", f"must be {DIGEST_BYTES} bytes, not {len(message.namespace)}")
-    if len(message.keys) % KEY_BYTES:
-        raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(message.keys)}")
-    if not 0 <= message.shard_bytes <= SHARD_BYTES_MAX:
-        raise InvalidArgumentError("shard_bytes", f"must be from 0 to {SHARD_BYTES_MAX}")
-    return core.BlockRun(message.namespace, mask_from_bytes(message.shards), message.shard_bytes, message.keys)
-
-
-def runs_to_proto(runs: Iterable[core.BlockRun]) -> list[types_pb2.BlockRun]:
-    """Return runs as messages."""
-    return [run_to_proto(run) for run in runs]
-
-
-def runs_from_proto(messages: Iterable[types_pb2.BlockRun]) -> tuple[core.BlockRun, ...]:
-    """Return runs. Raises InvalidArgumentError."""
-    return tuple(run_from_proto(m) for m in messages)
-
-
-def address_to_proto(address: core.NodeAddress) -> types_pb2.NodeAddress:
+def address_to_proto(address: NodeAddress) -> types_pb2.NodeAddress:
     """Return an address as a message."""
     return types_pb2.NodeAddress(
         node_id=address.node_id,
@@ -91,161 +60,10 @@ def address_to_proto(address: core.NodeAddress) -> types_pb2.NodeAddress:
     )
 
 
-def address_from_proto(message: types_pb2.NodeAddress) -> core.NodeAddress:
+def address_from_proto(message: types_pb2.NodeAddress) -> NodeAddress:
     """Return an address. Raises InvalidArgumentError."""
     if not 0 < len(message.node_id) <= 256:
         raise InvalidArgumentError("node_id", "must have 1 to 256 characters")
     if message.port > 65535:
         raise InvalidArgumentError("port", f"must be from 0 to 65535, not {message.port}")
-    return core.NodeAddress(message.node_id, message.host, message.port, message.socket_path, message.boot_id)
-
-
-# ---- session -----------------------------------------------------------------------------------------
-
-
-def node_message_to_proto(message: core.NodeMessage) -> node_pb2.NodeMessage:
-    """Return a node's message for the wire."""
-    if isinstance(message, core.Hello):
-        return node_pb2.NodeMessage(
-            hello=node_pb2.Hello(
-                address=address_to_proto(message.address),
-                epoch=message.epoch,
-                capacity_bytes=message.capacity_bytes,
-                used_bytes=message.used_bytes,
-                sequence=message.sequence,
-                master_epoch=message.master_epoch,
-                namespaces=[namespace_to_proto(n) for n in message.namespaces],
-            )
-        )
-    if isinstance(message, core.Inventory):
-        return node_pb2.NodeMessage(
-            inventory=node_pb2.Inventory(
-                sequence=message.sequence,
-                chunk=message.chunk,
-                last=message.last,
-                added=runs_to_proto(message.added),
-            )
-        )
-    if isinstance(message, core.Delta):
-        return node_pb2.NodeMessage(
-            delta=node_pb2.Delta(
-                sequence=message.sequence,
-                added=runs_to_proto(message.added),
-                removed=runs_to_proto(message.removed),
-                used_bytes=message.used_bytes,
-                evictions_done=message.evictions_done,
-                namespaces=[namespace_to_proto(n) for n in message.namespaces],
-            )
-        )
-    return node_pb2.NodeMessage(
-        heartbeat=node_pb2.Heartbeat(used_bytes=message.used_bytes, sequence=message.sequence)
-    )
-
-
-def node_message_from_proto(message: node_pb2.NodeMessage) -> core.NodeMessage:
-    """Return a node's message. Raises InvalidArgumentError, FrameError for an empty one."""
-    body = message.WhichOneof("body")
-    if body == "hello":
-        hello = message.hello
-        return core.Hello(
-            address_from_proto(hello.address),
-            hello.epoch,
-            hello.capacity_bytes,
-            hello.used_bytes,
-            hello.sequence,
-            hello.master_epoch,
-            tuple(namespace_from_proto(n) for n in hello.namespaces),
-        )
-    if body == "inventory":
-        inventory = message.inventory
-        return core.Inventory(
-            inventory.sequence, inventory.chunk, inventory.last, runs_from_proto(inventory.added)
-        )
-    if body == "delta":
-        delta = message.delta
-        return core.Delta(
-            delta.sequence,
-            runs_from_proto(delta.added),
-            runs_from_proto(delta.removed),
-            delta.used_bytes,
-            delta.evictions_done,
-            tuple(namespace_from_proto(n) for n in delta.namespaces),
-        )
-    if body == "heartbeat":
-        return core.Heartbeat(message.heartbeat.used_bytes, message.heartbeat.sequence)
-    raise FrameError("a node message without a body")
-
-
-def master_message_to_proto(message: core.MasterMessage) -> node_pb2.MasterMessage:
-    """Return a master's message for the wire."""
-    if isinstance(message, core.Welcome):
-        return node_pb2.MasterMessage(
-            welcome=node_pb2.Welcome(
-                master_epoch=message.master_epoch, resume_after=message.resume_after, inventory=message.inventory
-            )
-        )
-    if isinstance(message, core.Victims):
-        return node_pb2.MasterMessage(victims=node_pb2.Victims(blocks=runs_to_proto(message.blocks)))
-    if isinstance(message, core.Evict):
-        return node_pb2.MasterMessage(evict=node_pb2.Evict(id=message.id, blocks=runs_to_proto(message.blocks)))
-    if isinstance(message, core.Superseded):
-        return node_pb2.MasterMessage(superseded=node_pb2.Superseded())
-    if isinstance(message, core.SendInventory):
-        return node_pb2.MasterMessage(send_inventory=node_pb2.SendInventory())
-    return node_pb2.MasterMessage(ack=node_pb2.Ack(sequence=message.sequence))
-
-
-def master_message_from_proto(message: node_pb2.MasterMessage) -> core.MasterMessage:
-    """Return a master's message. Raises InvalidArgumentError, FrameError for an empty one."""
-    body = message.WhichOneof("body")
-    if body == "welcome":
-        welcome = message.welcome
-        return core.Welcome(welcome.master_epoch, welcome.resume_after, welcome.inventory)
-    if body == "victims":
-        return core.Victims(runs_from_proto(message.victims.blocks))
-    if body == "evict":
-        return core.Evict(message.evict.id, runs_from_proto(message.evict.blocks))
-    if body == "superseded":
-        return core.Superseded()
-    if body == "send_inventory":
-        return core.SendInventory()
-    if body == "ack":
-        return core.Ack(message.ack.sequence)
-    raise FrameError("a master message without a body")
-
-
-# ---- lookup ------------------------------------------------------------------------------------------
-
-
-def query_from_proto(request: master_pb2.LookupRequest, keys: bytes | memoryview) -> Query:
-    """Return a lookup's query. Raises InvalidArgumentError for a rule that does not exist."""
-    if request.groups:
-        try:
-            groups = tuple(Group(g.namespace, Rule(g.rule), g.last_n) for g in request.groups)
-        except ValueError as exc:
-            raise InvalidArgumentError("groups.rule", "must be FULL, LAST_N or LAST") from exc
-    else:
-        groups = (Group(request.namespace),)
-    return Query(groups, keys, request.known_prefix, request.lease)
-
-
-def answer_to_proto(
-    answer: Answer, address_of: Callable[[int], core.NodeAddress | None]
-) -> master_pb2.LookupResponse:
-    """Return a lookup's answer; ``address_of`` gives an incarnation's address, None when it is over."""
-    response = master_pb2.LookupResponse(
-        prefix=answer.prefix, lease=answer.lease, reason=REASONS[answer.reason], detail=answer.detail
-    )
-    numbers: dict[int, int] = {}
-    for blocks, placement in answer.runs:
-        run = response.runs.add(blocks=blocks)
-        for owner in placement.owners:
-            number = numbers.get(owner.incarnation)
-            if number is None:
-                address = address_of(owner.incarnation)
-                if address is None:
-                    continue
-                number = numbers[owner.incarnation] = len(numbers)
-                response.nodes.append(address_to_proto(address))
-            run.owners.add(node=number, tier=owner.tier, shards=mask_to_bytes(owner.shards))
-    return response
+    return NodeAddress(message.node_id, message.host, message.port, message.socket_path, message.boot_id)

@@ -10,6 +10,7 @@ from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
+from kvpool.server import wire
 from kvpool.server.peers import rpc
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Inspect(self, request: master_pb2.LookupRequest, context: Any) -> master_pb2.LookupResponse:
         """Look up without touching or leasing."""
         request.lease = False
-        answer = self.pool.state.lookup(convert.query_from_proto(request, request.hashes))
-        return convert.answer_to_proto(answer, self.pool.address_of)
+        answer = self.pool.state.lookup(wire.query_from_proto(request, request.hashes))
+        return wire.answer_to_proto(answer, self.pool.address_of)
 
     @rpc
     async def EvictBlocks(self, request: admin_pb2.EvictBlocksRequest, context: Any) -> admin_pb2.EvictBlocksResponse:

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import xxhash
 
@@ -271,7 +272,7 @@ class DataPlane:
 
         conn.run_blocking(receive, done)
 
-    _HANDLERS = {
+    _HANDLERS: ClassVar = {
         "attach": _attach,
         "register": _register,
         "reserve": _reserve,

@@ -24,8 +24,9 @@ from kvpool import __version__
 from kvpool.config import MasterSettings
 from kvpool.core.effects import Close, Closed, Effect, NodeChanged, Received, Remember, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
-from kvpool.core.messages import MasterMessage, NodeAddress
+from kvpool.core.messages import MasterMessage
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError
+from kvpool.model import NodeAddress
 from kvpool.rpc import convert
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.status import status_of
@@ -37,6 +38,7 @@ from kvpool.rpc.v1 import (
     node_pb2,
     node_pb2_grpc,
 )
+from kvpool.server import wire
 from kvpool.server.admin import AdminService
 from kvpool.server.daemon import run_daemon
 from kvpool.server.peers import Guard, grpc_peer_host, rpc
@@ -107,7 +109,7 @@ class Pool:
 
     async def take(self, session: int, message: node_pb2.NodeMessage) -> None:
         """Take in a node's message, letting others have a turn between slices."""
-        event = Received(session, convert.node_message_from_proto(message))
+        event = Received(session, wire.node_message_from_proto(message))
         for effects in self.state.ingest(event, time.monotonic()):
             self.perform(effects)
             await asyncio.sleep(0)
@@ -165,8 +167,8 @@ class Pool:
     ) -> tuple[master_pb2.MasterFrameReply, After | None]:
         body = request.WhichOneof("body")
         if body == "lookup":
-            answer = self.state.lookup(convert.query_from_proto(request.lookup, payload))
-            reply = master_pb2.MasterFrameReply(lookup=convert.answer_to_proto(answer, self.address_of))
+            answer = self.state.lookup(wire.query_from_proto(request.lookup, payload))
+            reply = master_pb2.MasterFrameReply(lookup=wire.answer_to_proto(answer, self.address_of))
             return reply, lambda: self.state.settle(answer, time.monotonic())
         if body == "renew":
             unknown = self.state.renew(list(request.renew.leases), time.monotonic())
@@ -208,8 +210,8 @@ class MasterService(master_pb2_grpc.MasterServicer):
     @rpc
     async def Lookup(self, request: master_pb2.LookupRequest, context: Any) -> master_pb2.LookupResponse:
         """Answer as the frames do."""
-        answer = self.pool.state.lookup(convert.query_from_proto(request, request.hashes))
-        response = convert.answer_to_proto(answer, self.pool.address_of)
+        answer = self.pool.state.lookup(wire.query_from_proto(request, request.hashes))
+        response = wire.answer_to_proto(answer, self.pool.address_of)
         self.pool.state.settle(answer, time.monotonic())
         return response
 
@@ -250,7 +252,7 @@ class NodeSessionService(node_pb2_grpc.NodeSessionServicer):
             reader = asyncio.create_task(self._read(number, request_iterator, queue))
             try:
                 while (message := await queue.get()) is not None:
-                    yield convert.master_message_to_proto(message)
+                    yield wire.master_message_to_proto(message)
             finally:
                 reader.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -15,13 +15,13 @@ from pathlib import Path
 import grpc
 
 from kvpool.config import NodeSettings, boot_id, split_address
-from kvpool.core.messages import NodeAddress, NodeMessage
+from kvpool.core.messages import NodeMessage
 from kvpool.core.reporter import Reporter
 from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, KVPoolError
-from kvpool.model import format_size
-from kvpool.rpc import convert
+from kvpool.model import NodeAddress, format_size
 from kvpool.rpc.v1 import node_pb2, node_pb2_grpc
+from kvpool.server import wire
 from kvpool.server.daemon import run_daemon
 from kvpool.server.dataplane import DataPlane
 from kvpool.server.peers import Guard, is_loopback
@@ -114,11 +114,11 @@ class Session:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, call: grpc.aio.StreamStreamCall[node_pb2.NodeMessage, node_pb2.MasterMessage]) -> None:
-        async for wire in call:
-            self._put(self._reporter.handle(convert.master_message_from_proto(wire)))
+        async for message in call:
+            self._put(self._reporter.handle(wire.master_message_from_proto(message)))
             if self._reporter.superseded:
                 return
-            if isinstance(wire, node_pb2.MasterMessage) and wire.WhichOneof("body") == "welcome":
+            if message.WhichOneof("body") == "welcome":
                 log.info("session with the master at %s", self._master)
             self.changed()
         # Ended in order by the master: begin again.
@@ -126,7 +126,7 @@ class Session:
     async def _write(self, call: grpc.aio.StreamStreamCall[node_pb2.NodeMessage, node_pb2.MasterMessage]) -> None:
         while True:
             message = await self._out.get()
-            await call.write(convert.node_message_to_proto(message))
+            await call.write(wire.node_message_to_proto(message))
 
     async def _beat(self) -> None:
         while True:
@@ -158,7 +158,7 @@ def advertised_host(settings: NodeSettings) -> str:
     """Return the address that other hosts reach us by: as set, or that of the way to the master."""
     if settings.advertise_host:
         return settings.advertise_host
-    if settings.host not in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared, not bound
+    if settings.host not in {"0.0.0.0", "::", ""}:
         return settings.host
     host, port = split_address(settings.master, "master")
     try:
@@ -168,6 +168,13 @@ def advertised_host(settings: NodeSettings) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return "127.0.0.1"
+
+
+def _address(settings: NodeSettings, name: str, port: int) -> NodeAddress:
+    host = advertised_host(settings)
+    if not settings.insecure and not is_loopback(host):
+        log.info("protected mode: other hosts are refused; --insecure lets them in")
+    return NodeAddress(name, host, port, str(Path(settings.socket_path).absolute()), boot_id())
 
 
 def _prepare_socket_dir(path: str) -> None:
@@ -195,13 +202,10 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     server = FrameServer(plane, connections_max=settings.connections_max)
     server.listen_unix(settings.socket_path, settings.socket_mode)
     _, port = server.listen_tcp(settings.host, settings.port)
-    host = advertised_host(settings)
-    if not settings.insecure and not is_loopback(host):
-        log.info("protected mode: other hosts are refused; --insecure lets them in")
-    address = NodeAddress(name, host, port, os.path.abspath(settings.socket_path), boot_id())
+    address = _address(settings, name, port)
     session = Session(settings.master, state, Reporter(state, address, epoch))
     plane.changed = session.changed
-    log.info("node %s is ready on %s and %s:%d", name, settings.socket_path, host, port)
+    log.info("node %s is ready on %s and %s:%d", name, address.socket_path, address.host, port)
     running = asyncio.create_task(session.run())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)

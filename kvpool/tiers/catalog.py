@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import lmdb
@@ -24,7 +23,7 @@ class Catalog:
     def __init__(self, data_dir: str) -> None:
         try:
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-            self._env = lmdb.open(os.path.join(data_dir, "catalog.lmdb"), map_size=MAP_BYTES, max_dbs=8, subdir=False)
+            self._env = lmdb.open(str(Path(data_dir) / "catalog.lmdb"), map_size=MAP_BYTES, max_dbs=8, subdir=False)
             self._namespaces = self._env.open_db(_NAMESPACES)
         except (OSError, lmdb.Error) as exc:
             raise ConfigError("data_dir", f"cannot keep the catalog in {data_dir}: {exc}") from exc

@@ -18,7 +18,7 @@ from kvpool.transport.frames import Buffer
 IOV_MAX = 1024
 """Buffers that one sendmsg or recvmsg takes (Linux)."""
 
-SEND_BYTES_MAX = 4096 << 10
+SEND_BYTES_MAX = 2 << 20
 """Bytes handed to one send: while a longer one runs, acknowledgements wait, and TCP is a quarter slower."""
 
 _TIMEVAL = struct.Struct("@ll")

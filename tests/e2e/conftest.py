@@ -120,15 +120,24 @@ class Pool:
         self._wait_ready(node)
         return node
 
+    def control(self, *command: str) -> Any:
+        """Ask the master through the command line; None where that has nothing to say."""
+        line = [sys.executable, "-m", "kvpool.cli.ctl", "--master", self.address, *command, "--json"]
+        asked = subprocess.run(line, env=self._environment, capture_output=True, text=True, timeout=30, check=False)
+        return json.loads(asked.stdout) if asked.returncode == 0 else None
+
     def nodes(self) -> list[Any]:
-        """Return what the master says of its nodes; nothing while there is no master."""
-        command = [sys.executable, "-m", "kvpool.cli.ctl", "--master", self.address, "nodes", "--json"]
-        asked = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=30, check=False)
-        if asked.returncode:
-            return []
-        answer = json.loads(asked.stdout)
-        found: list[Any] = answer["nodes"] if isinstance(answer, dict) else answer
+        """Return the master's nodes while one is live."""
+        answer = self.control("nodes")
+        found: list[Any] = answer["nodes"] if answer else []
         return found
+
+    def empty(self) -> None:
+        """Evict all blocks; those that somebody still pins would stay."""
+        assert self.control("evict", "--coldest", "1TB", "--yes")["blocks"]
+        deadline = time.monotonic() + 30
+        while (status := self.control("status"))["blocks"] or status["used_bytes"]:
+            assert time.monotonic() < deadline, f"still in use: {status}"
 
     def _wait_ready(self, node: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + 60

@@ -85,14 +85,16 @@ def test_load_that_fails_midway_is_recomputed(engines: Engines, prompts: Prompts
     assert gained(engines.second, "load.failed", before) == BLOCKS - arrived
 
 
-def test_abort_during_a_load_leaks_nothing(engines: Engines, prompts: Prompts) -> None:
-    """Blocks, leases and the request itself are gone afterwards, and the next request is served."""
+def test_abort_during_a_load_leaks_nothing(engines: Engines, prompts: Prompts, pool: Pool) -> None:
+    """Blocks, leases, pins and the request itself are gone afterwards, and the next request is served."""
     prompt, cold = stored(engines, prompts)
     seen = engines.second.ask("abort_during_load", prompt=prompt)
     assert seen["held"] >= BLOCKS, "the load still writes into these blocks"
     assert seen["leaked"] == seen["tracked"] == 0
     assert engines.second.state()["leases"] == 0
+    assert pool.control("status")["leases"] == 0
     assert engines.second.generate(prompt).tokens == cold.tokens
+    pool.empty()
 
 
 def test_node_killed_when_a_load_begins(engines: Engines, prompts: Prompts, pool: Pool) -> None:

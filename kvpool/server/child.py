@@ -1,4 +1,4 @@
-"""Runs a module as a child that ends with its parent: ``python -m kvpool.cli.child PARENT_PID MODULE ARGS``.
+"""Runs a module as a child that ends with its parent: ``python -m kvpool.server.child PARENT_PID MODULE ARGS``.
 
 The child asks for the signal itself, before it runs anything else: no code between fork and exec in a
 parent that may have threads.
