@@ -63,6 +63,7 @@ class LocalNode:
         """Let go of the node; copies that still run keep the mapping until they end."""
         self.alive = False
         self._pool.close()
+        self._segment.close()
 
     def put(
         self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, copies: CopyThreads, timeout_s: float

@@ -276,12 +276,25 @@ class ClientSettings(Settings):
     copy_threads: int = setting(2, count(1, 64), "Threads that copy and hash.")
     lookup_timeout: int = setting("40ms", DURATION, "How long a lookup may take before it is a miss.")
     transfer_timeout: int = setting("1s", DURATION, "How long a put or get may take before it ends.")
-    autostart_node: bool = setting(False, BOOL, "Start a node when this host has none.")
+    autostart_node: bool = setting(
+        False, BOOL, "Start a node when this host has none; it ends with the engine that started it."
+    )
     segment_size: int = setting("1GB", SIZE, "Size of an autostarted node's segment, per local rank.")
     advertise_host: str | None = setting(None, HOST, "Address that other hosts reach an autostarted node by.")
 
 
-COMPONENTS: tuple[type[Settings], ...] = (MasterSettings, NodeSettings, ClientSettings)
+@dataclass(frozen=True, kw_only=True)
+class ConnectorSettings(ClientSettings):
+    """Settings of an engine's connector: a client's, and what it does with it."""
+
+    load_threads: int = setting(2, count(1, 64), "Requests loaded at once.")
+    save_threads: int = setting(1, count(1, 64), "Requests saved at once.")
+    client_factory: str = setting(
+        "kvpool_vllm.settings:make_client", TEXT, "MODULE:FUNCTION that makes the client; tests inject a faulty one."
+    )
+
+
+COMPONENTS: tuple[type[Settings], ...] = (MasterSettings, NodeSettings, ClientSettings, ConnectorSettings)
 S = TypeVar("S", bound=Settings)
 
 

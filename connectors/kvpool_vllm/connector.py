@@ -29,7 +29,7 @@ from kvpool_vllm.namespace import (
     whole_layers,
 )
 from kvpool_vllm.scheduler import SchedulerSide
-from kvpool_vllm.settings import connect, read_settings
+from kvpool_vllm.settings import autostart, connect, read_settings
 from kvpool_vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         self._facts: RankFacts | None = None
         if role == KVConnectorRole.SCHEDULER:
             _recompute_on_failure(self._kv_transfer_config)
+            autostart(self._settings, vllm_config.parallel_config.local_world_size)
             self.scheduler = self._make_scheduler(vllm_config, kv_cache_config)
         else:
             self.worker = self._make_worker(vllm_config)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from kvpool.config import TEXT, ClientSettings, count, load, setting
+from kvpool.config import ConnectorSettings, load
 from kvpool.errors import ConfigError
 from kvpool_vllm import LOGGER_NAME
 
@@ -20,25 +19,20 @@ logger = logging.getLogger(LOGGER_NAME)
 SOURCE = "kv_connector_extra_config"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConnectorSettings(ClientSettings):
-    """Settings of the connector; durations are milliseconds."""
-
-    load_threads: int = setting(2, count(1, 64), "Requests loaded at once.")
-    save_threads: int = setting(1, count(1, 64), "Requests saved at once.")
-    client_factory: str = setting(
-        "kvpool_vllm.settings:make_client", TEXT, "MODULE:FUNCTION that makes the client; tests inject a faulty one."
-    )
-
-
 def read_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
     """Return the checked settings; raise ConfigError naming the nearest known one for an unknown key."""
     loaded = load(ConnectorSettings, flags=extra, flags_from=SOURCE)
-    if loaded.settings.autostart_node:
-        raise ConfigError("autostart_node", "the connector starts no node so far; run kvpool-node on this host")
     for note in loaded.notes:
         logger.info("%s", note)
     return loaded.settings
+
+
+def autostart(settings: ConnectorSettings, ranks: int) -> None:
+    """Start a node for this host if that is wanted and there is none; call it from the main thread."""
+    if settings.autostart_node:
+        from kvpool.client_autostart import start_node
+
+        start_node(settings, ranks)
 
 
 def make_client(settings: ConnectorSettings, name: str) -> Client:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvpool.core.index import Index
+from kvpool.core.index import Index, Space
+from kvpool.core.keytable import Rows
 from kvpool.core.master import MasterState
 from kvpool.core.placement import NOWHERE
 from kvpool.core.segment import SegmentState
@@ -23,7 +24,7 @@ def check_index(index: Index) -> None:
     in_use = np.zeros(used, bool)
     blocks_on: Counter[int] = Counter()
     for space in index.spaces.values():
-        rows = index.table_rows(space)
+        rows = _rows(index, space)
         in_use[rows] = True
         assert len(space.table) == len(rows), "a namespace's table has its rows"
         assert (space.table.find(index.keys[rows]) == rows).all(), "every row is found by its key"
@@ -36,7 +37,7 @@ def check_index(index: Index) -> None:
         assert space.stored_bytes == stored, "stored bytes are counted"
     assert {i: n for i, n in index.blocks_on.items() if n} == dict(blocks_on), "a node's blocks are counted"
     assert (index.placement[:used][~in_use] == NOWHERE).all(), "what is not stored lies nowhere"
-    free = index.free_rows()
+    free = index._free[: index._free_count]
     assert len(set(free.tolist())) == len(free), "a row is free once"
     assert sorted(free.tolist()) == np.flatnonzero(~in_use & (index.leased[:used] == 0)).tolist(), "no row is lost"
     order: list[int] = []
@@ -46,6 +47,10 @@ def check_index(index: Index) -> None:
         position = piece[1]
     assert sorted(order) == np.flatnonzero(in_use).tolist(), "the order has every block once"
     _check_placements(index)
+
+
+def _rows(index: Index, space: Space) -> Rows:
+    return np.flatnonzero(index.space_of[: index.rows_used] == space.number)
 
 
 def _check_placements(index: Index) -> None:
@@ -66,7 +71,7 @@ def check_master(state: MasterState) -> None:
     index = state.index
     check_index(index)
     leased = np.zeros(index.rows_used, np.int64)
-    for rows in state.leases.leased_rows():
+    for rows, _ in state.leases._leases.values():
         assert len(np.unique(rows)) == len(rows), "a lease names a row once"
         leased[rows] += 1
     assert (index.leased[: index.rows_used] == leased).all(), "leases are counted by row"
@@ -75,9 +80,10 @@ def check_master(state: MasterState) -> None:
 
 def held_by_index(state: MasterState) -> Held:
     """Return what the master believes its nodes hold."""
-    index, held = state.index, {}
+    index = state.index
+    held: Held = {}
     for space in index.spaces.values():
-        for row in index.table_rows(space).tolist():
+        for row in _rows(index, space).tolist():
             at: dict[str, int] = {}
             for owner in index.placements[int(index.placement[row])].owners:
                 node = state.node_of(owner.incarnation)

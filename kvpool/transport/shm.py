@@ -144,8 +144,8 @@ class MappedMemory:
             return
         os.close(self.fd)
         self.fd = -1
-        self.view.release()
         with contextlib.suppress(BufferError):  # then it is unmapped with its last view
+            self.view.release()
             self._map.close()
 
     def _touch(self, start: int, length: int) -> None:

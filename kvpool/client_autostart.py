@@ -1,0 +1,67 @@
+"""Starts a node for a host that has none: ``autostart_node``."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kvpool.config import ClientSettings, default_socket_path
+from kvpool.errors import UnavailableError
+from kvpool.transport.channel import Channel
+
+log = logging.getLogger(__name__)
+
+PROBE_S = 0.5
+
+
+def start_node(settings: ClientSettings, ranks: int) -> subprocess.Popen[bytes] | None:
+    """Start a node of ``segment_size`` x ``ranks`` unless this host has one or is about to; never waits for it.
+
+    Call it from the main thread: the node ends with the thread that started it. Returns None when there
+    was nothing to start. Clients attach by themselves once the node is ready.
+    """
+    path = settings.node or default_socket_path()
+    try:
+        Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        log.warning("no node is started: %s", exc)
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        log.info("a node is being started at %s by another process", path)
+        return None
+    try:
+        if _answers(path):
+            return None
+        arguments = ["--master", settings.master, "--socket_path", path, "--segment_size", f"{_size(settings, ranks)}"]
+        if settings.advertise_host is not None:
+            arguments += ["--advertise_host", settings.advertise_host]
+        log.info("starting a node at %s with %d bytes", path, _size(settings, ranks))
+        # The child inherits the lock and so keeps others from starting a second node for as long as it lives.
+        return subprocess.Popen(
+            [sys.executable, "-m", "kvpool.server.child", str(os.getpid()), "kvpool.cli.node", *arguments],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+    finally:
+        os.close(lock)
+
+
+def _size(settings: ClientSettings, ranks: int) -> int:
+    return settings.segment_size * max(1, ranks)
+
+
+def _answers(path: str) -> bool:
+    try:
+        Channel.connect_unix(path, PROBE_S).close()
+    except UnavailableError:
+        return False
+    return True

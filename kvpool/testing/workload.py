@@ -1,0 +1,226 @@
+"""Clients of a simulated cluster: they put, look up, read and evict, and check every unit they read."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from kvpool.core.allocator import UNIT_BYTES
+from kvpool.core.lookup import Group, Query
+from kvpool.core.segment import BEING_WRITTEN, NO_ROOM, STORED, Pin, Reservation, Slot
+from kvpool.errors import AllPinnedError, UnknownNamespaceError
+from kvpool.model import CHECKSUM_BYTES, KEY_BYTES, Namespace
+
+if TYPE_CHECKING:
+    from kvpool.testing.cluster import Cluster, NodeProcess
+
+UNIT = UNIT_BYTES
+NAMESPACES = (
+    (Namespace(model="one"), 700),
+    (Namespace(model="one", dtype="float16"), 700),
+    (Namespace(model="two", layers=2, layer_groups=2), 300),
+)
+"""With the payload bytes of one shard."""
+
+PROMPTS = 5
+BLOCKS = 9
+
+
+def _chain(prompt: int) -> bytes:
+    """A prompt's keys; the first blocks of every second prompt are the same."""
+    names = [f"{prompt % 2 if i < BLOCKS // 3 else prompt + 2}/{i}" for i in range(BLOCKS)]
+    return b"".join(blake2b(name.encode(), digest_size=KEY_BYTES).digest() for name in names)
+
+
+CHAINS = tuple(_chain(prompt) for prompt in range(PROMPTS))
+
+
+class Workload:
+    """What clients do."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._random = cluster.random
+        self._owners = 0
+        self.read_units = 0
+        self.hit_blocks = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a client still holds a reservation or a pin."""
+        return any(node.holding for node in self._cluster.nodes)
+
+    def step(self) -> None:
+        """Do one thing."""
+        choice = self._random.random()
+        nodes = [node for node in self._cluster.nodes if node.stalled_until <= self._cluster.clock()]
+        if choice < 0.45 and nodes:
+            self._put(self._random.choice(nodes))
+        elif choice < 0.65 and nodes:
+            namespace, _ = self._namespace()
+            self._read(self._random.choice(nodes), namespace, self._keys())
+        elif choice < 0.95:
+            self._lookup()
+        else:
+            self._evict()
+
+    def _namespace(self) -> tuple[Namespace, int]:
+        return self._random.choice(NAMESPACES)
+
+    def _keys(self) -> bytes:
+        chain = self._random.choice(CHAINS)
+        first = self._random.randrange(BLOCKS) if self._random.random() < 0.3 else 0
+        return chain[first * KEY_BYTES : self._random.randint(first + 1, BLOCKS) * KEY_BYTES]
+
+    def _shards(self, namespace: Namespace) -> tuple[int, ...]:
+        every = tuple(range(namespace.shards))
+        return every if self._random.random() < 0.6 else (self._random.choice(every),)
+
+    def _owner(self) -> int:
+        self._owners += 1
+        return self._owners
+
+    # ---- put -----------------------------------------------------------------------------------
+
+    def _put(self, node: NodeProcess) -> None:
+        namespace, shard_bytes = self._namespace()
+        segment, owner, keys, shards = node.segment, self._owner(), self._keys(), self._shards(namespace)
+        digest = segment.register(namespace)
+        try:
+            put = segment.reserve(owner, digest, shards, keys, shard_bytes, namespace.shard_layers)
+        except AllPinnedError:
+            assert segment.pinned + segment.reserved, "a put fails only because of what is in use"
+            return
+        finally:
+            segment.check()
+        assert all(offset >= 0 or offset in {STORED, BEING_WRITTEN, NO_ROOM} for offset in put.offsets)
+        self._cluster.changed(node)
+        if put.id:
+            for slot in put.slots:
+                _write(node, slot, ("half", owner))
+            node.holding += 1
+            self._cluster.after(0.4 * self._random.random(), node, self._finish_put, node, put)
+
+    def _finish_put(self, node: NodeProcess, put: Reservation) -> None:
+        segment, choice = node.segment, self._random.random()
+        if choice < 0.8:
+            for slot in put.slots:
+                _write(node, slot, _content(slot))
+            layers = put.slots[0].layers
+            segment.commit(put.owner, put.id, bytes(CHECKSUM_BYTES * layers * len(put.slots)))
+        elif choice < 0.9:
+            segment.abort(put.owner, put.id)
+        else:
+            segment.disconnect(put.owner, quarantine=True)
+            self._cluster.after(self._random.random(), node, self._die, node, put)
+            node.holding += 1
+        node.holding -= 1
+        segment.check()
+        self._cluster.changed(node)
+
+    def _die(self, node: NodeProcess, put: Reservation) -> None:
+        """A client whose connection broke long ago was still writing; now it ends."""
+        for slot in put.slots:
+            _write(node, slot, "too late")
+        node.segment.process_gone(put.owner)
+        node.holding -= 1
+        node.segment.check()
+        self._cluster.changed(node)
+
+    # ---- get -----------------------------------------------------------------------------------
+
+    def _read(self, node: NodeProcess, namespace: Namespace, keys: bytes) -> None:
+        owner = self._owner()
+        shards = self._shards(namespace)
+        pin = node.segment.pin(owner, namespace.digest, shards, keys)
+        asked = [(keys[at : at + KEY_BYTES], shard) for at in range(0, len(keys), KEY_BYTES) for shard in shards]
+        before = [
+            (slot.start, slot.offset, slot.generation, slot.shard_bytes)
+            for (key, shard), slot in zip(asked, pin.slots, strict=True)
+            if slot is not None and self._is(slot, namespace, key, shard)
+        ]
+        self._check(node, pin)
+        if pin.id:
+            node.holding += 1
+            self._cluster.after(0.5 * self._random.random(), node, self._finish_read, node, owner, pin, before)
+
+    def _is(self, slot: Slot, namespace: Namespace, key: bytes, shard: int) -> bool:
+        assert (slot.namespace, slot.key, slot.shard) == (namespace.digest, key, shard), "a pin gives what was asked"
+        return True
+
+    def _finish_read(
+        self, node: NodeProcess, owner: int, pin: Pin, before: list[tuple[int, int, int, int]]
+    ) -> None:
+        slots = [slot for slot in pin.slots if slot is not None]
+        now = [(slot.start, slot.offset, slot.generation, slot.shard_bytes) for slot in slots]
+        assert now == before, "a pinned slot never changes"
+        self._check(node, pin)
+        if self._random.random() < 0.8:
+            node.segment.release(owner, pin.id)
+        else:
+            node.segment.disconnect(owner)
+        node.holding -= 1
+        node.segment.check()
+
+    def _check(self, node: NodeProcess, pin: Pin) -> None:
+        for slot in pin.slots:
+            if slot is not None:
+                for unit in _units(slot):
+                    assert node.memory.get(unit) == _content(slot), "what is read is what was stored"
+                    self.read_units += 1
+
+    # ---- the master ----------------------------------------------------------------------------
+
+    def _lookup(self) -> None:
+        master = self._cluster.master
+        if master.gone or master.stalled_until > self._cluster.clock():
+            return
+        namespace, _ = self._namespace()
+        keys = self._keys()
+        blocks = len(keys) // KEY_BYTES
+        known = self._random.randrange(blocks) if self._random.random() < 0.3 else 0
+        answer = master.state.lookup(Query((Group(namespace.digest),), keys, known, lease=True))
+        master.state.settle(answer, self._cluster.clock())
+        assert known <= answer.prefix <= blocks
+        assert sum(run for run, _ in answer.runs) == answer.prefix - known
+        self.hit_blocks += answer.prefix - known
+        at = known * KEY_BYTES
+        for run, placement in answer.runs:
+            part, at = keys[at : at + run * KEY_BYTES], at + run * KEY_BYTES
+            for owner in placement.owners:
+                known_node = master.state.node_of(owner.incarnation)
+                for node in self._cluster.nodes:
+                    if known_node is not None and node.node_id == known_node.address.node_id:
+                        self._cluster.after(0.2 * self._random.random(), node, self._read, node, namespace, part)
+        if answer.lease and self._random.random() < 0.7:
+            self._cluster.after(3 * self._random.random(), master, master.state.release, [answer.lease])
+
+    def _evict(self) -> None:
+        master = self._cluster.master
+        if master.gone or master.stalled_until > self._cluster.clock():
+            return
+        digest = self._namespace()[0].digest
+        choice = self._random.random()
+        try:
+            if choice < 0.5:
+                self._cluster.perform(master.state.evict_keys(digest, self._keys())[2])
+            elif choice < 0.7:
+                master.state.evict_namespace(digest)
+                self._cluster.perform([])
+            else:
+                self._cluster.perform(master.state.evict_coldest(self._random.randrange(4000))[2])
+        except UnknownNamespaceError:
+            assert digest not in master.state.index.spaces
+
+
+def _content(slot: Slot) -> object:
+    return slot.namespace, slot.key, slot.shard
+
+
+def _units(slot: Slot) -> range:
+    return range(slot.offset // UNIT, -(-(slot.offset + slot.shard_bytes) // UNIT))
+
+
+def _write(node: NodeProcess, slot: Slot, what: object) -> None:
+    for unit in _units(slot):
+        node.memory[unit] = what
