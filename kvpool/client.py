@@ -36,6 +36,9 @@ CONNECT_S = 1.5
 LOCAL_LOOKUP_S = 0.008
 """Of a lookup that the master did not answer, for the node of this host."""
 
+GET_LOOKUP_S = 0.25
+"""Of a get that was given no lookup: it may wait longer than a scheduler."""
+
 TRANSFER_BYTES_S_MIN = 100 << 20
 """A transfer's deadline grows with its size at this rate."""
 
@@ -128,6 +131,7 @@ class Client:
         self._namespaces: dict[bytes, Namespace] = {}
         self._lock = threading.Lock()
         self._node: LocalNode | None = None
+        self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
         self._attach_at = 0.0
         self._tasks: ThreadPoolExecutor | None = None
         self._closed = False
@@ -364,7 +368,7 @@ class Client:
         """Fetch what is still missing from other nodes; returns how many blocks came."""
         shard, first_layer = place
         if lookup is None:
-            lookup = self.lookup(space, keys)
+            lookup = self.lookup(space, keys, timeout_ms=1000 * min(timeout_s, GET_LOOKUP_S))
         elif lookup.reason in {"master_unreachable", "no_pool"}:
             return 0
         own = self._node.node_id if self._node is not None else ""
@@ -473,7 +477,7 @@ class Client:
         node = self._node
         if node is not None and node.alive:
             return node
-        if node is not None and time.monotonic() >= self._attach_at and not self._closed:
+        if (node is not None or self._left) and time.monotonic() >= self._attach_at and not self._closed:
             # Not here: a node that is stopped lets us connect, and then says nothing.
             self._attach_at = time.monotonic() + REATTACH_S
             self._executor().submit(self._attach)
@@ -486,6 +490,8 @@ class Client:
                 return
             if self._node is not None:
                 self._node.close()
+                self._left.append(self._node)
+                self._node = None
             for path in self._node_paths():
                 try:
                     node = LocalNode(path, self._name)
@@ -497,11 +503,15 @@ class Client:
                 break
             else:
                 return
-        for namespace in list(self._namespaces.values()):
-            try:
+        try:
+            for namespace in list(self._namespaces.values()):
                 node.register(namespace, self._transfer_s)
-            except KVPoolError as exc:
-                log.debug("cannot announce the namespace to %s: %s", node.path, exc)
+            for left in [n for n in self._left if not n.writing]:
+                if left.epoch == node.epoch:
+                    node.abandon(left.writer)
+                self._left.remove(left)
+        except KVPoolError as exc:
+            log.debug("node %s fails right after we attached: %s", node.path, exc)
 
     def _node_paths(self) -> list[str]:
         if self._node_path is not None:

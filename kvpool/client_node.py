@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -54,6 +56,9 @@ class LocalNode:
         self._memory: Bytes = np.frombuffer(self._segment.view, np.uint8)
         self._registered: set[bytes] = set()
         self.alive = True
+        self.writer = secrets.randbits(63) | 1
+        self._lock = threading.Lock()
+        self._writing = 0  # puts that may be copying into the segment
 
     def prefault(self) -> None:
         """Enter the segment's pages into our page table, so that no copy has to."""
@@ -70,10 +75,14 @@ class LocalNode:
     ) -> dict[str, int]:
         """Store one shard of each block; returns counts of stored, existed, being_written, no_room."""
         reserve = node_pb2.Reserve(
-            namespace=namespace.digest, shards=[shard], shard_bytes=blocks.shard_bytes, layers=blocks.layers
+            namespace=namespace.digest,
+            shards=[shard],
+            shard_bytes=blocks.shard_bytes,
+            layers=blocks.layers,
+            writer=self.writer,
         )
         timeout_s = min(timeout_s, CONTROL_S)
-        with self._channel(timeout_s) as channel:
+        with self._writes(), self._channel(timeout_s) as channel:
             try:
                 reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
             except UnknownNamespaceError:
@@ -169,6 +178,26 @@ class LocalNode:
                 reasons[i] = "" if tuple(digests) == checksums[first:last] else "corrupt"
 
         copies.run(items, blocks.shard_bytes, work)
+
+    @property
+    def writing(self) -> bool:
+        """Whether some put may still be copying into the segment."""
+        return self._writing > 0
+
+    def abandon(self, writer: int) -> None:
+        """Let the node free what another, closed LocalNode of this process had reserved."""
+        with self._channel(CONTROL_S) as channel:
+            channel.call(NodeFrame(abandon=node_pb2.Abandon(writer=writer)), NodeFrameReply, timeout_s=CONTROL_S)
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        with self._lock:
+            self._writing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._writing -= 1
 
     def local_prefix(self, namespace: Namespace, keys: bytes, timeout_s: float) -> int:
         """Return how many leading blocks this node holds whole."""

@@ -308,6 +308,10 @@ class SegmentState:
         else:
             self._free_reserved(slots)
 
+    def in_quarantine(self, owner: int) -> bool:
+        """Return whether an owner that is gone still keeps slots from everybody."""
+        return owner in self._quarantine
+
     def process_gone(self, owner: int) -> None:
         """Free what an owner still has, quarantined slots too: nobody can write to them any more."""
         self.disconnect(owner)

@@ -40,8 +40,11 @@ HASH_BYTES = 256 << 10
 class _Process:
     """A local client's process, watched from the first moment of its connection."""
 
+    pid: int
     pidfd: int
     gone: bool = False
+    closed: bool = False  # its connection is, and its reservations are in quarantine
+    writer: int = 0
 
 
 class DataPlane:
@@ -67,7 +70,7 @@ class DataPlane:
             # A process that is gone already, or one of another pid namespace: end-of-file has to do.
             with contextlib.suppress(OSError):
                 pidfd = os.pidfd_open(conn.peer.pid)
-                self._processes[conn.id] = _Process(pidfd)
+                self._processes[conn.id] = _Process(conn.peer.pid, pidfd)
                 asyncio.get_running_loop().add_reader(pidfd, self._process_ended, conn)
 
     def closed(self, conn: Connection, reason: str) -> None:
@@ -76,8 +79,10 @@ class DataPlane:
         process = self._processes.get(conn.id)
         alive = process is not None and not process.gone
         self._state.disconnect(conn.id, quarantine=alive)
-        if process is not None and not alive:
-            self._forget_process(conn.id)
+        if process is not None:
+            process.closed = True
+            if not alive or not self._state.in_quarantine(conn.id):
+                self._forget_process(conn.id)
         self.changed()
 
     def _process_ended(self, conn: Connection) -> None:
@@ -133,6 +138,8 @@ class DataPlane:
         reservation = self._state.reserve(
             conn.id, request.namespace, request.shards, bytes(payload), request.shard_bytes, request.layers
         )
+        if conn.id in self._processes:
+            self._processes[conn.id].writer = request.writer
         conn.reply(
             NodeFrameReply(id=message.id, reserved=node_pb2.Reserved(reservation=reservation.id)),
             array("q", reservation.offsets).tobytes(),
@@ -163,6 +170,14 @@ class DataPlane:
 
     def _abort(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         self._state.abort(conn.id, message.abort.reservation)
+        conn.reply(NodeFrameReply(id=message.id))
+
+    def _abandon(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        writer = message.abandon.writer
+        for conn_id, process in list(self._processes.items()):
+            if process.closed and process.pid == conn.peer.pid and process.writer == writer != 0:
+                self._state.process_gone(conn_id)
+                self._forget_process(conn_id)
         conn.reply(NodeFrameReply(id=message.id))
 
     def _pin(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
@@ -282,6 +297,7 @@ class DataPlane:
         "release": _release,
         "get": _get,
         "local_prefix": _local_prefix,
+        "abandon": _abandon,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -337,7 +338,7 @@ _NOISE = np.random.default_rng(1).integers(0, 1 << 63, 1 << 19, dtype=np.uint64)
 
 def key_of(chain: int, block: int) -> bytes:
     """Return a block's key."""
-    return chain.to_bytes(8, "little") + block.to_bytes(8, "big")
+    return hashlib.blake2b(b"%d/%d" % (chain, block), digest_size=16).digest()
 
 
 def chain_of(chain: int, blocks: int) -> list[bytes]:
@@ -347,8 +348,7 @@ def chain_of(chain: int, blocks: int) -> list[bytes]:
 
 def content_of(key: bytes, size: int) -> Bytes:
     """Return a block's bytes: every word depends on the key and on its place."""
-    mixed = (int.from_bytes(key, "little") * 0x9E3779B97F4A7C15) >> 32 & (1 << 64) - 1
-    return (_NOISE[: size // 8] ^ np.uint64(mixed)).view(np.uint8)
+    return (_NOISE[: size // 8] ^ np.frombuffer(key, np.uint64)[0]).view(np.uint8)
 
 
 def put_chain(client: Client, space: Namespace, keys: list[bytes], size: int) -> int:

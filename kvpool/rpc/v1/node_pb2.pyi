@@ -127,7 +127,7 @@ class Ack(_message.Message):
     def __init__(self, sequence: _Optional[int] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix")
+    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     REGISTER_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class NodeFrame(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     GET_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    ABANDON_FIELD_NUMBER: _ClassVar[int]
     id: int
     attach: Attach
     register: _types_pb2.NamespaceDescriptor
@@ -150,7 +151,8 @@ class NodeFrame(_message.Message):
     release: ReleasePin
     get: Get
     local_prefix: LocalPrefix
-    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ...) -> None: ...
+    abandon: Abandon
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ...) -> None: ...
 
 class NodeFrameReply(_message.Message):
     __slots__ = ("id", "error", "attached", "reserved", "committed", "pinned", "got", "local_prefix")
@@ -189,16 +191,18 @@ class Attached(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., segment_bytes: _Optional[int] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("namespace", "shards", "shard_bytes", "layers")
+    __slots__ = ("namespace", "shards", "shard_bytes", "layers", "writer")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: _containers.RepeatedScalarFieldContainer[int]
     shard_bytes: int
     layers: int
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., shard_bytes: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
+    writer: int
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., shard_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., writer: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("reservation",)
@@ -231,6 +235,12 @@ class ReleaseReservation(_message.Message):
     RESERVATION_FIELD_NUMBER: _ClassVar[int]
     reservation: int
     def __init__(self, reservation: _Optional[int] = ...) -> None: ...
+
+class Abandon(_message.Message):
+    __slots__ = ("writer",)
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    writer: int
+    def __init__(self, writer: _Optional[int] = ...) -> None: ...
 
 class Pin(_message.Message):
     __slots__ = ("namespace", "shards")

@@ -1,0 +1,104 @@
+"""The pool that is measured: a private one that comes and goes with the benchmark, or a running one."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from kvpool.bench.harness import BenchError
+from kvpool.config import boot_id, split_address
+from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
+from kvpool.server.launch import CHANNEL_OPTIONS, Children, free_port, is_serving, join_address, live_nodes
+
+START_S = 60.0
+HOST = "127.0.0.1"
+ASK_S = 5.0
+
+
+@dataclass(slots=True)
+class BenchPool:
+    """Where the pool is. ``sockets``: of the nodes on this host. ``master_pid``: 0 unless the master is ours."""
+
+    master: str
+    channel: grpc.Channel
+    sockets: list[str] = field(default_factory=list)
+    master_pid: int = 0
+
+    @property
+    def private(self) -> bool:
+        """Whether it is ours alone."""
+        return self.master_pid > 0
+
+    def status(self) -> admin_pb2.StatusResponse:
+        """Ask the master for its page of numbers. Raises BenchError."""
+        try:
+            reply: admin_pb2.StatusResponse = admin_pb2_grpc.AdminStub(self.channel).Status(
+                admin_pb2.StatusRequest(), timeout=ASK_S
+            )
+        except grpc.RpcError as error:
+            raise BenchError(f"the master at {self.master} does not answer: {error}") from None
+        return reply
+
+    def node_state(self, node_id: str) -> str:
+        """Return what the master thinks of a node."""
+        reply = admin_pb2_grpc.AdminStub(self.channel).Nodes(admin_pb2.NodesRequest(), timeout=ASK_S)
+        return next((str(node.state) for node in reply.nodes if node.address.node_id == node_id), "")
+
+
+@contextmanager
+def bench_pool(
+    master: str | None, *, nodes: int = 1, segment_size: int = 64 << 20, master_flags: Sequence[str] = ()
+) -> Iterator[BenchPool]:
+    """Yield the pool at ``master``, or one of our own. Raises BenchError, StartError, InvalidArgumentError."""
+    if master is not None:
+        host, port = split_address(master, "master")
+        with grpc.insecure_channel(join_address(host, port), options=CHANNEL_OPTIONS) as channel:
+            pool = BenchPool(join_address(host, port), channel)
+            pool.status()
+            here = boot_id()
+            local = [node.address for node in live_nodes(channel) if here and node.address.boot_id == here]
+            pool.sockets = [address.socket_path for address in local if Path(address.socket_path).exists()]
+            yield pool
+        return
+    address = join_address(HOST, free_port(HOST))
+    children = Children()
+    with (
+        tempfile.TemporaryDirectory(prefix="kvpool-bench-", ignore_cleanup_errors=True) as directory,
+        grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel,
+    ):
+        pool = BenchPool(address, channel)
+        try:
+            _start(pool, children, Path(directory), nodes, segment_size, master_flags)
+            yield pool
+        finally:
+            children.close()
+
+
+def _start(
+    pool: BenchPool,
+    children: Children,
+    directory: Path,
+    nodes: int,
+    segment_size: int,
+    master_flags: Sequence[str],
+) -> None:
+    deadline = time.monotonic() + START_S
+    _, port = split_address(pool.master, "master")
+    arguments = ["--host", HOST, "--port", str(port), "--log_level", "warning", *master_flags]
+    pool.master_pid = children.start("master", "kvpool.cli.master", arguments).process.pid
+    children.wait_until(lambda: is_serving(pool.channel), "the master was not ready", deadline)
+    for index in range(nodes):
+        own = directory / f"node-{index}"
+        own.mkdir(mode=0o700)
+        path = str(own / "node.sock")
+        arguments = ["--master", pool.master, "--host", HOST, "--port", "0", "--segment_size", str(segment_size)]
+        arguments += ["--socket_path", path, "--data_dir", str(own), "--log_level", "warning"]
+        children.start(f"node {index}", "kvpool.cli.node", arguments, socket_path=path)
+        pool.sockets.append(path)
+    children.wait_until(lambda: len(live_nodes(pool.channel)) >= nodes, "not all nodes were ready", deadline)

@@ -1,0 +1,136 @@
+"""What a benchmark hands back: figures, as a table for people and as JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvpool import __version__
+from kvpool.model import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured number. ``limit`` names what it is compared with, ``ratio`` is value / limit's value."""
+
+    name: str
+    value: float
+    unit: str
+    limit: str | None = None
+    ratio: float | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as one flat object."""
+        number = {"value": _rounded(self.value), "ratio": None if self.ratio is None else _rounded(self.ratio)}
+        return {"name": self.name, **self.detail, "unit": self.unit, "limit": self.limit, **number}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}") if abs(value) < 1000 else round(value)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on besides the code."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:  # another kernel: its own words will do
+        pass
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "model": model,
+        "memory": psutil.virtual_memory().total,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+class Report:
+    """Collects the figures of one benchmark, and the steps on the way to them."""
+
+    def __init__(self, bench: str) -> None:
+        self.bench = bench
+        self.figures: list[Figure] = []
+        self.notes: list[str] = []
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task(bench, total=None)
+
+    @contextmanager
+    def running(self, steps: int) -> Iterator[None]:
+        """Show progress over so many steps."""
+        self._progress.update(self._task, total=steps)
+        with self._progress:
+            yield
+
+    def step(self, text: str) -> None:
+        """Say what is measured next."""
+        self._progress.update(self._task, description=f"{self.bench}: {text}", advance=1)
+
+    def advance(self, completed: int, text: str) -> None:
+        """Say how far a single long step has come."""
+        self._progress.update(self._task, description=f"{self.bench}: {text}", completed=completed)
+
+    def add(self, figure: Figure) -> None:
+        """Take in a figure."""
+        self.figures.append(figure)
+
+    def note(self, text: str) -> None:
+        """Take in a line that belongs under the table."""
+        self.notes.append(text)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything for scripts."""
+        figures = [figure.as_json() for figure in self.figures]
+        return {"bench": self.bench, "version": __version__, "machine": machine(), "figures": figures}
+
+    def show(self, json_path: str | None) -> None:
+        """Print the table, and write the JSON where it was asked for. Raises click.ClickException."""
+        console = Console()
+        about = machine()
+        title = f"kvpool-bench {self.bench} {__version__}: {about['cpus']} x {about['model']}, Python {about['python']}"
+        table = Table(title=title, title_justify="left")
+        for heading in ("figure", "of", "value", "limit", "ratio"):
+            table.add_column(heading, justify="right" if heading in {"value", "ratio"} else "left")
+        for figure in self.figures:
+            of = ", ".join(f"{name} {_shown(name, value)}" for name, value in figure.detail.items())
+            ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
+            table.add_row(figure.name, of, f"{_rounded(figure.value):,} {figure.unit}", figure.limit or "", ratio)
+        console.print(table)
+        for note in self.notes:
+            console.print(note, highlight=False)
+        if json_path is not None:
+            try:
+                Path(json_path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise click.ClickException(f"json: cannot write {json_path}: {error.strerror}") from None
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "block_bytes":
+        return format_size(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
