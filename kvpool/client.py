@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -22,11 +21,13 @@ from kvpool.client_bytes import Blocks, Buffer, CopyThreads
 from kvpool.client_master import MasterFrame, MasterLink, leases_frame
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peers, Want, Wanted
+from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, mask_shards, pack_keys
-from kvpool.rpc import convert
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, pack_keys
 from kvpool.rpc.v1 import master_pb2
+
+__all__ = ["Client", "GetResult", "Lookup", "PutResult", "Run"]
 
 log = logging.getLogger(__name__)
 
@@ -43,55 +44,6 @@ TRANSFER_BYTES_S_MIN = 100 << 20
 """A transfer's deadline grows with its size at this rate."""
 
 REATTACH_S = 0.5
-
-
-@dataclass(slots=True)
-class Run:
-    """Consecutive blocks that lie at the same places: (address, tier, shards) of each owner."""
-
-    blocks: int
-    owners: list[tuple[NodeAddress, str, tuple[int, ...]]]
-
-
-@dataclass(slots=True)
-class Lookup:
-    """The longest prefix (in blocks, ``known_prefix`` included) that the pool holds whole, and where.
-
-    ``reason`` says why it ends there: complete, not_stored, not_whole, owner_suspect, warming,
-    namespace_unknown, namespace_mismatch (``detail`` names the fields), master_unreachable (this host's
-    node alone was asked), no_pool. ``lease``: 0, or a token to ``renew`` and to ``release``.
-    """
-
-    prefix: int
-    reason: str
-    detail: str = ""
-    lease: int = 0
-    known_prefix: int = 0
-    runs: list[Run] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class PutResult:
-    """How many blocks were stored, existed already (or are being written by another), and failed, with reasons."""
-
-    stored: int = 0
-    existed: int = 0
-    failed: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class GetResult:
-    """What is in the buffers now: ``prefix`` leading blocks without a gap, ``ok`` for each block.
-
-    ``reasons`` counts why others are not: not_stored, not_here, owner_lost, corrupt, wrong_size, ...;
-    ``tiers`` counts where blocks came from: local, remote.
-    """
-
-    prefix: int
-    ok: list[bool]
-    reasons: dict[str, int]
-    tiers: dict[str, int]
 
 
 class Client:
@@ -214,7 +166,7 @@ class Client:
                 self._counters["lookup.failed"] += 1
                 log.debug("lookup: %s", exc)
             else:
-                return _lookup_from_proto(reply, known_prefix)
+                return lookup_from_proto(reply, known_prefix)
         return self._lookup_locally(digest, keys, known_prefix)
 
     def _lookup_locally(self, digest: bytes, keys: bytes, known_prefix: int) -> Lookup:
@@ -530,16 +482,3 @@ class Client:
 def _check_shard(namespace: Namespace, shard: int) -> None:
     if not 0 <= shard < namespace.shards:
         raise InvalidArgumentError("shard", f"this namespace has shards 0 to {namespace.shards - 1}, not {shard}")
-
-
-def _lookup_from_proto(reply: master_pb2.LookupResponse, known_prefix: int) -> Lookup:
-    runs = []
-    if reply.runs:
-        nodes = [convert.address_from_proto(node) for node in reply.nodes]
-        for run in reply.runs:
-            owners = [
-                (nodes[o.node], o.tier, tuple(mask_shards(convert.mask_from_bytes(o.shards)))) for o in run.owners
-            ]
-            runs.append(Run(run.blocks, owners))
-    reason = convert.REASON_OF[reply.reason].value
-    return Lookup(reply.prefix, reason, reply.detail, reply.lease, known_prefix, runs)

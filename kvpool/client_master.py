@@ -32,6 +32,9 @@ RETRY_MAX_S = 2.0
 REFRESH_S = 5.0
 """How often the list of nodes is asked for anew."""
 
+DATA_PORT_S = 0.3
+CHANNEL_OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+
 MasterFrame = master_pb2.MasterFrame
 MasterFrameReply = master_pb2.MasterFrameReply
 
@@ -55,6 +58,8 @@ class MasterLink:
         self._namespaces: dict[bytes, Namespace] = {}
         self._announced: set[bytes] = set()
         self._said = ""
+        self._slow_channel: grpc.Channel | None = None
+        self._stub: master_pb2_grpc.MasterStub | None = None  # set where the data port cannot be reached
         self.nodes: list[NodeAddress] = []
         self._thread = threading.Thread(target=self._keep, name="kvpool-master-link", daemon=True)
         self._thread.start()
@@ -62,7 +67,7 @@ class MasterLink:
     @property
     def up(self) -> bool:
         """Whether the master answered last time."""
-        return self._pool is not None
+        return self._pool is not None or self._stub is not None
 
     def wait_tried(self, timeout_s: float) -> bool:
         """Wait for the first handshake to have ended, well or not."""
@@ -79,7 +84,13 @@ class MasterLink:
     def ask(
         self, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float
     ) -> master_pb2.MasterFrameReply:
-        """Ask by frame. Raises UnavailableError at once when the master is away, and at the deadline."""
+        """Ask by frame, or by gRPC where the data port cannot be reached.
+
+        Raises UnavailableError at once when the master is away, and at the deadline.
+        """
+        stub = self._stub
+        if stub is not None:
+            return _ask_by_grpc(stub, frame, payload, timeout_s)
         with self._channel(timeout_s) as channel:
             return channel.call(frame, MasterFrameReply, payload, timeout_s=timeout_s)[0]
 
@@ -119,6 +130,9 @@ class MasterLink:
     def _drop(self) -> None:
         with self._lock:
             pool, self._pool = self._pool, None
+            slow, self._slow_channel, self._stub = self._slow_channel, None, None
+        if slow is not None:
+            slow.close()
         if pool is not None:
             pool.close()
             self._wake.set()
@@ -151,24 +165,52 @@ class MasterLink:
                 self._epoch = reply.master_epoch
                 self._announced.clear()
             missing = [n for digest, n in self._namespaces.items() if digest not in self._announced]
-            if self._pool is None or reply.data_port != self._data_port:
-                self._data_port = port = reply.data_port
-                self._pool = ChannelPool(
-                    lambda timeout_s: Channel.connect_tcp(self._host, port, timeout_s), channels_max=CHANNELS_MAX
-                )
+        if not self.up or reply.data_port != self._data_port:
+            self._connect(reply.data_port)
         for namespace in missing:
             self._call("RegisterNamespace", namespace_to_proto(namespace), HANDSHAKE_S)
             self._announced.add(namespace.digest)
 
+    def _connect(self, port: int) -> None:
+        """Open the way for lookups: the data port, or gRPC where a firewall lets nothing else through."""
+        pool = ChannelPool(
+            lambda timeout_s: Channel.connect_tcp(self._host, port, timeout_s), channels_max=CHANNELS_MAX
+        )
+        self._data_port = port
+        try:
+            with pool.channel(DATA_PORT_S):
+                pass
+        except KVPoolError as exc:
+            pool.close()
+            log.warning("lookups go by gRPC, which is slower: the master's data port: %s", exc)
+            self._slow_channel = grpc.insecure_channel(self._address, CHANNEL_OPTIONS)
+            self._stub = master_pb2_grpc.MasterStub(self._slow_channel)
+        else:
+            self._pool = pool
+
     def _call(self, method: str, request: object, timeout_s: float) -> Any:
         # A channel of its own each time: calls are rare, and no thread of gRPC's stays in the engine.
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-        with grpc.insecure_channel(self._address, options) as channel:
+        with grpc.insecure_channel(self._address, CHANNEL_OPTIONS) as channel:
             stub = master_pb2_grpc.MasterStub(channel)
             try:
                 return getattr(stub, method)(request, timeout=timeout_s)
             except grpc.RpcError as exc:
                 raise error_of(exc) from exc
+
+
+def _ask_by_grpc(
+    stub: master_pb2_grpc.MasterStub, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float
+) -> master_pb2.MasterFrameReply:
+    body = frame.WhichOneof("body")
+    try:
+        if body == "lookup":
+            frame.lookup.hashes = payload
+            return MasterFrameReply(lookup=stub.Lookup(frame.lookup, timeout=timeout_s))
+        if body == "renew":
+            return MasterFrameReply(lease=stub.RenewLeases(frame.renew, timeout=timeout_s))
+        return MasterFrameReply(lease=stub.ReleaseLeases(frame.release, timeout=timeout_s))
+    except grpc.RpcError as exc:
+        raise error_of(exc) from exc
 
 
 def leases_frame(kind: str, leases: Sequence[int]) -> master_pb2.MasterFrame:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvpool.client import Client, Lookup
+    from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace
-    from kvpool_vllm.settings import ConnectorSettings
 
 logger = logging.getLogger(LOGGER_NAME)
 

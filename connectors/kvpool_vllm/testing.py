@@ -17,7 +17,7 @@ from kvpool.client import GetResult, Lookup, PutResult
 from kvpool.model import Namespace, pack_keys, split_keys
 
 if TYPE_CHECKING:
-    from kvpool_vllm.settings import ConnectorSettings
+    from kvpool.config import ConnectorSettings
 
 Blocks = Sequence[Any]
 """Per block one buffer, or one buffer per layer."""

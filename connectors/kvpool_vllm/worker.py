@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvpool.client import Client
+    from kvpool.config import ConnectorSettings
     from kvpool_vllm.device import KVBlocks
-    from kvpool_vllm.settings import ConnectorSettings
 
 logger = logging.getLogger(LOGGER_NAME)
 

@@ -109,10 +109,10 @@ def raw_peer(conn: Connection, size: int, block_bytes: int, blocks: int) -> None
             _receive(sock, memoryview(request))
             if request == _GET:
                 for _ in range(blocks):
-                    sock.sendall(memoryview(walk.next()))
+                    sock.sendall(walk.next().data)
             else:
                 for _ in range(blocks):
-                    _receive(sock, memoryview(walk.next()))
+                    _receive(sock, walk.next().data)
                 sock.sendall(_PUT)
 
 
@@ -124,7 +124,7 @@ class RawSocket:
 
     def get(self, targets: Sequence[Bytes], batches: int) -> float:
         """Receive batches into buffers; returns seconds."""
-        views = [memoryview(target) for target in targets]
+        views = [target.data for target in targets]
         start = time.perf_counter()
         for _ in range(batches):
             self._sock.sendall(_GET)
@@ -134,7 +134,7 @@ class RawSocket:
 
     def put(self, sources: Sequence[Bytes], batches: int) -> float:
         """Send batches, each until it is acknowledged; returns seconds."""
-        views = [memoryview(source) for source in sources]
+        views = [source.data for source in sources]
         ack = memoryview(bytearray(1))
         start = time.perf_counter()
         for _ in range(batches):

@@ -2,14 +2,14 @@
 
 The client is another process than the node. Every buffer, and every page of the segment, is touched
 before anything is timed. A figure is the median of rounds that alternate with rounds of its limit, which
-copies the same blocks in batches of the same size between equally cold memory.
+copies the same blocks in batches of the same size between equally cold memory. Gets are given the answer
+of an earlier lookup, as an engine's worker is.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from kvpool.bench.harness import NO_NODE, BenchError, Helper, helpers, interleav
 from kvpool.bench.limits import HEADER_BYTES, Bytes, MemoryCopy, RawSocket, Walk, raw_peer
 from kvpool.bench.pool import BenchPool, bench_pool
 from kvpool.bench.report import Figure, Report
-from kvpool.client import Client
+from kvpool.client import Client, Lookup
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES, Namespace, parse_size
 
@@ -97,7 +97,7 @@ class Mover:
         source = rng.integers(0, 256, (plan.blocks, plan.block_bytes), np.uint8)
         self.sources: list[Bytes] = list(source)
         self.targets: list[Bytes] = list(np.ones_like(source))
-        self._stored: Iterator[bytes] = iter(())
+        self._stored: Iterator[tuple[bytes, Lookup]] = iter(())
 
     def put(self, batches: int) -> float:
         """Store batches of new blocks; returns seconds. Raises BenchError."""
@@ -130,11 +130,11 @@ class Mover:
         Raises BenchError, also when the blocks have not become known before the deadline.
         """
         deadline = time.monotonic() + READ_S
-        while self.client.lookup(self._space, keys[-1], timeout_ms=1000).prefix < self._plan.blocks:
+        while self._look_up(keys[-1]).prefix < self._plan.blocks:
             if time.monotonic() > deadline:
                 raise BenchError("what was put does not show in lookups")
             time.sleep(0.01)
-        self._stored = itertools.cycle(keys)
+        self._stored = itertools.cycle([(each, self._look_up(each)) for each in keys])
         for _ in keys:
             for target in self.targets:
                 target[:64] = 0
@@ -142,11 +142,14 @@ class Mover:
             if not all(np.array_equal(a, b) for a, b in zip(self.sources, self.targets, strict=True)):
                 raise BenchError("a get returned bytes that were not stored")
 
+    def _look_up(self, keys: bytes) -> Lookup:
+        return self.client.lookup(self._space, keys, timeout_ms=1000 * READ_S)
+
     def get(self, batches: int) -> float:
         """Get batches; returns seconds. Raises BenchError."""
-        keys = [next(self._stored) for _ in range(batches)]
+        wanted = [next(self._stored) for _ in range(batches)]
         start = time.perf_counter()
-        results = [self.client.get(self._space, each, self.targets) for each in keys]
+        results = [self.client.get(self._space, keys, self.targets, lookup=found) for keys, found in wanted]
         seconds = time.perf_counter() - start
         for result in results:
             if result.prefix != self._plan.blocks:
@@ -272,7 +275,7 @@ class StoreBench:
             def read(some: list[Helper]) -> float:
                 for helper in some:
                     helper.send(plan.batches)
-                times = [helper.receive(READ_S) for helper in some]
+                times: list[tuple[float, float]] = [helper.receive(READ_S) for helper in some]
                 return (max(end for _, end in times) - min(start for start, _ in times)) / len(some)
 
             seconds = interleaved([lambda: read(all_[:1]), lambda: read(all_)], plan.rounds, FIGURE_S)

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from kvpool.core import index as index_module
+from kvpool.core import index, keytable, recency, reporter
 from kvpool.core import master as master_module
-from kvpool.core import recency as recency_module
 from kvpool.core.effects import Close, Closed, Effect, Received, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
 from kvpool.core.messages import MasterMessage, NodeMessage, Superseded
@@ -43,16 +43,22 @@ EVENTS_KEPT = 4000
 
 
 class Weather(NamedTuple):
-    """What the network does to a message: chances, and a typical delay in seconds."""
+    """What the network does to a message (chances, a typical delay), and how long the master takes for a slice."""
 
     drop: float
     double: float
     overtake: float
     delay_s: float
+    slice_s: float
 
 
-CALM = Weather(0, 0, 0, 0.001)
-WEATHERS = (CALM, Weather(0, 0, 0, 0.05), Weather(0.02, 0.05, 0.1, 0.005), Weather(0.3, 0.2, 0.3, 0.02))
+CALM = Weather(0, 0, 0, 0.001, 0.001)
+WEATHERS = (
+    CALM,
+    Weather(0, 0, 0, 0.05, 0.02),
+    Weather(0.02, 0.05, 0.1, 0.005, 0.01),
+    Weather(0.3, 0.2, 0.3, 0.02, 0.001),
+)
 
 
 class Process:
@@ -180,7 +186,7 @@ class Cluster:
     def _pump_soon(self, master: MasterProcess) -> None:
         if not master.pumping:
             master.pumping = True
-            self.after(self.random.random() * 0.002, master, self._pump, master)
+            self.after(self.random.random() * self.weather.slice_s, master, self._pump, master)
 
     def _pump(self, master: MasterProcess) -> None:
         """One slice of one session's event, as a server with a task for each session would do it."""
@@ -217,7 +223,7 @@ class Cluster:
                 self.note("master", effect)
         if master.state.busy and not master.working:
             master.working = True
-            self.after(self.random.random() * 0.004, master, self._work, master)
+            self.after(self.random.random() * self.weather.slice_s, master, self._work, master)
 
     def perform(self, effects: list[Effect]) -> None:
         """Do what the running master decided on a client's behalf."""
@@ -435,20 +441,29 @@ class Cluster:
         return problems + differences(held_by_index(state), real)
 
 
+_SMALL: tuple[tuple[ModuleType, str, int], ...] = (
+    (index, "ROWS_PER_SLICE", 2),
+    (master_module, "ROWS_PER_SLICE", 2),
+    (recency, "SEGMENT", 16),
+    (keytable, "BUCKETS_MIN", 1),
+    (keytable, "MOVE_BUCKETS", 16),
+    (reporter, "DELTA_KEYS_MAX", 6),
+    (reporter, "INVENTORY_KEYS_MAX", 5),
+    (reporter, "JOURNAL_DELTAS_MAX", 8),
+)
+
+
 @contextmanager
 def small_slices() -> Iterator[None]:
-    """Cut the master's long work into tiny slices, so that a few blocks are enough to come between two."""
-    before = index_module.ROWS_PER_SLICE, recency_module.SEGMENT
-    _set_slices(3, 16)
+    """Cut messages and the master's long work into tiny slices, so that a few blocks are enough to come between."""
+    before = [vars(module)[name] for module, name, _ in _SMALL]
+    for module, name, value in _SMALL:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        _set_slices(*before)
-
-
-def _set_slices(rows: int, entries: int) -> None:
-    vars(index_module)["ROWS_PER_SLICE"] = vars(master_module)["ROWS_PER_SLICE"] = rows
-    vars(recency_module)["SEGMENT"] = entries
+        for (module, name, _), value in zip(_SMALL, before, strict=True):
+            setattr(module, name, value)
 
 
 def simulate(seed: int, steps: int) -> Cluster:

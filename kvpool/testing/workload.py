@@ -19,8 +19,10 @@ NAMESPACES = (
     (Namespace(model="one"), 700),
     (Namespace(model="one", dtype="float16"), 700),
     (Namespace(model="two", layers=2, layer_groups=2), 300),
+    (Namespace(model="two", layers=2, layer_groups=2, revision="b"), 300),
+    (Namespace(model="three"), 1500),
 )
-"""With the payload bytes of one shard."""
+"""With the payload bytes of one shard; each comes into use a little later than the one before it."""
 
 PROMPTS = 5
 BLOCKS = 9
@@ -42,6 +44,7 @@ class Workload:
         self._cluster = cluster
         self._random = cluster.random
         self._owners = 0
+        self._steps = 0
         self.read_units = 0
         self.hit_blocks = 0
 
@@ -52,6 +55,7 @@ class Workload:
 
     def step(self) -> None:
         """Do one thing."""
+        self._steps += 1
         choice = self._random.random()
         nodes = [node for node in self._cluster.nodes if node.stalled_until <= self._cluster.clock()]
         if choice < 0.45 and nodes:
@@ -65,7 +69,7 @@ class Workload:
             self._evict()
 
     def _namespace(self) -> tuple[Namespace, int]:
-        return self._random.choice(NAMESPACES)
+        return self._random.choice(NAMESPACES[: 2 + self._steps // 12])
 
     def _keys(self) -> bytes:
         chain = self._random.choice(CHAINS)
