@@ -31,11 +31,20 @@ class Figure:
     limit: str | None = None
     ratio: float | None = None
     detail: dict[str, Any] = field(default_factory=dict)
+    limit_value: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return it as one flat object."""
-        number = {"value": _rounded(self.value), "ratio": None if self.ratio is None else _rounded(self.ratio)}
-        return {"name": self.name, **self.detail, "unit": self.unit, "limit": self.limit, **number}
+        numbers = {"ratio": self.ratio, "limit_value": self.limit_value}
+        compared = {name: None if number is None else _rounded(number) for name, number in numbers.items()}
+        return {
+            "name": self.name,
+            **self.detail,
+            "value": _rounded(self.value),
+            "unit": self.unit,
+            "limit": self.limit,
+            **compared,
+        }
 
 
 def _rounded(value: float) -> float:
@@ -115,9 +124,12 @@ class Report:
         for heading in ("figure", "of", "value", "limit", "ratio"):
             table.add_column(heading, justify="right" if heading in {"value", "ratio"} else "left")
         for figure in self.figures:
-            of = ", ".join(f"{name} {_shown(name, value)}" for name, value in figure.detail.items())
+            of = ", ".join(_shown(name, value) for name, value in figure.detail.items())
             ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-            table.add_row(figure.name, of, f"{_rounded(figure.value):,} {figure.unit}", figure.limit or "", ratio)
+            limit = figure.limit or ""
+            if figure.limit_value is not None:
+                limit += f" {_rounded(figure.limit_value):,}"
+            table.add_row(figure.name, of, f"{_rounded(figure.value):,} {figure.unit}", limit, ratio)
         console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
@@ -129,8 +141,11 @@ class Report:
 
 
 def _shown(name: str, value: Any) -> str:
+    """Return a detail in few words: the table has to fit a terminal."""
     if name == "block_bytes":
         return format_size(value)
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        return name if value else f"not {name}"
+    if isinstance(value, str):
+        return value
+    return f"{name} {value:,}"

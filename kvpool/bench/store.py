@@ -222,8 +222,8 @@ class StoreBench:
                     "block_bytes": self._plan.block_bytes,
                     "blocks": self._plan.blocks,
                     **detail,
-                    "limit_value": float(f"{size / seconds[0] / 1e9:.4g}"),
                 },
+                size / seconds[0] / 1e9,
             )
         )
 
@@ -280,14 +280,10 @@ class StoreBench:
 
             seconds = interleaved([lambda: read(all_[:1]), lambda: read(all_)], plan.rounds, FIGURE_S)
         size = plan.batch_bytes * plan.batches
-        detail = {
-            "block_bytes": plan.block_bytes,
-            "blocks": plan.blocks,
-            "readers": plan.readers,
-            "limit_value": float(f"{size / seconds[0] / 1e9:.4g}"),
-        }
-        ratio = seconds[0] / seconds[1]
-        self._report.add(Figure("remote_get", size / seconds[1] / 1e9, "GB/s", "one_reader", ratio, detail))
+        detail = {"block_bytes": plan.block_bytes, "blocks": plan.blocks, "readers": plan.readers}
+        one, all_readers = (size / each / 1e9 for each in seconds)
+        figure = Figure("remote_get", all_readers, "GB/s", "one_reader", all_readers / one, detail, one)
+        self._report.add(figure)
 
 
 def _reader(conn: Connection, master: str, plan: Plan, keys: list[bytes]) -> None:

@@ -88,6 +88,10 @@ class Index:
                     space.siblings.append(other)
         return space
 
+    def moving(self) -> list[KeyTable]:
+        """Return the tables that are on their way to a larger array."""
+        return [space.table for space in self.spaces.values() if space.table.moving]
+
     # ---- what nodes report ---------------------------------------------------------------------
 
     def add(self, run: BlockRun, incarnation: int, tier: str) -> None:

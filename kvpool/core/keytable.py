@@ -25,10 +25,10 @@ Words = NDArray[np.uint64]
 WIDTH = 8
 BUCKETS_MIN = 64
 MOVE_BUCKETS = 512
-LOAD_MAX = 0.65
-LOAD_PREPARE = 0.5
-LOAD_START = 0.45
-LOAD_START_MAX = 0.55
+LOAD_MAX = 0.5
+LOAD_PREPARE = 0.4
+LOAD_START = 0.3
+LOAD_START_MAX = 0.4
 
 _EMPTY = np.uint64(0)
 _REMOVED = np.uint64(1)
@@ -96,9 +96,33 @@ class _Slots:
         rest = np.flatnonzero(~right)
         # Not in its home bucket: over unless that bucket was full when the key came (or, once in
         # 2**31, another key of the bucket has the same tag and hid it).
-        full = (self.array.take(bucket[rest], axis=0) != _EMPTY).all(axis=1) | hit[rest]
-        for i in rest[full].tolist():
+        for i in rest[hit[rest]].tolist():
             rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
+        rest = rest[~hit[rest]]
+        rest = rest[(self.array.take(bucket[rest], axis=0) != _EMPTY).all(axis=1)]
+        if len(rest):
+            rows[rest] = self._find_beyond(keys[rest], bucket[rest], tag[rest], column)
+        return rows
+
+    def _find_beyond(self, keys: Words, bucket: NDArray[np.int64], tag: Words, column: Words) -> Rows:
+        """Search on from full home buckets."""
+        rows = np.full(len(keys), -1, np.int64)
+        left = np.arange(len(keys))
+        for _ in range(self.buckets):
+            bucket = (bucket + 1) & (self.buckets - 1)
+            slots = self.array.take(bucket, axis=0)
+            best = (slots ^ tag[left][:, None]).min(axis=1)
+            hit = best < _ROW_LIMIT
+            found = np.where(hit, best, _FIRST).view(np.int64) - 2
+            stored, asked = column.take(found, axis=0), keys.take(left, axis=0)
+            right = hit & (stored[:, 0] == asked[:, 0]) & (stored[:, 1] == asked[:, 1])
+            rows[left[right]] = found[right]
+            for i in np.flatnonzero(hit & ~right).tolist():
+                rows[left[i]] = self._find_slowly(keys[left[i]], int(bucket[i]), column)
+            on = ~hit & (slots != _EMPTY).all(axis=1)
+            if not on.any():
+                break
+            left, bucket = left[on], bucket[on]
         return rows
 
     def _find_slowly(self, key: Words, bucket: int, column: Words) -> int:
@@ -213,6 +237,15 @@ class KeyTable:
         self._count -= len(rows)
         if self._old is not None:
             self._move(MOVE_BUCKETS // 8)
+
+    @property
+    def moving(self) -> bool:
+        """Whether keys still lie in the array that was outgrown: look-ups search both."""
+        return self._old is not None
+
+    def move(self) -> None:
+        """Empty one slice of the array that was outgrown."""
+        self._move(MOVE_BUCKETS // 4)
 
     def _make_room(self, extra: int) -> None:
         """Keep the load under its limit: grow (or clean out removed slots) a slice at a time.

@@ -110,6 +110,7 @@ class MasterState:
         self._next_incarnation = 1
         self._dropped: list[int] = []
         self._sweeping = False
+        self._tidying = False
         self._jobs: deque[Iterator[list[Effect]]] = deque()
         self._next_evict = 1
         self._place_turn = 0
@@ -161,12 +162,16 @@ class MasterState:
             return
         node.last_seen = up
         effects = self._judge(node, up, "heard from")
+        # Each claims its message before the first slice, while the session is surely the node's.
         if isinstance(message, Inventory):
-            yield effects
-            yield from self._inventory(session, node, message, up)
+            if self._begin_chunk(node, message, up):
+                incarnation = node.pending
+                yield effects + self._judge(node, up, "reports")
+                yield from self._inventory(session, node, message, incarnation, up)
+            else:
+                yield effects
         elif isinstance(message, Delta):
-            yield effects
-            yield from self._delta(session, node, message, up)
+            yield from self._delta(session, node, message, up, effects)
         else:
             node.used_bytes = message.used_bytes
             node.heard_sequence = message.sequence
@@ -219,19 +224,24 @@ class MasterState:
         effects = self._judge(node, up, "must report again")
         return [*effects, Send(node.session, SendInventory())] if node.session is not None else effects
 
-    def _inventory(self, session: int, node: Node, message: Inventory, up: float) -> Iterator[list[Effect]]:
+    def _begin_chunk(self, node: Node, message: Inventory, up: float) -> bool:
+        """Claim a chunk of an inventory; returns False for one that is not the next."""
         if message.chunk == 0:
             if not node.awaiting and message.sequence <= node.sequence:
-                return  # a duplicate of one that is done
+                return False  # a duplicate of one that is done
             self._await_inventory(node, up)
             if node.pending:
                 self._retire(node.pending)
             node.pending = self._new_incarnation(node)
             node.pending_sequence = message.sequence
-            yield self._judge(node, up, "reports")
         elif not node.awaiting or message.chunk != node.next_chunk or message.sequence != node.pending_sequence:
-            return  # a chunk was lost or came twice: the tick asks again if nothing more arrives
-        incarnation, node.next_chunk, node.asked_at = node.pending, message.chunk + 1, up
+            return False  # a chunk was lost or came twice: the tick asks again if nothing more arrives
+        node.next_chunk, node.asked_at = message.chunk + 1, up
+        return True
+
+    def _inventory(
+        self, session: int, node: Node, message: Inventory, incarnation: int, up: float
+    ) -> Iterator[list[Effect]]:
         for piece in _slices(message.added):
             if node.pending != incarnation or self._sessions.get(session) is not node:
                 return
@@ -249,8 +259,10 @@ class MasterState:
         node.victims_stale = True
         yield [Send(session, Ack(node.sequence)), *self._judge(node, up, "inventory complete")]
 
-    def _delta(self, session: int, node: Node, delta: Delta, up: float) -> Iterator[list[Effect]]:
-        effects = self._learn(delta.namespaces)
+    def _delta(
+        self, session: int, node: Node, delta: Delta, up: float, effects: list[Effect]
+    ) -> Iterator[list[Effect]]:
+        effects = effects + self._learn(delta.namespaces)
         node.heard_sequence = max(node.heard_sequence, delta.sequence)
         if node.awaiting or delta.sequence <= node.sequence:
             yield effects
@@ -382,7 +394,18 @@ class MasterState:
                 effects += self._ask_inventory(node, up)
             effects += self._relieve(node, up)
             self._refresh_victims(node, up)
+        if not self._tidying and self.index.moving():
+            self._tidying = True
+            self._jobs.append(self._tidy())
         return effects
+
+    def _tidy(self) -> Iterator[list[Effect]]:
+        """Finish the growth of tables in which nothing more is inserted: until then look-ups cost more."""
+        for table in self.index.moving():
+            while table.moving:
+                table.move()
+                yield []
+        self._tidying = False
 
     # ---- eviction ------------------------------------------------------------------------------
 

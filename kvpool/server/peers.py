@@ -19,6 +19,7 @@ MESSAGE = (
 )
 
 
+@functools.lru_cache(4096)
 def is_loopback(host: str) -> bool:
     """Return whether an IP address is this host's own loopback."""
     try:
