@@ -18,7 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 TRACE ?=
 
-.PHONY: help serve test lint e2e bench proto setup setup-vllm clean check-python
+.PHONY: help serve test lint e2e bench ttft proto setup setup-vllm clean check-python
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,6 +40,9 @@ bench: setup ## Measure: store, lookup, and a trace if TRACE=FILE is given
 	$(VENV)/bin/kvpool-bench store $(ARGS)
 	$(VENV)/bin/kvpool-bench lookup $(ARGS)
 	@if [ -n "$(TRACE)" ]; then $(VENV)/bin/kvpool-bench trace "$(TRACE)" $(ARGS); fi
+
+ttft: setup-vllm ## Measure the time to first token with a real vLLM (ARGS="--model tiny")
+	$(VENV_VLLM)/bin/python tests/e2e/ttft.py $(ARGS)
 
 proto: check-python ## Regenerate kvpool/rpc/v1 from proto/
 	PYTHON="$(PYTHON)" sh proto/generate.sh

@@ -69,12 +69,9 @@ class Client:
             raise InvalidArgumentError("checksum", f'must be "always" or "transfer", not {checksum!r}')
         if not 1 <= copy_threads <= 64:
             raise InvalidArgumentError("copy_threads", f"must be from 1 to 64, not {copy_threads}")
-        for what, value in (("lookup_timeout_ms", lookup_timeout_ms), ("transfer_timeout_ms", transfer_timeout_ms)):
-            if not 0 < value <= 86_400_000:
-                raise InvalidArgumentError(what, f"must be above 0 and at most a day, not {value}")
         self._verify_local = checksum == "always"
-        self._lookup_s = lookup_timeout_ms / 1000
-        self._transfer_s = transfer_timeout_ms / 1000
+        self._lookup_s = _seconds(lookup_timeout_ms, "lookup_timeout_ms")
+        self._transfer_s = _seconds(transfer_timeout_ms, "transfer_timeout_ms")
         self._name = name or f"pid {os.getpid()}"
         self._node_path = node
         self._copies = CopyThreads(copy_threads)
@@ -156,7 +153,7 @@ class Client:
         if not 0 <= known_prefix <= len(keys) // KEY_BYTES:
             raise InvalidArgumentError("known_prefix", f"must be from 0 to {len(keys) // KEY_BYTES}")
         request = master_pb2.LookupRequest(namespace=digest, known_prefix=known_prefix, lease=lease)
-        timeout_s = self._lookup_s if timeout_ms is None else timeout_ms / 1000
+        timeout_s = self._lookup_s if timeout_ms is None else _seconds(timeout_ms, "timeout_ms")
         if self._link is not None:
             try:
                 reply = self._link.ask(MasterFrame(lookup=request), keys, timeout_s).lookup
@@ -422,14 +419,15 @@ class Client:
 
     def _transfer_time(self, blocks: Blocks, timeout_ms: float | None) -> float:
         if timeout_ms is not None:
-            return timeout_ms / 1000
+            return _seconds(timeout_ms, "timeout_ms")
         return self._transfer_s + len(blocks) * blocks.shard_bytes / TRANSFER_BYTES_S_MIN
 
     def _local(self) -> LocalNode | None:
         node = self._node
         if node is not None and node.alive:
             return node
-        if (node is not None or self._left) and time.monotonic() >= self._attach_at and not self._closed:
+        # Where there is a master, its thread looks for a first node whenever it asks who is there.
+        if (node is not None or self._left or self._link is None) and time.monotonic() >= self._attach_at and not self._closed:
             # Not here: a node that is stopped lets us connect, and then says nothing.
             self._attach_at = time.monotonic() + REATTACH_S
             self._executor().submit(self._attach)
@@ -477,6 +475,12 @@ class Client:
                 paths = []  # a node of another pool has the usual place
             paths += [path for path in mine if path not in paths and Path(path).exists()]
         return paths
+
+
+def _seconds(timeout_ms: float, field: str) -> float:
+    if not 0 < timeout_ms <= 86_400_000:  # refuses nan too
+        raise InvalidArgumentError(field, f"must be above 0 and at most a day, not {timeout_ms}")
+    return timeout_ms / 1000
 
 
 def _check_shard(namespace: Namespace, shard: int) -> None:

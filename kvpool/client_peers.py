@@ -114,15 +114,19 @@ class Peer:
             here = sum(size >= 0 for size in sizes)
             layers = reply.got.layers
             checksums = unpack_digests(_take(channel, CHECKSUM_BYTES * layers * here))
+            if here and layers != want.layers:
+                raise FrameError(f"the node sends {layers} layers, {want.layers} were asked for")
             at = 0
             for size, item in zip(sizes, items, strict=True):
                 if size < 0:
                     reasons.append("not_here")
                     continue
-                if size != want.bytes or layers != want.layers:
-                    raise FrameError(f"the node sends {size} bytes in {layers} layers, others were asked for")
-                digests = _receive(channel, item.pieces, want)
-                reasons.append("" if digests == list(checksums[at : at + layers]) else "corrupt")
+                if size != want.bytes:
+                    _skip(channel, size)
+                    reasons.append("wrong_size")
+                else:
+                    digests = _receive(channel, item.pieces, want)
+                    reasons.append("" if digests == list(checksums[at : at + layers]) else "corrupt")
                 at += layers
         return reasons
 
@@ -204,6 +208,7 @@ class Peers:
     def _by_owner(self, wanted: Sequence[Wanted], reasons: dict[int, str]) -> dict[Peer, list[Wanted]]:
         groups: dict[Peer, list[Wanted]] = {}
         for item in wanted:
+            found_any = bool(item.owners)
             while item.owners:
                 peer = self.at(item.owners[0])
                 if peer.usable:
@@ -211,7 +216,7 @@ class Peers:
                     break
                 item.owners.pop(0)
             else:
-                reasons.setdefault(item.number, "owner_lost")
+                reasons.setdefault(item.number, "owner_lost" if found_any else "not_here")
         return groups
 
 
@@ -220,6 +225,8 @@ def _fetch(
 ) -> list[Wanted]:
     """Ask one node for some blocks; returns those that another owner may still have."""
     try:
+        if not peer.usable:  # it has failed since: another wait would bring nothing
+            raise UnavailableError(f"node {peer.address.node_id} has just failed")
         answers = peer.get(namespace, items, want, max(0.001, deadline - time.monotonic()))
     except UnavailableError:
         answers = ["owner_lost"] * len(items)
@@ -241,6 +248,12 @@ def _take(channel: Channel, size: int) -> memoryview:
     data = memoryview(bytearray(size))
     channel.recv_into([data])
     return data
+
+
+def _skip(channel: Channel, size: int) -> None:
+    nowhere = memoryview(bytearray(min(size, STEP_BYTES)))
+    for start in range(0, size, STEP_BYTES):
+        channel.recv_into([nowhere[: min(STEP_BYTES, size - start)]])
 
 
 def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:

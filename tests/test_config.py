@@ -205,7 +205,7 @@ BAD = [
     (NodeSettings, "master", "[nonsense]:5", "HOST:PORT"),
     (NodeSettings, "socket_mode", "999", "0 to 777"),
     (NodeSettings, "socket_mode", 0o1777, "0 to 777"),
-    (NodeSettings, "socket_path", "/" + "x" * 120, "107 bytes"),
+    (NodeSettings, "socket_path", "/" + "x" * 120, "100 bytes"),
     (NodeSettings, "node_id", "a\nb", "printable"),
     (NodeSettings, "connections_max", 0, "1 to 65536"),
     (ClientSettings, "checksum", "never", "always or transfer"),

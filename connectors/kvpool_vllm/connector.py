@@ -90,7 +90,8 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         self._facts: RankFacts | None = None
         if role == KVConnectorRole.SCHEDULER:
             _recompute_on_failure(self._kv_transfer_config)
-            autostart(self._settings, vllm_config.parallel_config.local_world_size)
+            # Kept, because a dropped handle of a running process warns; the kernel ends it with this process.
+            self._node_process = autostart(self._settings, vllm_config.parallel_config.local_world_size)
             self.scheduler = self._make_scheduler(vllm_config, kv_cache_config)
         else:
             self.worker = self._make_worker(vllm_config)

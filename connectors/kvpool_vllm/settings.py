@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import subprocess
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,12 +28,13 @@ def read_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
     return loaded.settings
 
 
-def autostart(settings: ConnectorSettings, ranks: int) -> None:
+def autostart(settings: ConnectorSettings, ranks: int) -> subprocess.Popen[bytes] | None:
     """Start a node for this host if that is wanted and there is none; call it from the main thread."""
-    if settings.autostart_node:
-        from kvpool.client_autostart import start_node
+    if not settings.autostart_node:
+        return None
+    from kvpool.client_autostart import start_node
 
-        start_node(settings, ranks)
+    return start_node(settings, ranks)
 
 
 def make_client(settings: ConnectorSettings, name: str) -> Client:

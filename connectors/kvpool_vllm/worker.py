@@ -35,7 +35,7 @@ class WorkerSide:
 
     def __init__(self, client: Client, settings: ConnectorSettings, *, shard: int, saves: bool) -> None:
         """``shard`` is this rank's part of a block; ``saves`` is false where another rank stores the same heads."""
-        if not client.has_node():
+        if not client.has_node() and not settings.autostart_node:  # the scheduler's side starts one only later
             logger.warning(
                 "kvpool: no node runs on this host (master: %s): blocks are stored on other hosts, or not at all",
                 settings.master,

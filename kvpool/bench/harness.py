@@ -22,8 +22,6 @@ from kvpool.server.child import die_with_parent
 ROUNDS_MIN = 3
 HELPER_START_S = 30.0
 HELPER_END_S = 3.0
-NO_NODE = "/nonexistent/kvpool-node.sock"
-"""Where no node can be: a client that is given this path reaches every node over TCP."""
 
 
 class BenchError(KVPoolError):
@@ -97,20 +95,21 @@ class Helper:
         try:
             return self.wait_ready()
         except BaseException:  # Ctrl-C included: nobody else would end it
-            self.close()
+            self.close(at_once=True)
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End it."""
-        self.close()
+        """End it, at once if something went wrong."""
+        self.close(at_once=kind is not None)
 
     def send(self, request: Any) -> None:
         """Ask something."""
         try:
             self._conn.send(request)
         except OSError:
+            self.receive(0.0)  # its last words, if it left some
             raise BenchError(f"the {self._name} process is gone") from None
 
     def receive(self, timeout_s: float) -> Any:
@@ -130,10 +129,11 @@ class Helper:
         self.send(request)
         return self.receive(timeout_s)
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End the process; without ``at_once`` it may end on its own."""
         self._conn.close()
-        self._process.join(HELPER_END_S)
+        if not at_once:
+            self._process.join(HELPER_END_S)
         if self._process.is_alive():
             self._process.kill()
             self._process.join(HELPER_END_S)

@@ -11,11 +11,10 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from kvpool.bench.harness import NO_NODE, BenchError, Helper
+from kvpool.bench.harness import BenchError, Helper
 from kvpool.bench.nodes import SPACE, Add, Join, Leave, simulated_nodes
-from kvpool.bench.pool import BenchPool, bench_pool
+from kvpool.bench.pool import BenchPool, bench_pool, connected
 from kvpool.bench.report import Figure, Report
-from kvpool.client import Client
 from kvpool.model import KEY_BYTES
 
 PROBE_BLOCKS = 1024
@@ -35,31 +34,29 @@ class Sizes:
     index_blocks: int = 1_000_000
     memory_first: int = 700_000
     memory_last: int = 1_500_000
+    commit_rate: int = 0  # blocks a second that nodes report while the index grows; 0: all they can
 
 
 def prober(conn: Connection, master: str, keys: bytes) -> None:
     """Look up a prompt every now and then, between "start" and "stop": a helper.
 
     Each lookup takes a lease, and releases it outside of the timed part. "stop" is answered by an array of
-    (begin, seconds).
+    (begin, seconds, 1 if not all was found).
     """
-    with Client(master, node=NO_NODE, name="kvpool-bench prober") as client:
-        client.register(SPACE)
+    with connected(master, SPACE, name="prober") as client:
         conn.send(None)
         while True:
             conn.recv()
             samples = []
             while not conn.poll(0):
                 begin = time.monotonic()
-                found = client.lookup(SPACE.digest, keys, lease=True, timeout_ms=5000)
+                found = client.lookup(SPACE.digest, keys, lease=True)
                 seconds = time.monotonic() - begin
                 client.release([found.lease])
-                if found.prefix != len(keys) // KEY_BYTES:
-                    raise BenchError(f"a lookup meanwhile found {found.prefix} blocks: {found.reason}")
-                samples.append((begin, seconds))
+                samples.append((begin, seconds, float(found.prefix != len(keys) // KEY_BYTES)))
                 time.sleep(max(0.0, PROBE_EVERY_S - seconds))
             conn.recv()
-            conn.send(np.array(samples).reshape(-1, 2))
+            conn.send(np.array(samples).reshape(-1, 3))
 
 
 class CommitBench:
@@ -71,52 +68,51 @@ class CommitBench:
         self._probe = probe
         self._report = report
 
-    def run(self, blocks: int) -> None:
+    def run(self, blocks: int, rate: int) -> None:
         """Grow the index by two nodes' deltas, take in a third one's inventory, lose that one."""
-        self._phase("growth", blocks, lambda: self._nodes.ask(Add(("a", "b"), blocks), PHASE_S))
+        self._phase("growth", blocks, lambda: self._nodes.ask(Add(("a", "b"), blocks, rate), PHASE_S))
         self._phase("inventory", blocks, lambda: self._nodes.ask(Join("c", blocks), PHASE_S)[:2])
-        self._phase("sweep", blocks, self._sweep)
+        self._phase("sweep", blocks, lambda: self._sweep(blocks))
 
     def _phase(self, phase: str, blocks: int, work: Callable[[], tuple[float, float]]) -> None:
         self._report.step(f"index_commit, {phase}")
         self._probe.send("start")
         start, end = work()
         samples: Samples = self._probe.ask("stop", PHASE_S)
-        inside = samples[(samples[:, 0] + samples[:, 1] >= start) & (samples[:, 0] <= end), 1] * 1e3
+        inside = samples[(samples[:, 0] + samples[:, 1] >= start) & (samples[:, 0] <= end)]
         if not len(inside):
             raise BenchError(f"no lookup fell into the phase {phase}")
-        p50, p99 = np.percentile(inside, (50, 99))
+        latency_ms = inside[:, 1] * 1e3
+        p50, p99 = np.percentile(latency_ms, (50, 99))
         detail = {
             "phase": phase,
             "blocks": blocks,
             "lookup_p50_ms": round(float(p50), 3),
             "lookup_p99_ms": round(float(p99), 3),
-            "lookup_max_ms": round(float(inside.max()), 3),
+            "lookup_max_ms": round(float(latency_ms.max()), 3),
             "lookups": len(inside),
+            "misses": int(inside[:, 2].sum()),
         }
         self._report.add(Figure("index_commit", blocks / (end - start), "blocks/s", detail=detail))
 
-    def _sweep(self) -> tuple[float, float]:
-        """Cut a node off; returns when its blocks began to go and when the last was gone."""
-        before = self._pool.status().blocks
+    def _sweep(self, blocks: int) -> tuple[float, float]:
+        """Cut a node off; returns when it was last seen in the index and when the last of its blocks was gone."""
+        rest = self._pool.status().blocks - blocks
         self._nodes.ask(Leave("c"), PHASE_S)
         deadline = time.monotonic() + PHASE_S
-        while self._pool.node_state("c") != "dead":
-            _pause(deadline, "a node that left is not dead")
         start = time.monotonic()
-        left = self._pool.status().blocks
-        while True:
+        while self._pool.node_state("c") != "dead":
+            start = time.monotonic()
+            _pause(deadline, "a node that left is not dead")
+        while self._pool.status().blocks > rest:
             _pause(deadline, "a dead node's blocks are not gone")
-            now = self._pool.status().blocks
-            if now == left < before:
-                return start, time.monotonic()
-            left = now
+        return start, time.monotonic()
 
 
 def _pause(deadline: float, problem: str) -> None:
     if time.monotonic() > deadline:
         raise BenchError(problem)
-    time.sleep(0.02)
+    time.sleep(0.01)
 
 
 def measure_commits(sizes: Sizes, report: Report) -> None:
@@ -128,7 +124,7 @@ def measure_commits(sizes: Sizes, report: Report) -> None:
         keys = nodes.ask(Join("a", FIRST_BLOCKS), PHASE_S)[2]
         nodes.ask(Join("b", FIRST_BLOCKS), PHASE_S)
         with Helper(prober, pool.master, keys[: PROBE_BLOCKS * KEY_BYTES]) as probe:
-            CommitBench(pool, nodes, probe, report).run(sizes.index_blocks)
+            CommitBench(pool, nodes, probe, report).run(sizes.index_blocks, sizes.commit_rate)
 
 
 def measure_memory(sizes: Sizes, report: Report) -> None:

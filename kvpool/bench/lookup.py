@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
 
 import click
 import grpc
 import numpy as np
 
-from kvpool.bench.harness import NO_NODE, BenchError, Helper, helpers, one_command
+from kvpool.bench.harness import BenchError, Helper, helpers, one_command
 from kvpool.bench.index import Sizes, measure_commits, measure_memory
 from kvpool.bench.limits import PingPong, ping_peer
-from kvpool.bench.pool import BenchPool, bench_pool
+from kvpool.bench.pool import TIMEOUT_MS, BenchPool, bench_pool, connected
 from kvpool.bench.report import Figure, Report
 from kvpool.client import Client
 from kvpool.model import KEY_BYTES, Namespace
@@ -34,26 +34,18 @@ TURN = 20
 """Calls of one kind in a row before it is the other's turn."""
 
 KNOWN_S = 20.0
-TIMEOUT_MS = 5000.0
 LEASES = 64
 """Leases that one release ends, in the rate's measurement."""
 
 
-@contextmanager
-def _client(pool: BenchPool) -> Iterator[Client]:
-    with Client(pool.master, node=NO_NODE, name="kvpool-bench lookup") as client:
-        yield client
-
-
 def _store(client: Client, blocks: int) -> bytes:
     """Store a prompt of tiny blocks and wait until lookups find all of it. Raises BenchError."""
-    client.register(SPACE)
     keys = os.urandom(KEY_BYTES * blocks)
     result = client.put(SPACE, keys, list(np.zeros((blocks, STORED_BYTES), np.uint8)), timeout_ms=TIMEOUT_MS)
     if result.failed:
         raise BenchError(f"storing {blocks} tiny blocks failed: {result.errors}")
     deadline = time.monotonic() + KNOWN_S
-    while client.lookup(SPACE, keys, timeout_ms=TIMEOUT_MS).prefix < blocks:
+    while client.lookup(SPACE, keys).prefix < blocks:
         if time.monotonic() > deadline:
             raise BenchError("what was put does not show in lookups")
         time.sleep(0.01)
@@ -90,7 +82,7 @@ class Latency:
 def _lookup_seconds(client: Client, keys: bytes, prefix: int) -> Callable[[], float]:
     def call() -> float:
         start = time.perf_counter()
-        found = client.lookup(SPACE, keys, lease=True, timeout_ms=TIMEOUT_MS)
+        found = client.lookup(SPACE, keys, lease=True)
         seconds = time.perf_counter() - start
         client.release([found.lease])
         if found.prefix != prefix:
@@ -101,9 +93,12 @@ def _lookup_seconds(client: Client, keys: bytes, prefix: int) -> Callable[[], fl
 
 
 def _measure_frames(pool: BenchPool, prompts: dict[int, bytes], latency: Latency, report: Report) -> None:
-    with _client(pool) as client, Helper(ping_peer) as peer, closing(PingPong(peer.ready)) as ping:
+    with (
+        connected(pool.master, SPACE, name="lookup") as client,
+        Helper(ping_peer) as peer,
+        closing(PingPong(peer.ready)) as ping,
+    ):
         limit = ("tcp_pingpong", ping)
-        client.register(SPACE)
         for blocks, keys in prompts.items():
             report.step(f"lookup, {blocks} blocks")
             latency.measure("lookup", _lookup_seconds(client, keys, blocks), limit, {"blocks": blocks})
@@ -144,8 +139,7 @@ def _measure_grpc(pool: BenchPool, keys: bytes, latency: Latency, report: Report
 
 def _asker(conn: Connection, master: str, keys: bytes) -> None:
     """Look up for as many seconds as asked: a helper."""
-    with Client(master, node=NO_NODE, name="kvpool-bench asker") as client:
-        client.register(SPACE)
+    with connected(master, SPACE, name="asker") as client:
         blocks = len(keys) // KEY_BYTES
         conn.send(None)
         while True:
@@ -153,7 +147,7 @@ def _asker(conn: Connection, master: str, keys: bytes) -> None:
             count, leases = 0, []
             start = time.monotonic()
             while time.monotonic() - start < seconds:
-                found = client.lookup(SPACE, keys, lease=True, timeout_ms=TIMEOUT_MS)
+                found = client.lookup(SPACE, keys, lease=True)
                 if found.prefix != blocks:
                     raise BenchError(f"a lookup found {found.prefix} blocks instead of {blocks}: {found.reason}")
                 count += 1
@@ -180,16 +174,30 @@ def _measure_rate(pool: BenchPool, prompts: Sequence[bytes], seconds: float, rep
 
 @click.command("lookup")
 @click.option("--master", metavar="HOST:PORT", help="Measure this master; the index's figures need one of their own.")
-@click.option("--rounds", type=click.IntRange(1, 1_000_000), default=3000, show_default=True, help="Calls of each kind.")
+@click.option(
+    "--rounds", type=click.IntRange(1, 1_000_000), default=3000, show_default=True, help="Calls of each kind."
+)
 @click.option("--clients", type=click.IntRange(1, 64), default=3, show_default=True, help="Processes for the rate.")
-@click.option("--rate_seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="... for so long.")
+@click.option(
+    "--rate_seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="... for so long."
+)
 @click.option(
     "--index_blocks", type=click.IntRange(10_000, 10_000_000), default=1_000_000, show_default=True,
     help="Blocks of the index under load; its memory is measured at 0.7 to 1.5 times as many.",
 )  # fmt: skip
+@click.option(
+    "--commit_rate", type=click.IntRange(0), default=0,
+    help="Blocks a second that nodes report while the index grows; without it as fast as the master takes them.",
+)  # fmt: skip
 @click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
 def command(
-    master: str | None, rounds: int, clients: int, rate_seconds: float, index_blocks: int, json_path: str | None
+    master: str | None,
+    rounds: int,
+    clients: int,
+    rate_seconds: float,
+    index_blocks: int,
+    commit_rate: int,
+    json_path: str | None,
 ) -> None:
     """Lookups and the index: latency, rate, commits meanwhile, memory.
 
@@ -202,14 +210,14 @@ def command(
     latency = Latency(report, rounds)
     with one_command(), report.running(5 if master else 9):
         with bench_pool(master) as pool:
-            with _client(pool) as client:
+            with connected(pool.master, SPACE, name="lookup") as client:
                 prompts = {blocks: _store(client, blocks) for blocks in BLOCKS}
                 others = [_store(client, max(BLOCKS)) for _ in range(clients)]
             _measure_frames(pool, prompts, latency, report)
             _measure_grpc(pool, prompts[max(BLOCKS)], latency, report)
             _measure_rate(pool, others, rate_seconds, report)
         if master is None:
-            sizes = Sizes(index_blocks, int(0.7 * index_blocks), int(1.5 * index_blocks))
+            sizes = Sizes(index_blocks, int(0.7 * index_blocks), int(1.5 * index_blocks), commit_rate)
             measure_commits(sizes, report)
             measure_memory(sizes, report)
         else:

@@ -75,7 +75,7 @@ class SimulatedNode:
         self._writing = asyncio.Lock()
         self._call: Any = channel.stream_stream(
             SESSION, request_serializer=None, response_deserializer=node_pb2.MasterMessage.FromString
-        )()
+        )(None)
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]
 
     async def join(self, blocks: int) -> tuple[float, float, bytes]:
@@ -214,7 +214,7 @@ async def _serve(conn: Connection, master: str) -> None:
         for node in nodes.values():
             await node.leave()
         for channel in channels:
-            await channel.close()
+            await channel.close(None)
 
 
 def _shares(total: int, parts: int) -> Iterator[int]:

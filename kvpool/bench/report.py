@@ -20,6 +20,9 @@ from rich.table import Table
 from kvpool import __version__
 from kvpool.model import format_size
 
+FILE_COLUMNS = 120
+"""Width of a table that does not go to a terminal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -118,6 +121,8 @@ class Report:
     def show(self, json_path: str | None) -> None:
         """Print the table, and write the JSON where it was asked for. Raises click.ClickException."""
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=FILE_COLUMNS)
         about = machine()
         title = f"kvpool-bench {self.bench} {__version__}: {about['cpus']} x {about['model']}, Python {about['python']}"
         table = Table(title=title, title_justify="left")

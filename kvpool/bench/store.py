@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 import click
 import numpy as np
 
-from kvpool.bench.harness import NO_NODE, BenchError, Helper, helpers, interleaved, one_command
+from kvpool.bench.harness import BenchError, Helper, helpers, interleaved, one_command
 from kvpool.bench.limits import HEADER_BYTES, Bytes, MemoryCopy, RawSocket, Walk, raw_peer
-from kvpool.bench.pool import BenchPool, bench_pool
+from kvpool.bench.pool import NO_NODE, BenchPool, bench_pool, connected
 from kvpool.bench.report import Figure, Report
 from kvpool.client import Client, Lookup
 from kvpool.errors import InvalidArgumentError
@@ -92,7 +92,6 @@ class Mover:
         self.client = client
         self._plan = plan
         self._space = plan.namespace
-        client.register(self._space)
         rng = np.random.default_rng(plan.block_bytes)
         source = rng.integers(0, 256, (plan.blocks, plan.block_bytes), np.uint8)
         self.sources: list[Bytes] = list(source)
@@ -143,7 +142,7 @@ class Mover:
                 raise BenchError("a get returned bytes that were not stored")
 
     def _look_up(self, keys: bytes) -> Lookup:
-        return self.client.lookup(self._space, keys, timeout_ms=1000 * READ_S)
+        return self.client.lookup(self._space, keys)
 
     def get(self, batches: int) -> float:
         """Get batches; returns seconds. Raises BenchError."""
@@ -159,9 +158,7 @@ class Mover:
 
 @contextmanager
 def _mover(pool: BenchPool, plan: Plan, node: str, checksum: str = "always") -> Iterator[Mover]:
-    with Client(pool.master, node=node, checksum=checksum, name="kvpool-bench store") as client:
-        if node != NO_NODE and not client.has_node():
-            raise BenchError(f"cannot attach to the node at {node}")
+    with connected(pool.master, plan.namespace, node=node, checksum=checksum, name="store") as client:
         yield Mover(client, plan)
 
 
@@ -288,7 +285,7 @@ class StoreBench:
 
 def _reader(conn: Connection, master: str, plan: Plan, keys: list[bytes]) -> None:
     """Get as many batches as asked, over TCP: a helper."""
-    with Client(master, node=NO_NODE, name="kvpool-bench reader") as client:
+    with connected(master, plan.namespace, name="reader") as client:
         mover = Mover(client, plan)
         mover.read_from(keys)
         conn.send(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +133,8 @@ class Index:
         after = self.placements.removed(before, Owner(incarnation, tier, run.shards))
         broken = self.placements.complete.take(before) & ~self.placements.complete.take(after) & (after != NOWHERE)
         self._replace(space, rows, before, after, incarnation)
-        return rows[broken]
+        rest: Rows = rows[broken]
+        return rest
 
     def drop_slice(self, incarnations: frozenset[int], start: int) -> tuple[int, Rows]:
         """Take dead incarnations out of the rows from ``start`` on.
@@ -251,7 +253,7 @@ class Index:
         numbers, spaces, sizes = self.placement.take(rows), self.space_of.take(rows), self.shard_bytes.take(rows)
         change = (numbers[1:] != numbers[:-1]) | (spaces[1:] != spaces[:-1]) | (sizes[1:] != sizes[:-1])
         edges = [0, *(np.flatnonzero(change) + 1).tolist(), len(rows)]
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in pairwise(edges):
             yield rows[start:end], self._by_number[int(spaces[start])], int(numbers[start])
 
     def coldest(self, incarnation: int, *, leased: bool = False) -> Iterator[Rows]:

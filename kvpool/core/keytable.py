@@ -54,7 +54,8 @@ def _distinct(keys: Words) -> tuple[Rows, Rows]:
         every = np.arange(len(keys))
         return every, every
     numbers: dict[bytes, int] = {}
-    first, back = [], []
+    first: list[int] = []
+    back: list[int] = []
     for i, key in enumerate(keys):
         number = numbers.setdefault(key.tobytes(), len(first))
         if number == len(first):
@@ -128,7 +129,7 @@ class _Slots:
     def _find_slowly(self, key: Words, bucket: int, column: Words) -> int:
         tag = int((key[1] & _TAG_BITS) | _TAG_TOP) >> 32
         for _ in range(self.buckets):
-            slots = self.array[bucket].tolist()
+            slots: list[int] = self.array[bucket].tolist()
             for slot in slots:
                 if slot >> 32 == tag:
                     row = (slot & 0xFFFFFFFF) - 2
@@ -268,7 +269,7 @@ class KeyTable:
     def _claim(self, buckets: int, extra: int) -> _Slots:
         load = (self._count + extra) / WIDTH
         if self._next is None or load > LOAD_START_MAX * self._next.buckets:
-            # Never smaller than now: two halves of a move could then be more than the new array holds.
+            # Never smaller than now: it would fill up before this one is emptied, and the rest move all at once.
             wanted = self._slots.buckets
             while load > LOAD_START * wanted:
                 wanted *= 2

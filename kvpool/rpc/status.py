@@ -13,6 +13,7 @@ from kvpool.errors import (
     NoRoomError,
     OverloadedError,
     RefusedError,
+    TooLargeError,
     UnavailableError,
     UnknownIdError,
     UnknownNamespaceError,
@@ -23,6 +24,7 @@ _TABLE: tuple[tuple[type[KVPoolError], grpc.StatusCode], ...] = (
     (FrameError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnknownNamespaceError, grpc.StatusCode.NOT_FOUND),
     (UnknownIdError, grpc.StatusCode.NOT_FOUND),
+    (TooLargeError, grpc.StatusCode.OUT_OF_RANGE),
     (NoRoomError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (RefusedError, grpc.StatusCode.PERMISSION_DENIED),
@@ -45,6 +47,8 @@ def error_of(exc: grpc.RpcError) -> KVPoolError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         field, _, problem = details.partition(": ")
         return InvalidArgumentError(field, problem or details)
+    if code is grpc.StatusCode.OUT_OF_RANGE:
+        return TooLargeError(details)
     if code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}:
         return UnavailableError(details)
     return KVPoolError(details)

@@ -86,12 +86,14 @@ class DataPlane:
         self.changed()
 
     def _process_ended(self, conn: Connection) -> None:
-        self._processes[conn.id].gone = True
-        asyncio.get_running_loop().remove_reader(self._processes[conn.id].pidfd)
+        process = self._processes[conn.id]
+        process.gone = True
+        asyncio.get_running_loop().remove_reader(process.pidfd)
         conn.close("the process ended")
-        self._state.process_gone(conn.id)
-        self._forget_process(conn.id)
-        self.changed()
+        if process.closed:  # otherwise `closed` follows, once no thread writes to its slots any more
+            self._state.process_gone(conn.id)
+            self._forget_process(conn.id)
+            self.changed()
 
     def _forget_process(self, conn_id: int) -> None:
         process = self._processes.pop(conn_id, None)

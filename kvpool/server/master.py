@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import itertools
 import logging
@@ -25,7 +26,7 @@ from kvpool.config import MasterSettings
 from kvpool.core.effects import Close, Closed, Effect, NodeChanged, Received, Remember, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
 from kvpool.core.messages import MasterMessage
-from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError
+from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, TooLargeError
 from kvpool.model import NodeAddress
 from kvpool.rpc import convert
 from kvpool.rpc.errors import to_proto
@@ -230,6 +231,8 @@ class MasterService(master_pb2_grpc.MasterServicer):
         """Name a node."""
         node = self.pool.state.place(request.bytes)
         if node is None:
+            if self.pool.state.place(0) is not None:
+                raise TooLargeError(f"a block of {request.bytes} bytes is larger than every live node's segment")
             return master_pb2.PlaceResponse()
         return master_pb2.PlaceResponse(node=convert.address_to_proto(node.address))
 
@@ -295,8 +298,9 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     try:
         data_server = await loop.create_server(frames, settings.host, settings.data_port)
     except OSError as exc:
+        field = "data_port" if exc.errno in {errno.EADDRINUSE, errno.EACCES} else "host"
         raise InvalidArgumentError(
-            "data_port", f"cannot listen on {settings.host}:{settings.data_port}: {exc.strerror or exc}"
+            field, f"cannot listen on {settings.host}:{settings.data_port}: {exc.strerror or exc}"
         ) from exc
     pool.data_port = data_server.sockets[0].getsockname()[1]
 

@@ -18,7 +18,7 @@ from kvpool.config import NodeSettings, boot_id, split_address
 from kvpool.core.messages import NodeMessage
 from kvpool.core.reporter import Reporter
 from kvpool.core.segment import SegmentState
-from kvpool.errors import ConfigError, KVPoolError
+from kvpool.errors import ConfigError, InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import NodeAddress, format_size
 from kvpool.rpc.v1 import node_pb2, node_pb2_grpc
 from kvpool.server import wire
@@ -34,6 +34,7 @@ HEARTBEAT_S = 0.2
 FLUSH_S = 0.005
 """Changes of this long go into one delta."""
 
+WELCOME_S = 5.0
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 1.0
 COMPLAIN_EVERY_S = 10.0
@@ -97,6 +98,7 @@ class Session:
             ("grpc.keepalive_time_ms", 30_000),
             # Each try is a channel of its own: one that remembers failures would wait on its own account.
             ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
         ]
         async with grpc.aio.insecure_channel(self._master, options) as channel:
             call = node_pb2_grpc.NodeSessionStub(channel).Session()
@@ -126,11 +128,18 @@ class Session:
     async def _write(self, call: grpc.aio.StreamStreamCall[node_pb2.NodeMessage, node_pb2.MasterMessage]) -> None:
         while True:
             message = await self._out.get()
-            await call.write(wire.node_message_to_proto(message))
+            try:
+                await call.write(wire.node_message_to_proto(message))
+            except asyncio.InvalidStateError:
+                return  # the call is over: what ended it is for _read to say
 
     async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        welcome_by = loop.time() + WELCOME_S
         while True:
             await asyncio.sleep(HEARTBEAT_S)
+            if not self._reporter.welcomed and loop.time() > welcome_by:
+                raise UnavailableError(f"the master has not answered our Hello for {WELCOME_S:g} s")
             if self._reporter.welcomed and self._out.empty():
                 self._put([self._reporter.heartbeat()])
 
@@ -192,16 +201,23 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     """Serve until ``stop``; returns the exit code. Raises KVPoolError for what cannot be started."""
     _prepare_socket_dir(settings.socket_path)
     epoch = secrets.randbits(63) | 1
+    try:
+        state = SegmentState(settings.segment_size)
+    except InvalidArgumentError as exc:
+        raise ConfigError("segment_size", exc.problem) from exc
     log.info("populating a segment of %s", format_size(settings.segment_size))
     segment = await asyncio.to_thread(Segment.create, settings.segment_size, lock=settings.lock_memory)
     if not segment.locked:
         log.warning("the segment is not locked in memory: %s", segment.lock_error)
-    state = SegmentState(settings.segment_size)
     name = node_id(settings)
     plane = DataPlane(segment, state, name, epoch, Guard("node", insecure=settings.insecure))
     server = FrameServer(plane, connections_max=settings.connections_max)
-    server.listen_unix(settings.socket_path, settings.socket_mode)
-    _, port = server.listen_tcp(settings.host, settings.port)
+    try:
+        _, port = server.listen_tcp(settings.host, settings.port)
+        server.listen_unix(settings.socket_path, settings.socket_mode)
+    except KVPoolError:
+        await server.close()
+        raise
     address = _address(settings, name, port)
     session = Session(settings.master, state, Reporter(state, address, epoch))
     plane.changed = session.changed

@@ -24,7 +24,7 @@ from kvpool.core import index, keytable, recency, reporter
 from kvpool.core import master as master_module
 from kvpool.core.effects import Close, Closed, Effect, Received, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
-from kvpool.core.messages import MasterMessage, NodeMessage, Superseded
+from kvpool.core.messages import Evict, MasterMessage, NodeMessage, Superseded
 from kvpool.core.reporter import Reporter
 from kvpool.core.segment import SegmentState
 from kvpool.model import NodeAddress
@@ -331,7 +331,8 @@ class Cluster:
         if isinstance(message, Superseded):
             self.stop_node(node)
             return
-        node.segment.check()
+        if isinstance(message, Evict):
+            node.segment.check()
         self.changed(node)
 
     def changed(self, node: NodeProcess) -> None:

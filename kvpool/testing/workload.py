@@ -95,8 +95,7 @@ class Workload:
         except AllPinnedError:
             assert segment.pinned + segment.reserved, "a put fails only because of what is in use"
             return
-        finally:
-            segment.check()
+        segment.check()
         assert all(offset >= 0 or offset in {STORED, BEING_WRITTEN, NO_ROOM} for offset in put.offsets)
         self._cluster.changed(node)
         if put.id:
@@ -119,7 +118,6 @@ class Workload:
             self._cluster.after(self._random.random(), node, self._die, node, put)
             node.holding += 1
         node.holding -= 1
-        segment.check()
         self._cluster.changed(node)
 
     def _die(self, node: NodeProcess, put: Reservation) -> None:
@@ -164,7 +162,6 @@ class Workload:
         else:
             node.segment.disconnect(owner)
         node.holding -= 1
-        node.segment.check()
 
     def _check(self, node: NodeProcess, pin: Pin) -> None:
         for slot in pin.slots:

@@ -183,6 +183,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.pid = self._process.pid
         self._up = False
 
     def _read(self) -> Any:

@@ -155,6 +155,7 @@ class Pool:
         self._arguments: dict[str, tuple[str, ...]] = {}
         self._everybody: list[Process] = []
         self._cleanup = contextlib.ExitStack()
+        self._admin: admin_pb2_grpc.AdminStub | None = None
         self.expected_errors: list[str] = []
         """Log lines of level ERROR that a test means to cause contain one of these."""
 
@@ -204,8 +205,10 @@ class Pool:
     # ---- looking -------------------------------------------------------------------------------------
 
     def admin(self) -> admin_pb2_grpc.AdminStub:
-        """Return a stub of the operators' service."""
-        return admin_pb2_grpc.AdminStub(self._cleanup.enter_context(self.channel()))
+        """Return a stub of the operators' service, one for the whole test."""
+        if self._admin is None:
+            self._admin = admin_pb2_grpc.AdminStub(self._cleanup.enter_context(self.channel()))
+        return self._admin
 
     def channel(self) -> grpc.Channel:
         """Return a gRPC channel that tries again at once."""
@@ -229,10 +232,14 @@ class Pool:
         status = self.statuses().get(name)
         return status.state if status is not None else ""
 
+    def status(self) -> admin_pb2.StatusResponse:
+        """Return the master's page about the pool."""
+        reply: admin_pb2.StatusResponse = self.admin().Status(admin_pb2.StatusRequest(), timeout=T, wait_for_ready=True)
+        return reply
+
     def blocks(self) -> int:
         """Return how many blocks the master knows."""
-        reply: admin_pb2.StatusResponse = self.admin().Status(admin_pb2.StatusRequest(), timeout=T)
-        return reply.blocks
+        return self.status().blocks
 
     def raw(self, name: str) -> RawNode:
         """Return a bare connection to a node."""
@@ -348,7 +355,7 @@ def chain_of(chain: int, blocks: int) -> list[bytes]:
 
 def content_of(key: bytes, size: int) -> Bytes:
     """Return a block's bytes: every word depends on the key and on its place."""
-    return (_NOISE[: size // 8] ^ np.frombuffer(key, np.uint64)[0]).view(np.uint8)
+    return (_NOISE[: size // 8] ^ np.frombuffer(key[:8], np.uint64)[0]).view(np.uint8)
 
 
 def put_chain(client: Client, space: Namespace, keys: list[bytes], size: int) -> int:
@@ -367,7 +374,7 @@ def get_chain(client: Client, space: Namespace, keys: list[bytes], size: int, **
     return result
 
 
-def lookup_over_grpc(channel: grpc.Channel, space: Namespace, keys: list[bytes]) -> master_pb2.LookupResponse:
+def lookup_by_grpc(channel: grpc.Channel, space: Namespace, keys: list[bytes]) -> master_pb2.LookupResponse:
     """Ask the master by gRPC."""
     request = master_pb2.LookupRequest(namespace=space.digest, hashes=b"".join(keys))
     reply: master_pb2.LookupResponse = master_pb2_grpc.MasterStub(channel).Lookup(request, timeout=T)

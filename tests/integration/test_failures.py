@@ -136,12 +136,12 @@ def both_hold(pool: Pool, client: Client) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize("victim", ["a", "b"])
-def test_read_fails_over_to_the_other_owner(pool: Pool, how: str, victim: str) -> None:
-    """Of two owners one dies or stands still: every block comes from the other, right, and soon."""
+def test_read_fails_over_to_the_other_owner(pool: Pool, how: str) -> None:
+    """The owner asked first dies or stands still: every block comes from the other, right, and soon."""
     client = pool.client()
     both_hold(pool, client)
     lookup = client.lookup(SPACE, KEYS)
+    victim = pool.nodes[lookup.runs[0].owners[0][0].node_id]
 
     def attempt() -> float:
         begin = time.monotonic()
@@ -151,11 +151,11 @@ def test_read_fails_over_to_the_other_owner(pool: Pool, how: str, victim: str) -
         return took
 
     if how == "killed":
-        pool.nodes[victim].kill()
-        measured(f"failover from {victim}, killed", 0.1, attempt, attempts=1)
+        victim.kill()
+        measured("failover from a killed owner", 0.1, attempt, attempts=1)
     else:
-        with pool.nodes[victim].stopped():
-            measured(f"failover from {victim}, stopped", 1.0, attempt, attempts=1)
+        with victim.stopped():
+            measured("failover from a stopped owner", 1.0, attempt, attempts=1)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -228,8 +228,8 @@ def test_nobody_expires_while_the_master_stands_still_for_20_s(bare_pool: Pool) 
     wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "all blocks are there", 5.0)
     assert client.renew([lease]) == [], "the lease is there"
     assert "dead" not in pool.master.words() and node.words().count("session with the master") == 1
-    status = pool.admin().Status(__import__("kvpool.rpc.v1.admin_pb2", fromlist=["x"]).StatusRequest(), timeout=T)
-    assert status.counters["stalls"] >= 1 and not status.counters.get("leases_expired")
+    counters = pool.status().counters
+    assert counters["stalls"] >= 1 and not counters["leases_expired"]
 
 
 WRITER = """
@@ -281,8 +281,7 @@ def test_writer_killed_in_the_middle_of_a_put_leaves_nothing(pool: Pool) -> None
             os.kill(writer.pid, signal.SIGKILL)
             begin = time.monotonic()
             with pool.raw("a") as node:
-                wait_for(lambda: node.reserve(SPACE, keys[:1], size, 4)[1][0] >= 0, "the key can be written",
-                         pause_s=0.001)  # fmt: skip
+                wait_for(lambda: can_write(node, keys[:1], size), "the key can be written", pause_s=0.001)
             took = time.monotonic() - begin
             writer.wait(T)
         wait_for(lambda: put_chain(client, SPACE, keys, size) >= 0 and found_all(client, keys), "all were written")
@@ -291,6 +290,14 @@ def test_writer_killed_in_the_middle_of_a_put_leaves_nothing(pool: Pool) -> None
         return took
 
     measured("key of a killed writer can be written", 0.5, attempt)
+
+
+def can_write(node: RawNode, keys: list[bytes], size: int) -> bool:
+    """Reserve all of these keys, if nobody else does, and give them back."""
+    reservation, offsets = node.reserve(SPACE, keys, size, 4)
+    if reservation:
+        node.abort(reservation)
+    return min(offsets) >= 0
 
 
 def found_all(client: Client, keys: list[bytes]) -> bool:
@@ -310,7 +317,6 @@ def test_live_writer_that_hangs_up_keeps_its_slots_from_everybody(pool: Pool) ->
             assert node.reserve(SPACE, keys, SIZE, 4)[1] == [-2] * 4
             assert node.local_prefix(SPACE, keys) == 0
         writer.kill()
-        writer.wait(T)
         wait_for(lambda: node.reserve(SPACE, keys, SIZE, 4)[1] != [-2] * 4, "the keys can be written")
     pool.wait_idle("a")
 

@@ -1,0 +1,171 @@
+"""Each benchmark from end to end with tiny sizes: figures and their names, never how large they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+MACHINE = {"cpus", "model", "memory", "kernel", "python"}
+RUN_S = 100
+
+
+@pytest.fixture
+def own():
+    """A directory for temporary files whose name leaves room for a unix socket's."""
+    with tempfile.TemporaryDirectory(prefix="kvb-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def bench(tmp_path, own):
+    """Run kvpool-bench in a process of its own; returns (exit code, output, JSON). Nothing may be left behind."""
+
+    def run(*arguments: str):
+        path = tmp_path / "figures.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "kvpool.cli.bench", *arguments, "--json", str(path)],
+            capture_output=True, text=True, timeout=RUN_S, check=False, env={**os.environ, "TMPDIR": str(own)},
+        )  # fmt: skip
+        assert list(own.iterdir()) == []
+        output = done.stdout + done.stderr
+        return done.returncode, output, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def check_report(report, bench):
+    assert report["bench"] == bench
+    assert report["version"]
+    assert set(report["machine"]) == MACHINE
+    for figure in report["figures"]:
+        assert {"name", "value", "unit", "limit", "ratio"} <= figure.keys()
+        assert figure["value"] >= 0
+        assert (figure["limit"] is None) == (figure["ratio"] is None)
+
+
+def test_store_measures_every_way_of_a_block(bench):
+    """Local and remote, put and get, verified or not, beside a busy thread, and by several readers."""
+    code, output, report = bench(
+        "store", "--block_bytes", "64KB", "--blocks", "4", "--rounds", "1", "--segment_size", "8MB", "--readers", "2"
+    )
+    assert code == 0, output
+    check_report(report, "store")
+    assert all(figure["block_bytes"] == 65536 and figure["unit"] == "GB/s" for figure in report["figures"])
+    seen = [
+        (f["name"], f["limit"], f.get("checksum"), f.get("busy", False), f.get("readers")) for f in report["figures"]
+    ]
+    assert seen == [
+        ("local_put", "memory_copy", "always", False, None),
+        ("local_get", "memory_copy", "always", False, None),
+        ("local_get", "idle", "always", True, None),
+        ("local_put", "memory_copy", "transfer", False, None),
+        ("local_get", "memory_copy", "transfer", False, None),
+        ("remote_put", "raw_socket", None, False, None),
+        ("remote_get", "raw_socket", None, False, None),
+        ("remote_get", "one_reader", None, False, 2),
+    ]
+
+
+def test_lookup_measures_latency_rate_index_and_memory(bench):
+    """Lookups by frames and by gRPC with their limits, and each phase of the index with the lookups meanwhile."""
+    code, output, report = bench(
+        "lookup", "--rounds", "20", "--clients", "1", "--rate_seconds", "0.2", "--index_blocks", "40000"
+    )
+    assert code == 0, output
+    check_report(report, "lookup")
+    seen = [(f["name"], f["limit"], f.get("missing"), f.get("phase")) for f in report["figures"]]
+    assert seen == [
+        ("lookup", "tcp_pingpong", None, None),
+        ("lookup", "tcp_pingpong", None, None),
+        ("lookup", "tcp_pingpong", 500, None),
+        ("lookup_grpc", "grpc_empty_unary", None, None),
+        ("lookup_rate", None, None, None),
+        ("index_commit", None, None, "growth"),
+        ("index_commit", None, None, "inventory"),
+        ("index_commit", None, None, "sweep"),
+        ("master_memory", None, None, None),
+    ]
+    assert [f["blocks"] for f in report["figures"]][:4] == [64, 1024, 1024, 1024]
+    commits = [f for f in report["figures"] if f["name"] == "index_commit"]
+    assert all({"lookup_p50_ms", "lookup_p99_ms"} <= f.keys() for f in commits)
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """A trace of conversations: each turn repeats its history and adds to it."""
+    rng = random.Random(5)
+    fresh = iter(range(1, 1 << 20))
+    talks: list[list[int]] = [[0] for _ in range(12)]
+    path = tmp_path / "trace.jsonl"
+    with path.open("w") as lines:
+        for number in range(120):
+            talk = rng.choice(talks)
+            talk += [next(fresh) for _ in range(rng.randint(1, 4))]
+            record = {"timestamp": 20 * number, "input_length": 512 * len(talk), "output_length": 9, "hash_ids": talk}
+            lines.write(json.dumps(record) + "\n")
+    return str(path)
+
+
+def test_trace_replays_every_request_through_a_pool_of_the_asked_size(bench, trace):
+    """The hit rate is a fraction beside that of an ideal LRU; errors are counted and there are none."""
+    code, output, report = bench("trace", trace, "--capacity_ratio", "0.4", "--block_bytes", "4KB")
+    assert code == 0, output
+    check_report(report, "trace")
+    (figure,) = report["figures"]
+    assert figure["name"] == "trace_hit_rate"
+    assert figure["limit"] == "lru"
+    assert 0 < figure["value"] <= 1
+    assert figure["requests"] == 120
+    assert figure["capacity_blocks"] == round(0.4 * figure["unique_blocks"])
+    assert figure["errors"] == 0
+    assert figure["evicted"] > 0
+    assert "errors: none" in output
+
+
+def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
+    """Whatever is not allowed is named, and nothing is started."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"timestamp": 0, "hash_ids": [1]}\n{"timestamp": "x"}\n')
+    for arguments, named in [
+        (["trace", str(broken)], "line 2"),
+        (["trace", str(tmp_path / "absent.jsonl")], "cannot read"),
+        (["trace", str(broken), "--block_bytes", "100"], "block_bytes"),
+        (["store", "--block_bytes", "1XB"], "block_bytes"),
+        (["store", "--block_bytes", "1MB", "--segment_size", "2MB"], "segment_size"),
+    ]:
+        code, output, report = bench(*arguments)
+        assert code == 2, output
+        assert named in output
+        assert "Traceback" not in output
+        assert report is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_benchmark_and_all_that_it_started(own, number):
+    """Ctrl-C in the middle: no process, no socket, no directory stays."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvpool.cli.bench", "store", "--segment_size", "256MB"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(own)},
+    ) as process:  # fmt: skip
+        family = []
+        deadline = time.monotonic() + 60
+        while len(family) < 4:  # master, node, the bare socket's peer, Python's own resource tracker
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            family = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=30) != 0
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    assert list(own.iterdir()) == []

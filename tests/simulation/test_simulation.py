@@ -1,0 +1,68 @@
+"""Some thousand simulated clusters: whatever happens, bytes read are bytes stored, and all agree in the end."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpool.testing.cluster import Cluster, simulate, small_slices
+
+CHUNKS = 40
+SEEDS_PER_CHUNK = 50
+STEPS = 80
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_seeds(chunk):
+    """Faults of every kind, then peace: the index equals what the nodes hold. A failure names its seed."""
+    for seed in range(chunk * SEEDS_PER_CHUNK, (chunk + 1) * SEEDS_PER_CHUNK):
+        simulate(seed, STEPS)
+
+
+@pytest.mark.parametrize("seed", range(100_000, 100_008))
+def test_long_runs(seed):
+    """The same for longer."""
+    simulate(seed, 600)
+
+
+def test_a_seed_replays_exactly():
+    """The same seed gives the same events at the same times, so that a failure can be looked at again."""
+    first, second = simulate(7, 150), simulate(7, 150)
+    assert list(first.happened) == list(second.happened)
+    assert first.happened != simulate(8, 150).happened
+
+
+def test_the_simulation_reaches_what_it_is_for():
+    """Over a few seeds everything that can go wrong did, and clients still found blocks."""
+    totals: dict[str, int] = {}
+    for seed in range(30):
+        cluster = simulate(seed, STEPS)
+        segments = [node.segment.counters for node in cluster.nodes]
+        for counters in [cluster.master.state.counters, *segments, {"read_units": cluster.workload.read_units}]:
+            for name, value in counters.items():
+                totals[name] = totals.get(name, 0) + value
+    wanted = {
+        *("blocks_added", "blocks_removed", "blocks_asked_to_evict", "inventories_asked", "stalls"),
+        *("lookup_hit_blocks", "lookup_end_warming", "lookup_end_owner_suspect", "lookup_end_not_whole"),
+        *("evictions", "commanded_evictions", "victim_hits", "window_evictions", "quarantined", "read_units"),
+    }
+    assert {name for name in wanted if not totals.get(name)} == set()
+
+
+def test_a_failure_names_its_seed(monkeypatch):
+    """An invariant that breaks says how to see it again."""
+    monkeypatch.setattr(Cluster, "settle", lambda self: (_ for _ in ()).throw(AssertionError("broken")))
+    with pytest.raises(AssertionError) as caught:
+        simulate(3, 5)
+    assert "kvpool.testing.cluster 3 --steps 5" in caught.value.__notes__[0]
+
+
+def test_disagreements_are_seen():
+    """A block that the master missed, and one that it only imagines, both count."""
+    with small_slices():
+        cluster = Cluster(11)
+        cluster.run(60)
+        cluster.settle()
+        assert cluster.disagreements() == []
+        node = next(node for node in cluster.nodes if len(node.segment))
+        node.segment.evict(node.segment.snapshot())
+        assert cluster.disagreements()
