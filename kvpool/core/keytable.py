@@ -31,11 +31,11 @@ LOAD_START = 0.3
 LOAD_START_MAX = 0.4
 
 _EMPTY = np.uint64(0)
+_ONE = np.uint64(1)
 _REMOVED = np.uint64(1)
 _FIRST = np.uint64(2)
 _TAG_BITS = np.uint64(0x7FFFFFFF_00000000)
 _TAG_TOP = np.uint64(0x80000000_00000000)
-_ROW_LIMIT = np.uint64(1 << 32)
 
 
 def as_words(packed: bytes | memoryview) -> Words:
@@ -45,6 +45,25 @@ def as_words(packed: bytes | memoryview) -> Words:
 
 def _tags(keys: Words) -> Words:
     return (keys[:, 1] & _TAG_BITS) | _TAG_TOP
+
+
+def _tags32(keys: Words) -> NDArray[np.uint32]:
+    """Return the tags alone; ``keys`` is contiguous."""
+    return keys.view(np.uint32)[:, 3] | np.uint32(0x80000000)
+
+
+def _match(slots: Words, tags: NDArray[np.uint32]) -> tuple[Words, Rows]:
+    """Return (0 where no slot of the bucket has the key's tag, the row in the first one that has).
+
+    ``slots`` has shape (n, 8). Eight comparisons, a byte each, are read as one word: the place of its
+    lowest set byte is the slot's. Without a match the row means nothing.
+    """
+    halves = slots.view(np.uint32)
+    same = halves[:, 1::2] == tags[:, None]
+    marks: Words = same.view(np.uint64).ravel()
+    place = np.bitwise_count((marks & -marks) - _ONE) >> 3 << 1
+    rows = halves.ravel().take(np.arange(0, 2 * slots.size, 2 * WIDTH) + place, mode="clip")
+    return marks, rows.astype(np.int64) - 2
 
 
 def _distinct(keys: Words) -> tuple[Rows, Rows]:
@@ -78,48 +97,40 @@ class _Slots:
 
     def find(self, keys: Words, column: Words) -> Rows:
         """Return the row of each key, -1 where it is not here."""
-        bucket, tag = self.home(keys), _tags(keys)
+        bucket = self.home(keys)
         slots = self.array.take(bucket, axis=0)
-        slots ^= tag[:, None]
-        four = np.minimum(slots[:, :4], slots[:, 4:])
-        two = np.minimum(four[:, :2], four[:, 2:])
-        best = np.minimum(two[:, 0], two[:, 1])
-        hit = best < _ROW_LIMIT
-        all_hit = bool(hit.all())
-        rows = (best if all_hit else np.where(hit, best, _FIRST)).view(np.int64) - 2
-        found = column.take(rows, axis=0)
-        right = (found[:, 0] == keys[:, 0]) & (found[:, 1] == keys[:, 1])
-        if not all_hit:
-            right &= hit
-        if right.all():
+        marks, rows = _match(slots, _tags32(keys))
+        found = column.take(rows, axis=0, mode="clip")
+        if np.count_nonzero(marks) == len(keys) and found.tobytes() == keys.tobytes():
             return rows
+        hit = marks != 0
+        right = hit & (found[:, 0] == keys[:, 0]) & (found[:, 1] == keys[:, 1])
         rows[~right] = -1
-        rest = np.flatnonzero(~right)
         # Not in its home bucket: over unless that bucket was full when the key came (or, once in
         # 2**31, another key of the bucket has the same tag and hid it).
-        for i in rest[hit[rest]].tolist():
+        for i in np.flatnonzero(hit & ~right).tolist():
             rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
-        rest = rest[~hit[rest]]
-        rest = rest[(self.array.take(bucket[rest], axis=0) != _EMPTY).all(axis=1)]
+        rest = np.flatnonzero(~hit)
+        rest = rest[(slots.take(rest, axis=0) != _EMPTY).all(axis=1)]
         if len(rest):
-            rows[rest] = self._find_beyond(keys[rest], bucket[rest], tag[rest], column)
+            rows[rest] = self._find_beyond(keys[rest], bucket[rest], column)
         return rows
 
-    def _find_beyond(self, keys: Words, bucket: NDArray[np.int64], tag: Words, column: Words) -> Rows:
+    def _find_beyond(self, keys: Words, bucket: NDArray[np.int64], column: Words) -> Rows:
         """Search on from full home buckets."""
         rows = np.full(len(keys), -1, np.int64)
         left = np.arange(len(keys))
         for _ in range(self.buckets):
             bucket = (bucket + 1) & (self.buckets - 1)
             slots = self.array.take(bucket, axis=0)
-            best = (slots ^ tag[left][:, None]).min(axis=1)
-            hit = best < _ROW_LIMIT
-            found = np.where(hit, best, _FIRST).view(np.int64) - 2
-            stored, asked = column.take(found, axis=0), keys.take(left, axis=0)
+            asked = keys.take(left, axis=0)
+            marks, found = _match(slots, _tags32(asked))
+            stored = column.take(found, axis=0, mode="clip")
+            hit = marks != 0
             right = hit & (stored[:, 0] == asked[:, 0]) & (stored[:, 1] == asked[:, 1])
             rows[left[right]] = found[right]
             for i in np.flatnonzero(hit & ~right).tolist():
-                rows[left[i]] = self._find_slowly(keys[left[i]], int(bucket[i]), column)
+                rows[left[i]] = self._find_slowly(asked[i], int(bucket[i]), column)
             on = ~hit & (slots != _EMPTY).all(axis=1)
             if not on.any():
                 break

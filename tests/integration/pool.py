@@ -253,15 +253,21 @@ class Pool:
         with RawNode(self.socket_path(name)) as node:
             node.register(SPACE)
 
+            refused: list[str] = []
+
             def whole_segment_is_free() -> bool:
                 try:
                     reservation, _ = node.reserve(SPACE, [b"whole segment!!!"], segment_bytes - 4096, 1)
-                except KVPoolError:
+                except KVPoolError as exc:
+                    refused.append(str(exc))
                     return False
                 node.abort(reservation)
                 return True
 
-            return wait_for(whole_segment_is_free, f"nothing is pinned or reserved on {name}")
+            try:
+                return wait_for(whole_segment_is_free, f"nothing is pinned or reserved on {name}")
+            except AssertionError as exc:
+                raise AssertionError(f"{exc}: {refused[-1]}") from None
 
     # ---- ending --------------------------------------------------------------------------------------
 
