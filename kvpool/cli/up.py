@@ -177,7 +177,7 @@ def command(
     listen = "127.0.0.1" if master.sources["host"] == "default" else master.settings.host
     with one_line_errors():
         timeout_s = parse_duration_ms(ready_timeout, "ready_timeout") / 1000
-        master_port = master.settings.port or free_port(listen)
+        master_port = free_port(listen, master.settings.port)
     plan = _Plan(
         nodes=nodes,
         host=listen,

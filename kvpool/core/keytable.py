@@ -25,6 +25,9 @@ Words = NDArray[np.uint64]
 WIDTH = 8
 BUCKETS_MIN = 64
 MOVE_BUCKETS = 512
+FEW = 6
+"""So many keys are looked for one by one: cheaper than a batch."""
+
 LOAD_MAX = 0.5
 LOAD_PREPARE = 0.4
 LOAD_START = 0.3
@@ -100,20 +103,22 @@ class _Slots:
         bucket = self.home(keys)
         slots = self.array.take(bucket, axis=0)
         marks, rows = _match(slots, _tags32(keys))
+        if np.count_nonzero(marks) != len(keys):
+            # Not in its home bucket: over unless that bucket was full when the key came.
+            rest = np.flatnonzero(marks == 0)
+            rows[rest] = -1
+            rest = rest[(slots.take(rest, axis=0) != _EMPTY).all(axis=1)]
+            if len(rest) <= FEW:
+                for i in rest.tolist():
+                    rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
+            else:
+                rows[rest] = self._find_beyond(keys[rest], bucket[rest], column)
         found = column.take(rows, axis=0, mode="clip")
-        if np.count_nonzero(marks) == len(keys) and found.tobytes() == keys.tobytes():
-            return rows
-        hit = marks != 0
-        right = hit & (found[:, 0] == keys[:, 0]) & (found[:, 1] == keys[:, 1])
-        rows[~right] = -1
-        # Not in its home bucket: over unless that bucket was full when the key came (or, once in
-        # 2**31, another key of the bucket has the same tag and hid it).
-        for i in np.flatnonzero(hit & ~right).tolist():
-            rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
-        rest = np.flatnonzero(~hit)
-        rest = rest[(slots.take(rest, axis=0) != _EMPTY).all(axis=1)]
-        if len(rest):
-            rows[rest] = self._find_beyond(keys[rest], bucket[rest], column)
+        if found.tobytes() != keys.tobytes():
+            # Once in 2**31 another key of the bucket has the same tag, and hid the right one.
+            wrong = (rows >= 0) & ((found[:, 0] != keys[:, 0]) | (found[:, 1] != keys[:, 1]))
+            for i in np.flatnonzero(wrong).tolist():
+                rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
         return rows
 
     def _find_beyond(self, keys: Words, bucket: NDArray[np.int64], column: Words) -> Rows:

@@ -140,14 +140,20 @@ def _remove_dead_socket(path: str) -> None:
             return
 
 
-def free_port(host: str) -> int:
-    """Return a port that nobody listens on. Raises InvalidArgumentError for a host that is not ours."""
+def free_port(host: str, port: int = 0) -> int:
+    """Return ``port``, for 0 any, if nobody listens on it. Raises InvalidArgumentError("port" or "host").
+
+    Asked before anything starts: another pool's master would answer in the place of ours.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, 0))
+            probe.bind((host, port))
         except OSError as error:
-            raise InvalidArgumentError("host", f"cannot listen on {host}: {error.strerror}") from None
+            field = "port" if error.errno in {errno.EADDRINUSE, errno.EACCES} else "host"
+            problem = f"cannot listen on {join_address(host, port)}: {error.strerror}"
+            raise InvalidArgumentError(field, problem) from None
         return int(probe.getsockname()[1])
 
 
