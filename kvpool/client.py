@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from kvpool.client_bytes import Blocks, Buffer, CopyThreads
+from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
 from kvpool.client_master import MasterFrame, MasterLink, leases_frame
 from kvpool.client_node import LocalNode
-from kvpool.client_peers import Peers, Want, Wanted
+from kvpool.client_peers import Peer, Peers, Want, Wanted
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
@@ -37,11 +37,17 @@ CONNECT_S = 1.5
 LOCAL_LOOKUP_S = 0.008
 """Of a lookup that the master did not answer, for the node of this host."""
 
+LEASE_S = 0.25
+"""Of renewing and releasing, for which nobody waits: late is better than a channel given up."""
+
 GET_LOOKUP_S = 0.25
 """Of a get that was given no lookup: it may wait longer than a scheduler."""
 
 TRANSFER_BYTES_S_MIN = 100 << 20
 """A transfer's deadline grows with its size at this rate."""
+
+PLACED_S = 0.5
+"""How long the node that the master named is used before it is asked again."""
 
 REATTACH_S = 0.5
 
@@ -82,6 +88,7 @@ class Client:
         self._node: LocalNode | None = None
         self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
         self._attach_at = 0.0
+        self._placed: tuple[Peer | None, float] = (None, 0.0)  # where a client without a node puts, until when
         self._tasks: ThreadPoolExecutor | None = None
         self._closed = False
         self._link = MasterLink(master, self._name, self._attach) if master is not None else None
@@ -197,7 +204,7 @@ class Client:
         if not wanted or self._link is None:
             return wanted
         try:
-            return list(self._link.ask(leases_frame(kind, wanted), b"", self._lookup_s).lease.unknown)
+            return list(self._link.ask(leases_frame(kind, wanted), b"", LEASE_S).lease.unknown)
         except KVPoolError as exc:
             log.debug("%s: %s", kind, exc)
             return wanted
@@ -226,7 +233,8 @@ class Client:
             return PutResult()
         timeout_s = self._transfer_time(wrapped, timeout_ms)
         try:
-            counts = self._put(space, keys, wrapped, shard, timeout_s)
+            with quick_switching:
+                counts = self._put(space, keys, wrapped, shard, timeout_s)
         except InvalidArgumentError:
             raise
         except TooLargeError as exc:
@@ -253,10 +261,14 @@ class Client:
             return node.put(space, keys, blocks, shard, self._copies, timeout_s)
         if self._link is None:
             raise UnavailableError("no node on this host, and no master to name another")
-        address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
-        if address is None:
-            raise UnavailableError("the master knows no live node")
-        return self._peers.at(address).put(space, keys, blocks, shard, timeout_s)
+        peer, until = self._placed
+        if peer is None or not peer.usable or time.monotonic() > until:
+            address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
+            if address is None:
+                raise UnavailableError("the master knows no live node")
+            peer = self._peers.at(address)
+            self._placed = (peer, time.monotonic() + PLACED_S)
+        return peer.put(space, keys, blocks, shard, timeout_s)
 
     # ---- get -------------------------------------------------------------------------------------
 
@@ -289,19 +301,20 @@ class Client:
             return GetResult(0, [], {}, {})
         timeout_s = self._transfer_time(wrapped, timeout_ms)
         reasons = ["not_here"] * len(wrapped)
-        node = self._local()
-        if node is not None:
-            try:
-                reasons = node.get(
-                    space.digest, keys, wrapped, shard, first, self._verify_local, self._copies, timeout_s
-                )
-            except InvalidArgumentError:
-                raise
-            except KVPoolError as exc:
-                log.debug("local get: %s", exc)
-        tiers = {"local": reasons.count("")}
-        if tiers["local"] < len(wrapped):
-            tiers["remote"] = self._get_remotely(space, keys, wrapped, (shard, first), lookup, reasons, timeout_s)
+        with quick_switching:
+            node = self._local()
+            if node is not None:
+                try:
+                    reasons = node.get(
+                        space.digest, keys, wrapped, shard, first, self._verify_local, self._copies, timeout_s
+                    )
+                except InvalidArgumentError:
+                    raise
+                except KVPoolError as exc:
+                    log.debug("local get: %s", exc)
+            tiers = {"local": reasons.count("")}
+            if tiers["local"] < len(wrapped):
+                tiers["remote"] = self._get_remotely(space, keys, wrapped, (shard, first), lookup, reasons, timeout_s)
         return self._got(reasons, tiers, wrapped.shard_bytes)
 
     def _get_remotely(

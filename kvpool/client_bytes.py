@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,6 +27,8 @@ Buffer = Any
 """bytes, bytearray, memoryview, a numpy array: whatever has contiguous bytes."""
 
 STEP_BYTES = 256 << 10
+SWITCH_S = 1e-4
+
 PART_BYTES_MIN = 2 << 20
 """Less than this is not worth a thread of its own."""
 
@@ -158,6 +161,39 @@ def pack_digests(digests: Sequence[int]) -> bytes:
 def unpack_digests(data: memoryview | bytes) -> tuple[int, ...]:
     """Return checksums from the wire."""
     return struct.unpack(f"<{len(data) // 8}Q", data)
+
+
+class QuickSwitching:
+    """While bytes move, lets threads that wait for the GIL have it after 0.1 ms instead of Python's 5 ms.
+
+    A copy is dozens of C calls that give the GIL up; beside a thread that computes in Python each of them
+    would wait a whole switch interval to get it back. The interval is the process's: it is set when
+    the first transfer begins and put back when the last one ends.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._usual_s = 0.0
+
+    def __enter__(self) -> None:
+        """Begin a transfer."""
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._usual_s = sys.getswitchinterval()
+                if self._usual_s > SWITCH_S:
+                    sys.setswitchinterval(SWITCH_S)
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End a transfer."""
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0 and self._usual_s > SWITCH_S:
+                sys.setswitchinterval(self._usual_s)
+
+
+quick_switching = QuickSwitching()
 
 
 class CopyThreads:

@@ -202,7 +202,8 @@ class LocalNode:
     def local_prefix(self, namespace: Namespace, keys: bytes, timeout_s: float) -> int:
         """Return how many leading blocks this node holds whole."""
         request = node_pb2.LocalPrefix(namespace=namespace.digest, shards=namespace.shards)
-        with self._channel(timeout_s) as channel:
+        # Not by _channel: the time is so short that a busy node may miss it, which is no reason to leave it.
+        with self._pool.channel(timeout_s) as channel:
             reply, _ = channel.call(NodeFrame(local_prefix=request), NodeFrameReply, keys, timeout_s=timeout_s)
         return reply.local_prefix.prefix
 

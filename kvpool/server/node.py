@@ -31,8 +31,9 @@ from kvpool.transport.server import FrameServer
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.2
-FLUSH_S = 0.005
-"""Changes of this long go into one delta."""
+FLUSH_S = 0.002
+FLUSH_EVERY_S = 0.02
+"""The first change is reported at once, what follows within this time in one more delta."""
 
 WELCOME_S = 5.0
 RETRY_FIRST_S = 0.05
@@ -52,16 +53,19 @@ class Session:
         self._reporter = reporter
         self._out: asyncio.Queue[NodeMessage] = asyncio.Queue()
         self._flush_asked = False
+        self._flushed_at = 0.0
         self.superseded = asyncio.Event()
 
     def changed(self) -> None:
         """Report soon; what changes meanwhile goes along."""
         if not self._flush_asked:
             self._flush_asked = True
-            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+            loop = asyncio.get_running_loop()
+            loop.call_at(max(loop.time() + FLUSH_S, self._flushed_at + FLUSH_EVERY_S), self._flush)
 
     def _flush(self) -> None:
         self._flush_asked = False
+        self._flushed_at = asyncio.get_running_loop().time()
         if self._out.qsize() >= QUEUE_MAX:
             self.changed()  # the master takes nothing at the moment: the changes stay where they are
             return
