@@ -440,7 +440,8 @@ class Client:
         if node is not None and node.alive:
             return node
         # Where there is a master, its thread looks for a first node whenever it asks who is there.
-        if (node is not None or self._left or self._link is None) and time.monotonic() >= self._attach_at and not self._closed:
+        wanted = node is not None or self._left or self._link is None
+        if wanted and time.monotonic() >= self._attach_at and not self._closed:
             # Not here: a node that is stopped lets us connect, and then says nothing.
             self._attach_at = time.monotonic() + REATTACH_S
             self._executor().submit(self._attach)

@@ -32,7 +32,7 @@ from kvpool.model import KEY_BYTES, Namespace, NodeAddress
 DELTA_KEYS_MAX: Final = 16384
 """Keys, added and removed together, in one delta."""
 
-INVENTORY_KEYS_MAX: Final = 32768
+INVENTORY_KEYS_MAX: Final = 8192
 """Keys in one chunk of an inventory."""
 
 JOURNAL_DELTAS_MAX: Final = 4096
@@ -62,6 +62,9 @@ class Reporter:
         self._namespaces_told = 0
         self._evictions_done = 0
         self._evictions_told = 0
+        self._chunks: Iterator[tuple[BlockRun, ...]] | None = None  # what an inventory has still to tell
+        self._chunk = 0
+        self._inventory_sequence = 0
 
     def __repr__(self) -> str:
         return f"<Reporter {self._address.node_id} at {self.sequence}, {len(self._journal)} not acknowledged>"
@@ -86,6 +89,28 @@ class Reporter:
     def disconnected(self) -> None:
         """End the session."""
         self._connected = self.welcomed = False
+        self._chunks = None
+
+    @property
+    def reporting(self) -> bool:
+        """Whether an inventory is under way: call ``more`` until it is not."""
+        return self._chunks is not None
+
+    def more(self) -> list[NodeMessage]:
+        """Return the next chunk of the inventory; with the last one, what has changed meanwhile."""
+        if self._chunks is None:
+            return []
+        runs = next(self._chunks, None)
+        chunk = Inventory(self._inventory_sequence, self._chunk, runs is None, runs or ())
+        self._chunk += 1
+        if runs is not None:
+            return [chunk]
+        self._chunks = None
+        if any(delta.sequence == self._inventory_sequence + 1 for delta in self._journal) or (
+            self.sequence == self._inventory_sequence
+        ):
+            return [chunk, *(d for d in self._journal if d.sequence > self._inventory_sequence), *self.flush()]
+        return self._inventory()  # more has changed meanwhile than the journal keeps: begin again
 
     def handle(self, message: MasterMessage) -> list[NodeMessage]:
         """Do what the master says and return the answers; an eviction is confirmed by the next flush."""
@@ -107,13 +132,17 @@ class Reporter:
         return []
 
     def flush(self) -> list[NodeMessage]:
-        """Return deltas for what has changed, or was evicted or registered, since the last ones."""
+        """Return deltas for what has changed, or was evicted or registered, since the last ones.
+
+        During an inventory they are kept for its end.
+        """
         if not self.welcomed:
             return []
         untold = self._namespaces_told < len(self._segment.namespaces) or self._evictions_told < self._evictions_done
         if not untold and not self._segment.has_changes:
             return []
-        return list(self._record_changes())
+        changes = self._record_changes()
+        return [] if self.reporting else list(changes)
 
     def heartbeat(self) -> Heartbeat:
         """Return a sign of life that also shows when the last delta was lost."""
@@ -133,7 +162,7 @@ class Reporter:
         return [*missed, *self.flush()]
 
     def _inventory(self) -> list[NodeMessage]:
-        """Return a snapshot under a sequence number of its own, after what the master must know to read it.
+        """Begin a snapshot under a sequence number of its own; return what the master must know to read it.
 
         Pending changes become deltas too, unsent: the snapshot has them, but if it is lost, a resumed
         session does not. The one delta that is sent names every namespace: an earlier one may be lost.
@@ -143,9 +172,11 @@ class Reporter:
             self._record_changes()
         told = self._delta((), (), self._segment.namespaces, self._evictions_done)
         self._namespaces_told = len(told.namespaces)
-        chunks = list(_batches(self._segment.snapshot(), INVENTORY_KEYS_MAX)) or [()]
-        last = len(chunks) - 1
-        return [told, *(Inventory(self.sequence, at, at == last, runs) for at, runs in enumerate(chunks))]
+        self._inventory_sequence, self._chunk = self.sequence, 0
+        self._chunks = (
+            batch for runs in self._segment.snapshot_slices() for batch in _batches(runs, INVENTORY_KEYS_MAX)
+        )
+        return [told]
 
     def _record_changes(self) -> list[Delta]:
         added, removed = self._segment.take_changes()

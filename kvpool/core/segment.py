@@ -352,15 +352,22 @@ class SegmentState:
 
     def snapshot(self) -> tuple[BlockRun, ...]:
         """Return everything committed, coldest first (to within some thousand blocks when sizes mix)."""
-        runs: list[BlockRun] = []
-        window: list[tuple[bytes, int, int]] = []
-        for count, block in enumerate(self._blocks.values(), 1):
-            window += [(block.key, s.shard, s.shard_bytes) for s in block.shards.values() if s.checksums is not None]
-            if not count % _SNAPSHOT_WINDOW_BLOCKS:
-                runs += group_runs(window)
-                window = []
-        runs += group_runs(window)
-        return tuple(runs)
+        return tuple(run for runs in self.snapshot_slices() for run in runs)
+
+    def snapshot_slices(self) -> Iterator[tuple[BlockRun, ...]]:
+        """Yield what ``snapshot`` returns a slice at a time; the segment may change between two slices.
+
+        What was there at the start and still is when its slice comes is in it. Applying all changes
+        since the start on top gives the segment as it is.
+        """
+        keys = list(self._blocks)
+        for start in range(0, len(keys), _SNAPSHOT_WINDOW_BLOCKS):
+            slots: list[tuple[bytes, int, int]] = []
+            for key in keys[start : start + _SNAPSHOT_WINDOW_BLOCKS]:
+                block = self._blocks.get(key)
+                if block is not None:
+                    slots += [(key, s.shard, s.shard_bytes) for s in block.shards.values() if s.checksums is not None]
+            yield group_runs(slots)
 
     # ---- making room ---------------------------------------------------------------------------------
 

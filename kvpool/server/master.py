@@ -275,6 +275,9 @@ class NodeSessionService(node_pb2_grpc.NodeSessionServicer):
             error = exc
         except grpc.RpcError as exc:
             log.debug("session %d ended: %s", number, exc)
+        except Exception:  # a defect met by one node's message must not leave its session half alive
+            log.exception("session %d is closed after an unexpected error", number)
+            error = KVPoolError("unexpected error, see the master's log")
         if queue.full():
             queue.get_nowait()
         queue.put_nowait(None)

@@ -54,6 +54,7 @@ class Session:
         self._out: asyncio.Queue[NodeMessage] = asyncio.Queue()
         self._flush_asked = False
         self._flushed_at = 0.0
+        self._report_asked = False
         self.superseded = asyncio.Event()
 
     def changed(self) -> None:
@@ -70,6 +71,18 @@ class Session:
             self.changed()  # the master takes nothing at the moment: the changes stay where they are
             return
         self._put(self._reporter.flush())
+
+    def _report(self) -> None:
+        """Go on with an inventory: a slice, then the others have their turn."""
+        if self._reporter.reporting and not self._report_asked:
+            self._report_asked = True
+            asyncio.get_running_loop().call_later(0 if self._out.qsize() < QUEUE_MAX else FLUSH_S, self._report_slice)
+
+    def _report_slice(self) -> None:
+        self._report_asked = False
+        if self._out.qsize() < QUEUE_MAX:
+            self._put(self._reporter.more())
+        self._report()
 
     def _put(self, messages: Iterable[NodeMessage]) -> None:
         for message in messages:
@@ -122,6 +135,7 @@ class Session:
     async def _read(self, call: grpc.aio.StreamStreamCall[node_pb2.NodeMessage, node_pb2.MasterMessage]) -> None:
         async for message in call:
             self._put(self._reporter.handle(wire.master_message_from_proto(message)))
+            self._report()
             if self._reporter.superseded:
                 return
             if message.WhichOneof("body") == "welcome":

@@ -20,7 +20,7 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kvpool.core import index, keytable, recency, reporter
+from kvpool.core import index, keytable, recency, reporter, segment
 from kvpool.core import master as master_module
 from kvpool.core.effects import Close, Closed, Effect, Received, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
@@ -37,6 +37,7 @@ SEGMENT_BYTES = 96 * UNIT
 TICK_S = 0.1
 HEARTBEAT_S = 0.2
 FLUSH_S = 0.01
+SLICE_S = 0.002
 WELCOME_S = 2.0
 SETTLE_S = 30.0
 EVENTS_KEPT = 4000
@@ -90,6 +91,7 @@ class NodeProcess(Process):
         self.reporter = Reporter(self.segment, NodeAddress(node_id), epoch)
         self.session: Session | None = None
         self.flush_due = False
+        self.report_due = False
         self.memory: dict[int, object] = {}
         self.holding = 0  # reservations and pins of clients
 
@@ -328,12 +330,24 @@ class Cluster:
             return
         self.note(f"{node.name} takes", message)
         self._send_to_master(node, node.reporter.handle(message))
+        self._report(node)
         if isinstance(message, Superseded):
             self.stop_node(node)
             return
         if isinstance(message, Evict):
             node.segment.check()
         self.changed(node)
+
+    def _report(self, node: NodeProcess) -> None:
+        """Go on with an inventory, a slice now and then."""
+        if node.reporter.reporting and not node.report_due:
+            node.report_due = True
+            self.after(SLICE_S, node, self._report_slice, node)
+
+    def _report_slice(self, node: NodeProcess) -> None:
+        node.report_due = False
+        self._send_to_master(node, node.reporter.more())
+        self._report(node)
 
     def changed(self, node: NodeProcess) -> None:
         """Let a node report soon."""
@@ -450,6 +464,7 @@ _SMALL: tuple[tuple[ModuleType, str, int], ...] = (
     (keytable, "MOVE_BUCKETS", 16),
     (reporter, "DELTA_KEYS_MAX", 6),
     (reporter, "INVENTORY_KEYS_MAX", 5),
+    (segment, "_SNAPSHOT_WINDOW_BLOCKS", 5),
     (reporter, "JOURNAL_DELTAS_MAX", 8),
 )
 

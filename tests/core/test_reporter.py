@@ -54,8 +54,22 @@ def new(slots: int = 64) -> tuple[SegmentState, Reporter]:
 def live(slots: int = 64) -> tuple[SegmentState, Reporter]:
     segment, reporter = new(slots)
     reporter.connected()
-    reporter.handle(FRESH)
+    answers(reporter, FRESH)
     return segment, reporter
+
+
+def answers(reporter, message):
+    """What a message brings, the whole inventory included."""
+    found = list(reporter.handle(message))
+    while reporter.reporting:
+        found += reporter.more()
+    return found
+
+
+def reported(chunks):
+    """The blocks of an inventory's chunks, which are numbered and end with a last one."""
+    assert [(c.chunk, c.last) for c in chunks] == [(at, at == len(chunks) - 1) for at in range(len(chunks))]
+    return tuple(part for chunk in chunks for part in chunk.added)
 
 
 def test_hello_says_who_and_how_much():
@@ -75,9 +89,10 @@ def test_nothing_is_sent_before_the_welcome():
     assert reporter.handle(FRESH) == []
     reporter.connected()
     assert reporter.flush() == []
-    told, chunk = reporter.handle(FRESH)
+    told, *chunks = answers(reporter, FRESH)
     assert isinstance(told, Delta)
-    assert chunk == Inventory(told.sequence, 0, True, (run(1),))
+    assert reported(chunks) == (run(1),)
+    assert {chunk.sequence for chunk in chunks} == {told.sequence}
     assert reporter.flush() == []
 
 
@@ -85,7 +100,7 @@ def test_an_empty_node_sends_one_empty_chunk():
     """The end of an inventory is always said."""
     _, reporter = new()
     reporter.connected()
-    assert reporter.handle(FRESH)[-1] == Inventory(reporter.sequence, 0, True, ())
+    assert answers(reporter, FRESH)[1:] == [Inventory(reporter.sequence, 0, True, ())]
 
 
 def test_deltas_are_numbered_and_follow_the_inventory():
@@ -138,8 +153,27 @@ def test_what_the_journal_does_not_cover_is_reported_anew(resume_after):
     reporter.handle(Ack(10_000))
     reporter.disconnected()
     reporter.connected()
-    answer = reporter.handle(Welcome(5, resume_after, inventory=False))
-    assert answer[-1] == Inventory(reporter.sequence, 0, True, (run(1),))
+    _, *chunks = answers(reporter, Welcome(5, resume_after, inventory=False))
+    assert reported(chunks) == (run(1),)
+
+
+def test_what_changes_during_an_inventory_follows_it():
+    """Deltas wait for the inventory's end, and complete what its slices may have missed or told too much."""
+    segment, reporter = live(slots=4000)
+    put(segment, *range(3000))
+    reporter.flush()
+    messages = reporter.handle(SendInventory())
+    messages += reporter.more()
+    segment.evict([run(*range(500, 1500))])
+    put(segment, 5000)
+    assert reporter.flush() == []
+    while reporter.reporting:
+        messages += reporter.more()
+    master = DumbMaster(5)
+    for message in messages:
+        master.receive(message)
+    assert master.known == items(segment.snapshot())
+    assert master.sequence == reporter.sequence
 
 
 def test_the_journal_is_bounded():
@@ -154,7 +188,7 @@ def test_the_journal_is_bounded():
         reporter.flush()
     assert len(reporter._journal) == JOURNAL_DELTAS_MAX
     reporter.connected()
-    assert isinstance(reporter.handle(Welcome(5, start, inventory=False))[-1], Inventory)
+    assert isinstance(answers(reporter, Welcome(5, start, inventory=False))[-1], Inventory)
 
 
 def test_an_eviction_is_confirmed_in_the_next_delta():
@@ -177,7 +211,7 @@ def test_another_masters_eviction_ids_are_forgotten():
     reporter.handle(Evict(7, ()))
     reporter.flush()
     reporter.connected()
-    reporter.handle(Welcome(6, 0, inventory=True))
+    answers(reporter, Welcome(6, 0, inventory=True))
     put(segment, 1)
     (delta,) = reporter.flush()
     assert isinstance(delta, Delta)
@@ -217,7 +251,7 @@ def test_large_reports_come_in_bounded_pieces():
     assert [delta.sequence for delta in deltas] == list(range(start + 1, start + 1 + len(deltas)))
     assert sum(keys_of(delta) for delta in deltas) == count
     assert max(keys_of(delta) for delta in deltas) <= DELTA_KEYS_MAX
-    told, *chunks = reporter.handle(SendInventory())
+    told, *chunks = answers(reporter, SendInventory())
     assert isinstance(told, Delta)
     assert told.namespaces == (SPACE,)
     assert [(c.chunk, c.last, c.sequence) for c in chunks] == [
@@ -235,7 +269,7 @@ def test_short_runs_are_bounded_by_bytes():
     for number in range(12_000):
         put(segment, number, size=1 + number)
     reporter.connected()
-    _, *chunks = reporter.handle(FRESH)
+    _, *chunks = answers(reporter, FRESH)
     assert len(chunks) > 1
     for chunk in chunks:
         assert isinstance(chunk, Inventory)
@@ -289,11 +323,9 @@ class DumbMaster:
         if message.sequence != self.sequence + 1:
             return self.gap()
         for item in items(message.removed):
-            del self.known[item]
+            self.known.pop(item, None)  # an inventory's later slices knew already
         assert self.readable(message.added), "blocks of a namespace that was never told"
-        for item, size in items(message.added).items():
-            assert item not in self.known
-            self.known[item] = size
+        self.known |= items(message.added)
         self.sequence = message.sequence
         return [Ack(self.sequence)]
 
@@ -333,6 +365,8 @@ def test_a_lossy_link_ends_in_agreement(seed):
             message = up.pop(rng.randrange(len(up)) if rng.random() < fault else 0)
             down.extend(master.receive(message) if rng.random() >= fault / 2 else [])
             up.extend([message] if rng.random() < fault / 2 else [])
+        if reporter.reporting and rng.random() >= fault:
+            up.extend(reporter.more())
         if down:
             order = down.pop(rng.randrange(len(down)) if rng.random() < fault else 0)
             up.extend(reporter.handle(order) if rng.random() >= fault / 2 else [])
@@ -362,7 +396,7 @@ def test_a_lossy_link_ends_in_agreement(seed):
     reporter.disconnected()
     up[:], down[:] = reporter.connected(), []
     for _ in range(4):
-        while up or down:
+        while up or down or reporter.reporting:
             step(0)
         up.extend(reporter.flush())
         up.append(reporter.heartbeat())

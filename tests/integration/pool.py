@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -51,6 +51,11 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = T, paus
             raise AssertionError(f"not within {timeout_s:g} s: {what}")
         time.sleep(pause_s)
     return time.monotonic() - begin
+
+
+def say(text: str) -> None:
+    """Print a finding; ``-s`` or ``-rP`` shows it."""
+    print(text)  # noqa: T201
 
 
 def free_port() -> int:
@@ -299,7 +304,7 @@ class RawNode:
     def __init__(self, path: str) -> None:
         self.channel = Channel.connect_unix(path, T)
 
-    def __enter__(self) -> RawNode:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

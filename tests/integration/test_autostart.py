@@ -46,7 +46,7 @@ def test_one_node_is_started_for_several_clients(settings):
 
 
 def test_a_started_node_ends_with_its_engine(settings):
-    """kill -9 of the process that started it ends the node."""
+    """The node ends when the process that started it is killed."""
     code = (
         "import sys, time\n"
         "from kvpool.client_autostart import start_node\n"

@@ -6,6 +6,8 @@ import contextlib
 import random
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,7 +203,7 @@ def test_node_refuses_checksums_that_do_not_fit(one_node: Pool) -> None:
     with one_node.raw("a") as node:
         number, _ = node.reserve(SPACE, chain_of(6, 2), 64, 4)
         for checksums in (b"", bytes(63), bytes(65), bytes(1 << 16)):
-            with pytest.raises(InvalidArgumentError, match="^checksums: "):
+            with pytest.raises(InvalidArgumentError, match=r"^checksums: "):
                 node.commit(number, checksums)
         assert node.commit(number, bytes(64)) == 2
 
@@ -216,7 +218,7 @@ def test_unknown_namespace(one_node: Pool) -> None:
         assert node.local_prefix(other, KEYS) == 0
     with Client(one_node.address, node=one_node.socket_path("a")) as client:
         assert client.lookup(bytes(16), KEYS).reason == "namespace_unknown"
-        with pytest.raises(InvalidArgumentError, match="^namespace: .* never registered"):
+        with pytest.raises(InvalidArgumentError, match=r"^namespace: .* never registered"):
             client.get(bytes(16), KEYS, [bytearray(SIZE) for _ in KEYS])
 
 
@@ -350,7 +352,7 @@ def test_master_names_the_field(one_node: Pool) -> None:
             node_pb2.NodeMessage(
                 inventory=node_pb2.Inventory(
                     last=True,
-                    added=[types_pb2.BlockRun(namespace=bytes(16), keys=KEYS[0], shards=b"\xff" * 64, shard_bytes=2**63)],
+                    added=[types_pb2.BlockRun(namespace=bytes(16), keys=KEYS[0], shards=b"\xff" * 64)],
                 )
             ),
         ],
@@ -504,9 +506,6 @@ def test_segment_larger_than_the_cgroup(tmp_path: Path) -> None:
         )
         path = tmp_path / "in_group.py"
         path.write_text(script)
-        import subprocess
-        import sys
-
         done = subprocess.run(
             [sys.executable, str(path)], capture_output=True, text=True, timeout=T, check=False, env=environment()
         )

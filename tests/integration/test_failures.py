@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.integration.pool import (
     environment,
     get_chain,
     put_chain,
+    say,
     wait_for,
 )
 
@@ -37,7 +39,7 @@ def measured(what: str, bound_s: float, attempt: Callable[[], float], attempts: 
         seconds.append(attempt())
         if seconds[-1] < bound_s:
             break
-    print(f"{what}: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms, bound {bound_s * 1000:.0f} ms")
+    say(f"{what}: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms, bound {bound_s * 1000:.0f} ms")
     assert seconds[-1] < bound_s, f"{what}: {seconds}"
 
 
@@ -323,14 +325,14 @@ def test_live_writer_that_hangs_up_keeps_its_slots_from_everybody(pool: Pool) ->
 
 def test_connections_that_held_nothing_leave_nothing(pool: Pool) -> None:
     """A live process that connects again and again costs the node no file descriptors."""
-    folder = f"/proc/{pool.nodes['a'].pid}/fd"
+    folder = Path(f"/proc/{pool.nodes['a'].pid}/fd")
     with pool.raw("a") as node:
         node.register(SPACE)
-        before = len(os.listdir(folder))
+        before = len([*folder.iterdir()])
         for _ in range(50):
             with RawNode(pool.socket_path("a")) as other:
                 other.local_prefix(SPACE, KEYS)
-        wait_for(lambda: len(os.listdir(folder)) <= before + 2, "the node has closed them")
+        wait_for(lambda: len([*folder.iterdir()]) <= before + 2, "the node has closed them")
 
 
 def test_older_process_of_a_node_id_exits(pool: Pool) -> None:
@@ -343,7 +345,7 @@ def test_older_process_of_a_node_id_exits(pool: Pool) -> None:
     epoch = pool.statuses()["a"].epoch
     newer = pool.start_node("a", "--segment_size", "64MB", "--socket_path", pool.socket_path("c"))
     assert older.popen.wait(T) == 3
-    assert not os.path.exists(pool.socket_path("a")) and newer.alive
+    assert not Path(pool.socket_path("a")).exists() and newer.alive
     wait_for(lambda: found(client) == 0, "the older one's blocks are gone")
     assert pool.statuses()["a"].epoch != epoch and pool.state("a") == "live"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hammer import SPACES, TOTAL_BYTES
-from tests.integration.pool import Pool, Process, chain_of, get_chain, put_chain, wait_for
+from tests.integration.pool import Pool, Process, chain_of, get_chain, put_chain, say, wait_for
 
 OVERSUBSCRIPTION = 3
 # Some that verify, some that would hand on whatever the node's protocol lets through; one without a node.
@@ -54,7 +54,7 @@ class Hammer:
                 assert not report["errors"], report
                 total.update(report["counts"])
         for name, count in sorted(total.items()):
-            print(f"{count:10d} {name}")
+            say(f"{count:10d} {name}")
         return total
 
 
@@ -79,7 +79,7 @@ def still_works(pool: Pool) -> None:
     for name in ("a", "b"):
         client = pool.client(name)
         put_chain(client, space, keys, size)
-        wait_for(lambda: client.lookup(space, keys).reason == "complete", "the chain is known")
+        wait_for(lambda c=client: c.lookup(space, keys).reason == "complete", "the chain is known")  # type: ignore[misc]
         assert get_chain(client, space, keys, size).prefix == len(keys)
 
 
@@ -122,7 +122,7 @@ def test_hammer_while_everything_is_killed(small_pool: Pool, request: pytest.Fix
             pool.nodes[victim].kill()
             time.sleep(choice.uniform(0, 0.5))
             pool.start_node(victim)
-    print(dict(kills))
+    say(f"killed: {dict(kills)}")
     counts = hammer.join()
     assert counts["checked"] and counts["got local"] and counts["got remote"] and counts["stored"]
     assert not counts["missed corrupt"]

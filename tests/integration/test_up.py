@@ -140,5 +140,5 @@ def test_up_refuses_a_port_in_use(up: Up, tmp_path: Path) -> None:
     """It says which, and disturbs nobody."""
     done = run_module("kvpool.cli.main", "up", "--port", str(up.port), "--segment_size", "8MB",
                       "--base_dir", str(tmp_path / "second"), **up.environment)  # fmt: skip
-    assert done.returncode == 1 and f"port: cannot listen on 127.0.0.1:{up.port}" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"port: cannot listen on 127.0.0.1:{up.port}" in done.stderr, done.stderr
     use(up)
