@@ -263,7 +263,9 @@ class Rounds:
         medians = {name: statistics.median(answer.ms for answer in seen) for name, seen in self.seen.items()}
         limit = medians["ttft_hbm_hit"]
         detail = {"model": model, "tokens": self._tokens}
-        return [Figure(name, value, "ms", "ttft_hbm_hit", value / limit, detail, limit) for name, value in medians.items()]
+        return [
+            Figure(name, value, "ms", "ttft_hbm_hit", value / limit, detail, limit) for name, value in medians.items()
+        ]
 
     def split(self, model: str) -> str:
         """Return where the time of a pool hit goes, in a line."""

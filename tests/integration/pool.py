@@ -159,6 +159,7 @@ class Pool:
         self.nodes: dict[str, Process] = {}
         self._arguments: dict[str, tuple[str, ...]] = {}
         self._everybody: list[Process] = []
+        self._guests: list[Process] = []
         self._cleanup = contextlib.ExitStack()
         self._admin: admin_pb2_grpc.AdminStub | None = None
         self.expected_errors: list[str] = []
@@ -193,8 +194,10 @@ class Pool:
         return process
 
     def adopt(self, name: str, arguments: Sequence[str]) -> Process:
-        """Start another program that ends with the pool."""
-        return self._start(name, arguments)
+        """Start another program; it is killed before the pool ends."""
+        process = Process(name, arguments, self.directory / f"{name}.log")
+        self._guests.append(process)
+        return process
 
     def socket_path(self, name: str) -> str:
         """Return where a node listens for local clients."""
@@ -279,6 +282,9 @@ class Pool:
     def close(self) -> None:
         """End everything, and check that it ends well and leaves nothing behind."""
         self._cleanup.close()
+        for guest in self._guests:
+            if guest.alive:
+                guest.kill()
         graceful = [p for p in self._everybody if p.alive]
         try:
             for process in reversed(graceful):

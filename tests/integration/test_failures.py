@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,23 +142,25 @@ def both_hold(pool: Pool, client: Client) -> None:
 def test_read_fails_over_to_the_other_owner(pool: Pool, how: str) -> None:
     """The owner asked first dies or stands still: every block comes from the other, right, and soon."""
     client = pool.client()
-    both_hold(pool, client)
-    lookup = client.lookup(SPACE, KEYS)
-    victim = pool.nodes[lookup.runs[0].owners[0][0].node_id]
 
     def attempt() -> float:
-        begin = time.monotonic()
-        result = get_chain(client, SPACE, KEYS, SIZE, lookup=lookup)
-        took = time.monotonic() - begin
+        both_hold(pool, client)
+        lookup = client.lookup(SPACE, KEYS)
+        victim = lookup.runs[0].owners[0][0].node_id
+        with contextlib.ExitStack() as stack:
+            if how == "killed":
+                pool.nodes[victim].kill()
+            else:
+                stack.enter_context(pool.nodes[victim].stopped())
+            begin = time.monotonic()
+            result = get_chain(client, SPACE, KEYS, SIZE, lookup=lookup)
+            took = time.monotonic() - begin
         assert result.prefix == len(KEYS), result
+        if how == "killed":
+            pool.start_node(victim)
         return took
 
-    if how == "killed":
-        victim.kill()
-        measured("failover from a killed owner", 0.1, attempt, attempts=1)
-    else:
-        with victim.stopped():
-            measured("failover from a stopped owner", 1.0, attempt, attempts=1)
+    measured(f"failover from a {how} owner", 0.1 if how == "killed" else 1.0, attempt)
 
 
 @pytest.mark.parametrize("local", [False, True])
