@@ -5,8 +5,8 @@ tens of milliseconds when it grows. This table costs about twenty bytes, takes a
 keys in a few numpy calls, and moves to a larger array a slice at a time.
 
 Layout: buckets of eight 64-bit slots, one cache line each. A slot holds 0 (never used), 1 (removed),
-or a tag (32 bits of the key, top bit set) above ``row + 2``. A key lives in bucket ``low & mask`` or,
-when that was full, in one of the next ones; a search ends at a bucket that has a slot never used.
+or a tag (32 bits of the mixed key, top bit set) above ``row + 2``. A key lives in the bucket that its
+mixed low bits name or, when that was full, in one of the next ones; a search ends at a bucket that has a slot never used.
 The whole key is compared in the ``keys`` column before a row is believed.
 """
 
@@ -39,6 +39,13 @@ _REMOVED = np.uint64(1)
 _FIRST = np.uint64(2)
 _TAG_BITS = np.uint64(0x7FFFFFFF_00000000)
 _TAG_TOP = np.uint64(0x80000000_00000000)
+_HALF = np.uint64(32)
+_LAST_SHIFT = np.uint64(29)
+
+# Odd, so that no bit is lost; otherwise any will do.
+LOW_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+HIGH_FACTOR = np.uint64(0xD6E8FEB86659FD93)
+LAST_FACTOR = np.uint64(0xA0761D6478BD642F)
 
 
 def as_words(packed: bytes | memoryview) -> Words:
@@ -46,13 +53,23 @@ def as_words(packed: bytes | memoryview) -> Words:
     return np.frombuffer(packed, dtype="<u8").reshape(-1, 2)
 
 
-def _tags(keys: Words) -> Words:
-    return (keys[:, 1] & _TAG_BITS) | _TAG_TOP
+def mix(keys: Words) -> Words:
+    """Return 64 bits of each key that are spread even when the keys are not: they need not be hashes."""
+    mixed: Words = keys[:, 0] * LOW_FACTOR
+    mixed += keys[:, 1] * HIGH_FACTOR
+    mixed ^= mixed >> _HALF
+    mixed *= LAST_FACTOR
+    mixed ^= mixed >> _LAST_SHIFT
+    return mixed
 
 
-def _tags32(keys: Words) -> NDArray[np.uint32]:
-    """Return the tags alone; ``keys`` is contiguous."""
-    return keys.view(np.uint32)[:, 3] | np.uint32(0x80000000)
+def _tags(mixed: Words) -> Words:
+    return (mixed & _TAG_BITS) | _TAG_TOP
+
+
+def _tags32(mixed: Words) -> NDArray[np.uint32]:
+    """Return the tags alone."""
+    return mixed.view(np.uint32)[1::2] | np.uint32(0x80000000)
 
 
 def _match(slots: Words, tags: NDArray[np.uint32]) -> tuple[Words, Rows]:
@@ -95,14 +112,15 @@ class _Slots:
         self.mask = np.uint64(buckets - 1)
         self.taken = 0  # slots that are not _EMPTY
 
-    def home(self, keys: Words) -> NDArray[np.int64]:
-        return (keys[:, 0] & self.mask).view(np.int64)
+    def home(self, mixed: Words) -> NDArray[np.int64]:
+        return (mixed & self.mask).view(np.int64)
 
     def find(self, keys: Words, column: Words) -> Rows:
         """Return the row of each key, -1 where it is not here."""
-        bucket = self.home(keys)
+        mixed = mix(keys)
+        bucket = self.home(mixed)
         slots = self.array.take(bucket, axis=0)
-        marks, rows = _match(slots, _tags32(keys))
+        marks, rows = _match(slots, _tags32(mixed))
         if np.count_nonzero(marks) != len(keys):
             # Not in its home bucket: over unless that bucket was full when the key came.
             rest = np.flatnonzero(marks == 0)
@@ -129,7 +147,7 @@ class _Slots:
             bucket = (bucket + 1) & (self.buckets - 1)
             slots = self.array.take(bucket, axis=0)
             asked = keys.take(left, axis=0)
-            marks, found = _match(slots, _tags32(asked))
+            marks, found = _match(slots, _tags32(mix(asked)))
             stored = column.take(found, axis=0, mode="clip")
             hit = marks != 0
             right = hit & (stored[:, 0] == asked[:, 0]) & (stored[:, 1] == asked[:, 1])
@@ -143,7 +161,7 @@ class _Slots:
         return rows
 
     def _find_slowly(self, key: Words, bucket: int, column: Words) -> int:
-        tag = int((key[1] & _TAG_BITS) | _TAG_TOP) >> 32
+        tag = int(_tags(mix(key.reshape(1, 2)))[0]) >> 32
         for _ in range(self.buckets):
             slots: list[int] = self.array[bucket].tolist()
             for slot in slots:
@@ -158,7 +176,8 @@ class _Slots:
 
     def place(self, keys: Words, rows: Rows) -> None:
         """Write distinct keys that are known not to be here."""
-        bucket, values = self.home(keys), _tags(keys) | (rows.view(np.uint64) + _FIRST)
+        mixed = mix(keys)
+        bucket, values = self.home(mixed), _tags(mixed) | (rows.view(np.uint64) + _FIRST)
         while len(bucket):
             slots = self.array.take(bucket, axis=0)
             free = slots < _FIRST
@@ -177,7 +196,8 @@ class _Slots:
     def remove(self, keys: Words, rows: Rows) -> NDArray[np.bool_]:
         """Take out the slots of these keys; returns which were here."""
         gone = np.zeros(len(rows), bool)
-        bucket, values = self.home(keys), _tags(keys) | (rows.view(np.uint64) + _FIRST)
+        mixed = mix(keys)
+        bucket, values = self.home(mixed), _tags(mixed) | (rows.view(np.uint64) + _FIRST)
         left = np.arange(len(rows))
         for _ in range(self.buckets):
             if not len(left):

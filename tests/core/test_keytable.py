@@ -20,22 +20,39 @@ def spread(numbers: np.ndarray) -> Words:
     return np.stack((low ^ (low >> np.uint64(29)), low * MIX), axis=1)
 
 
+def crafted(mixed: np.ndarray, high: np.ndarray) -> Words:
+    """The keys with this high word that are mixed to these 64 bits: the table's mixing, backwards."""
+    m = mixed.astype(np.uint64)
+    m = m ^ (m >> np.uint64(29)) ^ (m >> np.uint64(58))
+    m = m * np.uint64(pow(int(keytable.LAST_FACTOR), -1, 1 << 64))
+    m = m ^ (m >> np.uint64(32))
+    high = high.astype(np.uint64)
+    low = (m - high * keytable.HIGH_FACTOR) * np.uint64(pow(int(keytable.LOW_FACTOR), -1, 1 << 64))
+    return np.stack((low, high), axis=1)
+
+
+def test_crafted_keys_are_mixed_as_wanted():
+    """The helper is the inverse of what the table does."""
+    wanted = np.arange(1000).astype(np.uint64) * MIX
+    assert (keytable.mix(crafted(wanted, np.arange(1000))) == wanted).all()
+
+
 def one_bucket(numbers: np.ndarray) -> Words:
     """Every key wants the same bucket, however large the table is."""
-    high = numbers.astype(np.uint64) * MIX
-    return np.stack(((numbers.astype(np.uint64) << np.uint64(40)) | np.uint64(3), high), axis=1)
+    n = numbers.astype(np.uint64)
+    return crafted((n << np.uint64(40)) | np.uint64(3), n * MIX)
 
 
 def one_tag(numbers: np.ndarray) -> Words:
-    """Every key has the same tag; every eight share a bucket and differ in the other high bits only."""
+    """Every key has the same tag; every eight share a bucket."""
     n = numbers.astype(np.uint64)
-    return np.stack((n // np.uint64(8), (np.uint64(7) << np.uint64(32)) | n), axis=1)
+    return crafted((np.uint64(7) << np.uint64(32)) | (n // np.uint64(8)), n)
 
 
 def one_of_everything(numbers: np.ndarray) -> Words:
-    """One bucket, one tag, one low word: only the lowest bits of the high word tell the keys apart."""
+    """One bucket, one tag: only the whole keys tell them apart."""
     n = numbers.astype(np.uint64)
-    return np.stack((np.full_like(n, 5), (np.uint64(1) << np.uint64(63)) | n), axis=1)
+    return crafted(np.full_like(n, (1 << 63) | 5), n)
 
 
 class Twin:
@@ -163,7 +180,7 @@ def test_cleaning_out_removed_slots_always_ends():
 
     def keys(home: np.ndarray, numbers: np.ndarray) -> Words:
         n = numbers.astype(np.uint64)
-        return np.stack((home.astype(np.uint64) | (n << np.uint64(32)), n * MIX), axis=1)
+        return crafted(home.astype(np.uint64) | (n << np.uint64(32)), n * MIX)
 
     n = np.arange(4000)
     first = keys(np.where(n < 3120, n // 8, 640 + (n - 3120) // 8), n)
@@ -200,3 +217,14 @@ def test_packed_keys_are_read_as_they_are_written():
     packed = bytes(range(64))
     assert as_words(packed).tobytes() == packed
     assert as_words(memoryview(packed)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("shift", [0, 24, 40])
+@pytest.mark.parametrize("word", [0, 1])
+def test_keys_that_are_no_hashes_are_spread(word, shift):
+    """Counters in any place of a key fill buckets as hashes do: hardly one overflows."""
+    numbers = np.arange(20_000).astype(np.uint64) << np.uint64(shift)
+    words = [np.zeros_like(numbers), np.zeros_like(numbers)]
+    words[word] = numbers
+    homes = keytable.mix(np.stack(words, axis=1)) & np.uint64(8191)
+    assert np.bincount(homes.astype(np.int64)).max() <= 20
