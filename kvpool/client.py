@@ -356,7 +356,7 @@ class Client:
     def _got(self, reasons: list[str], tiers: dict[str, int], block_bytes: int) -> GetResult:
         ok = [not reason for reason in reasons]
         prefix = ok.index(False) if False in ok else len(ok)
-        counts = Counter(reason for reason in reasons if reason)
+        counts = Counter(reason for reason in reasons if reason) if prefix < len(ok) else {}
         for tier, blocks in tiers.items():
             self._counters[f"get.{tier}_blocks"] += blocks
             self._counters[f"get.{tier}_bytes"] += blocks * block_bytes
@@ -463,6 +463,7 @@ class Client:
                     log.debug("no node at %s: %s", path, exc)
                     continue
                 self._node = node
+                threading.Thread(target=node.prefault, name="kvpool-prefault", daemon=True).start()
                 log.info("attached to node %s at %s", node.node_id, path)
                 break
             else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -15,18 +17,22 @@ from kvpool.client_bytes import (
     CopyThreads,
     copy_hashed,
     copy_plain,
+    hash_layers,
     pack_digests,
     unpack_digests,
 )
-from kvpool.errors import FrameError, KVPoolError, UnavailableError, UnknownNamespaceError
+from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
 from kvpool.model import Namespace
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
 from kvpool.transport.shm import AttachedSegment
 
+log = logging.getLogger(__name__)
+
 CHANNELS_MAX = 8
 CONNECT_S = 0.5
+HASH_FIRST_BYTES_MAX = 4 << 20
 CONTROL_S = 0.5
 """A node that answers no question for so long is stopped: go on without it."""
 
@@ -61,8 +67,11 @@ class LocalNode:
         self._writing = 0  # puts that may be copying into the segment
 
     def prefault(self) -> None:
-        """Enter the segment's pages into our page table, so that no copy has to."""
-        self._segment.prefault()
+        """Enter the segment's pages into our page table, so that no copy has to. Takes seconds for much memory."""
+        try:
+            self._segment.prefault()
+        except (InvalidArgumentError, ValueError) as exc:  # ValueError: closed meanwhile
+            log.debug("the segment of %s is not prefaulted: %s", self.path, exc)
 
     def close(self) -> None:
         """Let go of the node; copies that still run keep the mapping until they end."""
@@ -82,13 +91,19 @@ class LocalNode:
             writer=self.writer,
         )
         timeout_s = min(timeout_s, CONTROL_S)
+        digests: list[list[int]] | None = None
         with self._writes(), self._channel(timeout_s) as channel:
             try:
-                reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
+                request = NodeFrame(reserve=reserve)
+                channel.start(request, keys, timeout_s=timeout_s)
+                if len(blocks) * blocks.shard_bytes <= HASH_FIRST_BYTES_MAX:
+                    # While the node looks for room. More than this would have left the cache before it is copied.
+                    digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
+                reply, payload = channel.finish(request, NodeFrameReply)
             except UnknownNamespaceError:
                 self._register(channel, namespace, timeout_s)
                 reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
-            offsets = self._places(payload, len(blocks), 1, blocks.shard_bytes)[:, 0].tolist()
+            offsets = self._places(payload, len(blocks), 1, blocks.shard_bytes)
             counts = {
                 "existed": offsets.count(STORED),
                 "being_written": offsets.count(BEING_WRITTEN),
@@ -97,24 +112,33 @@ class LocalNode:
             items = [(i, offset) for i, offset in enumerate(offsets) if offset >= 0]
             if items:
                 reservation = reply.reserved.reservation
-                digests = self._copy_in(items, blocks, copies)
+                digests = self._copy_in(items, blocks, digests, copies)
+                checksums = pack_digests([digest for i, _ in items for digest in digests[i]])
                 commit = node_pb2.Commit(reservation=reservation)
-                reply, _ = channel.call(
-                    NodeFrame(commit=commit), NodeFrameReply, pack_digests(digests), timeout_s=timeout_s
-                )
+                reply, _ = channel.call(NodeFrame(commit=commit), NodeFrameReply, checksums, timeout_s=timeout_s)
                 counts["stored"] = reply.committed.stored
         return counts
 
-    def _copy_in(self, items: list[tuple[int, int]], blocks: Blocks, copies: CopyThreads) -> list[int]:
-        digests: list[list[int]] = [[]] * len(blocks)
+    def _copy_in(
+        self,
+        items: list[tuple[int, int]],
+        blocks: Blocks,
+        known: list[list[int]] | None,
+        copies: CopyThreads,
+    ) -> list[list[int]]:
+        """Copy blocks into their slots; returns each one's checksums, computed on the way unless they are known."""
+        digests: list[list[int]] = known or [[]] * len(blocks)
 
         def work(part: Sequence[tuple[int, int]]) -> None:
             for i, offset in part:
                 slot = self._memory[offset : offset + blocks.shard_bytes]
-                digests[i] = copy_hashed(blocks.pieces[i], [slot], blocks.layer_bytes, blocks.layers)
+                if known is None:
+                    digests[i] = copy_hashed(blocks.pieces[i], [slot], blocks.layer_bytes, blocks.layers)
+                else:
+                    copy_plain(blocks.pieces[i], [slot], blocks.layer_bytes)
 
         copies.run(items, blocks.shard_bytes, work)
-        return [digest for i, _ in items for digest in digests[i]]
+        return digests
 
     def get(
         self,
@@ -146,7 +170,7 @@ class LocalNode:
 
     def _copy_out(
         self,
-        places: np.ndarray[tuple[int, int], np.dtype[np.int64]],
+        places: tuple[int, ...],
         checksums: tuple[int, ...],
         slot_layers: int,
         blocks: Blocks,
@@ -155,7 +179,8 @@ class LocalNode:
         copies: CopyThreads,
         reasons: list[str],
     ) -> None:
-        here = [(i, offset, size) for i, (offset, size) in enumerate(places.tolist()) if offset >= 0]
+        pairs = zip(places[::2], places[1::2], strict=True)
+        here = [(i, offset, size) for i, (offset, size) in enumerate(pairs) if offset >= 0]
         if len(checksums) != len(here) * slot_layers:
             raise FrameError("the checksums do not fit the blocks that are pinned")
         items = []
@@ -227,13 +252,11 @@ class LocalNode:
             self.alive = False
             raise
 
-    def _places(
-        self, payload: memoryview, blocks: int, columns: int, shard_bytes: int
-    ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        """Return the answer's offsets (and sizes), none of which leads out of the segment."""
+    def _places(self, payload: memoryview, blocks: int, columns: int, shard_bytes: int) -> tuple[int, ...]:
+        """Return the answer's offsets (and sizes, in turn), none of which leads out of the segment."""
         if len(payload) != 8 * blocks * columns:
             raise FrameError(f"the answer has {len(payload)} bytes for {blocks} blocks")
-        places = np.frombuffer(payload, np.int64).reshape(blocks, columns)
-        if places[:, 0].max(initial=0) + shard_bytes > len(self._memory):
+        places = struct.unpack(f"<{blocks * columns}q", payload)
+        if max(places[::columns]) + shard_bytes > len(self._memory):
             raise FrameError("an offset lies outside of the segment")
         return places

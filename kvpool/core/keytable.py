@@ -6,7 +6,8 @@ keys in a few numpy calls, and moves to a larger array a slice at a time.
 
 Layout: buckets of eight 64-bit slots, one cache line each. A slot holds 0 (never used), 1 (removed),
 or a tag (32 bits of the mixed key, top bit set) above ``row + 2``. A key lives in the bucket that its
-mixed low bits name or, when that was full, in one of the next ones; a search ends at a bucket that has a slot never used.
+mixed low bits name or, when that was full, in one of the next ones; a search ends at a bucket that has a
+slot never used.
 The whole key is compared in the ``keys`` column before a row is believed.
 """
 

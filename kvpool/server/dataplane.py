@@ -186,16 +186,10 @@ class DataPlane:
         request = message.pin
         _check_keys(request.namespace, payload)
         pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
-        places = array("q")
-        checksums = []
-        layers = 0
-        for slot in pin.slots:
-            if slot is None:
-                places.extend((-1, 0))
-            else:
-                places.extend((slot.offset, slot.shard_bytes))
-                checksums.append(slot.checksums or b"")
-                layers = slot.layers
+        places = array("q", [x for s in pin.slots for x in ((-1, 0) if s is None else (s.offset, s.shard_bytes))])
+        here = [slot for slot in pin.slots if slot is not None]
+        checksums = [slot.checksums or b"" for slot in here]
+        layers = here[0].layers if here else 0
         conn.reply(
             NodeFrameReply(id=message.id, pinned=node_pb2.Pinned(pin=pin.id, layers=layers)),
             b"".join((places.tobytes(), *checksums)),

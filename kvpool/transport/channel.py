@@ -119,6 +119,16 @@ class Channel:
             raise
         return reply, payload, received
 
+    def start(self, message: _Request, payload: Buffer | Sequence[Buffer] = b"", *, timeout_s: float) -> None:
+        """Send a request; its answer is for ``finish``, and the time until then the caller's."""
+        self._open_call(timeout_s, None)
+        with self._breaking():
+            self._send(message, payload)
+
+    def finish(self, message: _Request, reply_type: type[R]) -> tuple[R, memoryview]:
+        """Return the whole answer to the request that ``start`` sent."""
+        return self._receive(message, reply_type, stream=False, fds=None), self._take_payload()
+
     def send_only(self, message: _Request, payload: Buffer | Sequence[Buffer] = b"", *, timeout_s: float) -> None:
         """Send a request that has no answer."""
         self._open_call(timeout_s, None)
@@ -141,20 +151,21 @@ class Channel:
         ``timeout_s`` bounds the whole call with its payload, ``progress_s`` every wait for the next bytes.
         """
         self._open_call(timeout_s, progress_s)
-        try:
+        with self._breaking():
             try:
                 self._send(message, payload)
             except UnavailableError:
                 self._raise_last_words(reply_type)
                 raise
+        return self._receive(message, reply_type, stream=stream, fds=fds)
+
+    def _receive(self, message: _Request, reply_type: type[R], *, stream: bool, fds: list[int] | None) -> R:
+        with self._breaking():
             reply, self.payload_left = self._receive_header(reply_type, stream=stream, fds=fds)
             if reply.id != message.id:  # type: ignore[attr-defined]
                 if reply.HasField("error"):
                     raise from_proto(reply.error)  # type: ignore[attr-defined]  # about the whole connection
                 raise FrameError(f"answer to request {reply.id}, not {message.id}")  # type: ignore[attr-defined]
-        except BaseException:  # KeyboardInterrupt too: the stream is in an unknown state
-            self.close()
-            raise
         if reply.HasField("error"):
             self._take_payload()
             raise from_proto(reply.error)  # type: ignore[attr-defined]
@@ -239,6 +250,8 @@ class Channel:
 
     def _receive_header(self, reply_type: type[R], *, stream: bool, fds: list[int] | None) -> tuple[R, int]:
         first = _STREAM_FIRST_BYTES if stream else _BUFFER_BYTES
+        if self._start == self._end:
+            self._timed.spin()
         self._want(HEAD.size, first, fds)
         maximum = STREAM_BYTES_MAX if stream else REPLY_BYTES_MAX
         header_bytes, payload_bytes = parse_head(self._buffer, self._start, maximum)
