@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +27,13 @@ Buffer = Any
 """bytes, bytearray, memoryview, a numpy array: whatever has contiguous bytes."""
 
 STEP_BYTES = 2 << 20
+HOLD_BYTES_MAX = 128 << 10
+"""A small block is copied in some ten microseconds without giving up the GIL: beside a thread that computes
+in Python, getting it back would take ten times as long."""
+
 SWITCH_S = 1e-4
+
+PIECES_A_THREAD = 8
 
 PART_BYTES_MIN = 2 << 20
 """Less than this is not worth a thread of its own."""
@@ -116,8 +121,8 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
     """
     digests: list[int] = []
     whole = len(source) == 1 and len(target) == 1
-    if whole and layers == 1 and layer_bytes <= STEP_BYTES:
-        np.copyto(target[0], source[0])
+    if whole and layers == 1 and layer_bytes <= HOLD_BYTES_MAX:
+        view(target[0])[:] = view(source[0])
         return [digest64(target[0])]
     if whole and layer_bytes <= STEP_BYTES:
         step = max(1, STEP_BYTES // layer_bytes) * layer_bytes
@@ -147,7 +152,10 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
 def copy_plain(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: int) -> None:
     """Copy a shard without hashing it."""
     if len(source) == 1 and len(target) == 1:
-        np.copyto(target[0], source[0])
+        if len(target[0]) <= HOLD_BYTES_MAX:
+            view(target[0])[:] = view(source[0])
+        else:
+            np.copyto(target[0], source[0])
         return
     for layer in range(max(len(source), len(target))):
         np.copyto(_layer(target, layer, layer_bytes), _layer(source, layer, layer_bytes))
@@ -222,11 +230,18 @@ class CopyThreads:
         if parts <= 1:
             work(items)
             return
-        edges = [len(items) * i // parts for i in range(parts + 1)]
+        # In small pieces, taken in turn: a thread that starts late, or loses its core, takes fewer.
+        size = max(1, len(items) // (parts * PIECES_A_THREAD))
+        pieces = iter([items[at : at + size] for at in range(0, len(items), size)])
+
+        def take_turns() -> None:
+            for piece in pieces:  # advancing an iterator over a list is atomic
+                work(piece)
+
         executor = self.executor()
-        futures = [executor.submit(work, items[a:b]) for a, b in pairwise(edges[1:])]
+        futures = [executor.submit(take_turns) for _ in range(parts - 1)]
         try:
-            work(items[: edges[1]])
+            take_turns()
         finally:
             # Nobody may leave while a thread still writes to the caller's buffers.
             wait(futures)
