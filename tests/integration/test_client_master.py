@@ -2,8 +2,7 @@
 
 import socket
 
-import kvpool.client_master as client_master
-from kvpool import Client, Namespace
+from kvpool import Client, Namespace, client_master
 
 
 def test_lookups_fall_back_to_grpc(pool, monkeypatch):
