@@ -56,7 +56,7 @@ def check_report(report, bench):
 def test_store_measures_every_way_of_a_block(bench):
     """Local and remote, put and get, verified or not, beside a busy thread, and by several readers."""
     code, output, report = bench(
-        "store", "--block_bytes", "64KB", "--blocks", "4", "--rounds", "1", "--segment_size", "8MB", "--readers", "2"
+        "store", "--block_bytes", "64KB", "--blocks", "4", "--rounds", "1", "--segment_size", "64MB", "--readers", "2"
     )
     assert code == 0, output
     check_report(report, "store")
@@ -156,6 +156,8 @@ def test_a_signal_ends_a_benchmark_and_all_that_it_started(own, number):
     with subprocess.Popen(
         [sys.executable, "-m", "kvpool.cli.bench", "store", "--segment_size", "256MB"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(own)},
+        # Started in the background of a script the tests ignore SIGINT, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         family = []
         deadline = time.monotonic() + 60
