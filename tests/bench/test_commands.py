@@ -157,7 +157,7 @@ def test_a_signal_ends_a_benchmark_and_all_that_it_started(own, number):
         [sys.executable, "-m", "kvpool.cli.bench", "store", "--segment_size", "256MB"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(own)},
         # Started in the background of a script the tests ignore SIGINT, and children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one thread here
     ) as process:  # fmt: skip
         family = []
         deadline = time.monotonic() + 60
