@@ -27,7 +27,7 @@ class Engines:
 @pytest.fixture(scope="module")
 def engines(pool: Pool, model: Path) -> Iterator[Engines]:
     """Return two engines that know the pool's master and nothing of each other."""
-    settings = {"master": pool.address, "client_factory": "kvpool_vllm.testing:faulty_client"}
+    settings = {"master": pool.address, "client_factory": "kvpool_vllm.testing:faulty_client", "lookup_timeout": "1s"}
     both = Engines(EngineProcess(model, settings, {}), EngineProcess(model, settings, {}))
     both.first.wait_up()
     both.second.wait_up()
@@ -116,7 +116,7 @@ def test_ranks_of_a_tensor_parallel_engine(pool: Pool, model: Path, prompts: Pro
     if len(cores) < 2:
         pytest.skip("needs two cores")
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
-    engine = EngineProcess(model, {"master": pool.address}, binding, tensor_parallel_size=2)
+    engine = EngineProcess(model, {"master": pool.address, "lookup_timeout": "1s"}, binding, tensor_parallel_size=2)
     try:
         prompt, cold = prompts.clear(engine, PROMPT)
         engine.forget()
