@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -139,6 +140,12 @@ class Pool:
         while (status := self.control("status"))["blocks"] or status["used_bytes"]:
             assert time.monotonic() < deadline, f"still in use: {status}"
 
+    def wait_blocks(self, blocks: int) -> None:
+        """Wait until the master knows of this many; it hears of a stored block some milliseconds later."""
+        deadline = time.monotonic() + 30
+        while (known := self.control("status")["blocks"]) < blocks:
+            assert time.monotonic() < deadline, f"the master knows {known} of {blocks} blocks"
+
     def _wait_ready(self, node: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + 60
         while not self.nodes():
@@ -225,7 +232,8 @@ class EngineProcess:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended already, which its test has said
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:

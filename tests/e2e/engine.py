@@ -94,7 +94,7 @@ class Engine:
         finished = {}
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
-            assert time.monotonic() < deadline, "the engine did not get there"
+            assert time.monotonic() < deadline, f"the engine did not get there: {self.counters()}"
             for output in self.llm.llm_engine.step():
                 if output.finished:
                     finished[output.request_id] = output

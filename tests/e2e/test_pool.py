@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,21 @@ def gained(engine: EngineProcess, name: str, before: dict[str, int]) -> int:
     return engine.counters().get(name, 0) - before.get(name, 0)
 
 
-def stored(engines: Engines, prompts: Prompts, length: int = PROMPT) -> tuple[list[int], Answer]:
-    """Return a prompt that the first engine computed and stored, and its answer."""
-    prompt, cold = prompts.clear(engines.first, length, 8)
+def stored(engine: EngineProcess, pool: Pool, prompts: Prompts, tokens: int = 8) -> tuple[list[int], Answer]:
+    """Return a prompt that the engine computed and stored, and its answer; the pool knows the blocks."""
+    known, before = pool.control("status")["blocks"], engine.counters()
+    prompt, cold = prompts.clear(engine, PROMPT, tokens)
     assert cold.cached == 0
+    pool.wait_blocks(known + gained(engine, "save.stored", before))
     return prompt, cold
 
 
-def test_same_tokens_cold_from_hbm_from_the_pool_and_in_a_second_engine(engines: Engines, prompts: Prompts) -> None:
+def test_same_tokens_cold_from_hbm_from_the_pool_and_in_a_second_engine(
+    engines: Engines, pool: Pool, prompts: Prompts
+) -> None:
     """One prompt, answered alike: computed, cached, loaded by the engine that stored it, loaded by another."""
     before, other = engines.first.counters(), engines.second.counters()
-    prompt, cold = stored(engines, prompts)
+    prompt, cold = stored(engines.first, pool, prompts)
     assert gained(engines.first, "save.stored", before) >= BLOCKS
     hbm = engines.first.generate(prompt)
     engines.first.forget()
@@ -63,22 +68,23 @@ def test_same_tokens_cold_from_hbm_from_the_pool_and_in_a_second_engine(engines:
     assert gained(engines.second, "save.jobs", other) == 0, "what was loaded is not saved again"
 
 
-def test_second_engine_continues_a_shared_prefix(engines: Engines, prompts: Prompts) -> None:
+def test_second_engine_continues_a_shared_prefix(engines: Engines, pool: Pool, prompts: Prompts) -> None:
     """A prompt that shares only its beginning with what is stored loads that, and stores the rest."""
-    prompt, _ = stored(engines, prompts)
+    prompt, _ = stored(engines.first, pool, prompts)
     longer = prompt[: 10 * BLOCK_TOKENS] + prompts.random(10 * BLOCK_TOKENS)
-    before = engines.second.counters()
+    before, known = engines.second.counters(), pool.control("status")["blocks"]
     cold = engines.second.generate(longer)
     assert cold.cached == 10 * BLOCK_TOKENS
     assert gained(engines.second, "save.stored", before) == 10
+    pool.wait_blocks(known + 10)
     engines.second.forget()
     assert engines.second.generate(longer).cached == 20 * BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("arrived", [0, 9])
-def test_load_that_fails_midway_is_recomputed(engines: Engines, prompts: Prompts, arrived: int) -> None:
+def test_load_that_fails_midway_is_recomputed(engines: Engines, pool: Pool, prompts: Prompts, arrived: int) -> None:
     """The second engine computes what did not arrive, and answers as the first did."""
-    prompt, cold = stored(engines, prompts)
+    prompt, cold = stored(engines.first, pool, prompts)
     before = engines.second.counters()
     answer = Answer(**engines.second.ask("generate_partly", prompt=prompt, blocks=arrived))
     assert answer.tokens == cold.tokens
@@ -87,7 +93,7 @@ def test_load_that_fails_midway_is_recomputed(engines: Engines, prompts: Prompts
 
 def test_abort_during_a_load_leaks_nothing(engines: Engines, prompts: Prompts, pool: Pool) -> None:
     """Blocks, leases, pins and the request itself are gone afterwards, and the next request is served."""
-    prompt, cold = stored(engines, prompts)
+    prompt, cold = stored(engines.first, pool, prompts)
     seen = engines.second.ask("abort_during_load", prompt=prompt)
     assert seen["held"] >= BLOCKS, "the load still writes into these blocks"
     assert seen["leaked"] == seen["tracked"] == 0
@@ -99,14 +105,14 @@ def test_abort_during_a_load_leaks_nothing(engines: Engines, prompts: Prompts, p
 
 def test_node_killed_when_a_load_begins(engines: Engines, prompts: Prompts, pool: Pool) -> None:
     """The request is answered all the same; a new node serves both engines again."""
-    prompt, cold = stored(engines, prompts)
+    prompt, cold = stored(engines.first, pool, prompts)
     answer = Answer(**engines.second.ask("generate_killing", prompt=prompt, pid=pool.node.pid))
     assert answer.tokens == cold.tokens
     assert engines.second.state()["leases"] == 0
     computed = engines.first.generate(prompts.random(PROMPT))
     assert computed.cached == 0, "an engine without a pool goes on"
     pool.replace_node()
-    prompt, cold = stored(engines, prompts)
+    prompt, cold = stored(engines.first, pool, prompts)
     assert engines.second.generate(prompt).tokens == cold.tokens
 
 
@@ -118,10 +124,16 @@ def test_ranks_of_a_tensor_parallel_engine(pool: Pool, model: Path, prompts: Pro
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
     engine = EngineProcess(model, {"master": pool.address, "lookup_timeout": "1s"}, binding, tensor_parallel_size=2)
     try:
+        known = pool.control("status")["blocks"]
         prompt, cold = prompts.clear(engine, PROMPT)
-        engine.forget()
-        pooled = engine.generate(prompt, 4)
-        assert (pooled.tokens, pooled.cached) == (cold.tokens, BLOCKS * BLOCK_TOKENS)
-        assert engine.counters()["load.arrived"] == BLOCKS
+        pool.wait_blocks(known + BLOCKS)
+        deadline = time.monotonic() + 30
+        pooled = cold
+        while pooled.cached < BLOCKS * BLOCK_TOKENS:  # the second rank's shards may be known a little later
+            assert time.monotonic() < deadline, engine.counters()
+            engine.forget()
+            pooled = engine.generate(prompt, 4)
+        assert pooled.tokens == cold.tokens
+        assert engine.counters()["load.arrived"] >= BLOCKS
     finally:
         engine.close()
