@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import ipaddress
 import os
 import re
 import tempfile
@@ -20,157 +19,43 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
+from kvpool.config_kinds import (
+    ADDRESS,
+    BOOL,
+    DURATION,
+    HOST,
+    LOG_LEVEL,
+    MODE,
+    PATH,
+    PORT,
+    RATIO,
+    SIZE,
+    SOCKET_PATH,
+    TEXT,
+    TOKENS,
+    Kind,
+    choice,
+    count,
+    split_address,
+)
 from kvpool.errors import ConfigError, InvalidArgumentError
-from kvpool.model import parse_duration_ms, parse_size
+
+__all__ = [
+    "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED", "TEXT", "ClientSettings",
+    "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "Settings", "boot_id",
+    "default_socket_path", "load", "runtime_dir", "setting", "split_address",
+]  # fmt: skip
 
 ENV_PREFIX = "KVPOOL_"
 CONFIG_ENV = "KVPOOL_CONFIG"
 MOONCAKE_ENV = "MOONCAKE_CONFIG_PATH"
 CONFIG_BYTES_MAX = 1 << 20
-SOCKET_PATH_BYTES_MAX = 100
-"""Of the kernel's 107: a node makes its socket under a longer name first."""
 
 # Variables for our own tests and tools; no component reads them as a setting.
 _RESERVED_PREFIXES = ("KVPOOL_TEST_", "KVPOOL_BENCH_")
 # A Kubernetes service whose name begins with "kvpool" puts these into every pod beside it.
 _SERVICE_LINK = re.compile(r"KVPOOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
-
-
-# ---- kinds of values -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a setting accepts: ``parse`` takes a value and the field's name, and raises InvalidArgumentError."""
-
-    metavar: str
-    parse: Callable[[Any, str], Any]
-
-
-def _refuse(name: str, value: object, allowed: str) -> InvalidArgumentError:
-    return InvalidArgumentError(name, f"{value!r} is not allowed; allowed: {allowed}")
-
-
-def _parse_int(low: int, high: int) -> Callable[[Any, str], int]:
-    allowed = f"a whole number from {low} to {high}"
-
-    def parse(value: Any, name: str) -> int:
-        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value):
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise _refuse(name, value, allowed)
-        return value
-
-    return parse
-
-
-def _parse_ratio(value: Any, name: str) -> float:
-    try:
-        ratio = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
-    except ValueError:
-        ratio = 0.0
-    if not 0.0 < ratio <= 1.0:  # refuses nan too
-        raise _refuse(name, value, "a ratio above 0 and up to 1, for example 0.95")
-    return ratio
-
-
-_TRUE = frozenset({"true", "yes", "on", "1"})
-_FALSE = frozenset({"false", "no", "off", "0"})
-
-
-def _parse_bool(value: Any, name: str) -> bool:
-    word = str(value).strip().lower() if isinstance(value, (bool, int, str)) else ""
-    if word not in _TRUE | _FALSE:
-        raise _refuse(name, value, "true or false")
-    return word in _TRUE
-
-
-def _parse_text(value: Any, name: str) -> str:
-    text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
-    if not text or len(text) > 1024 or not text.isprintable():
-        raise _refuse(name, value, "1 to 1024 printable characters")
-    return text
-
-
-def _parse_host(value: Any, name: str) -> str:
-    host = value.strip().removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", host) and not _is_ipv6(host):
-        raise _refuse(name, value, 'a host name or IP address without a port, for example "0.0.0.0"')
-    return host
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        ipaddress.IPv6Address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def split_address(value: Any, name: str) -> tuple[str, int]:
-    """Return host and port of ``"10.0.0.7:50088"`` or ``"[::1]:50088"``; raises InvalidArgumentError."""
-    match = re.fullmatch(r"\s*(?:\[(.+)\]|([A-Za-z0-9._-]{1,255})):(\d{1,5})\s*", str(value))
-    if match is None or not 1 <= int(match[3]) <= 65535 or (match[1] and not _is_ipv6(match[1])):
-        raise _refuse(name, value, 'HOST:PORT with a port from 1 to 65535, for example "127.0.0.1:50088"')
-    return match[1] or match[2], int(match[3])
-
-
-def _parse_address(value: Any, name: str) -> str:
-    host, port = split_address(value, name)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _parse_path(value: Any, name: str) -> str:
-    if not isinstance(value, (str, os.PathLike)) or not str(value).strip() or "\0" in str(value):
-        raise _refuse(name, value, "a path")
-    return str(Path(value).expanduser().absolute())
-
-
-def _parse_socket_path(value: Any, name: str) -> str:
-    path = _parse_path(value, name)
-    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
-        allowed = f"at most {SOCKET_PATH_BYTES_MAX} bytes"
-        raise InvalidArgumentError(name, f"{path!r} is too long for a unix socket; allowed: {allowed}")
-    return path
-
-
-def _parse_mode(value: Any, name: str) -> int:
-    allowed = "an octal file mode from 0 to 777, for example 0660"
-    if isinstance(value, str) and re.fullmatch(r"\s*(0o)?[0-7]{1,4}\s*", value):
-        value = int(value.strip().removeprefix("0o"), 8)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 0o777:
-        raise _refuse(name, value, allowed)
-    return value
-
-
-def _choice(*words: str) -> Kind:
-    def parse(value: Any, name: str) -> str:
-        word = str(value).strip().lower()
-        if word not in words:
-            raise _refuse(name, value, " or ".join(words))
-        return word
-
-    return Kind("|".join(words), parse)
-
-
-BOOL = Kind("", _parse_bool)
-PORT = Kind("PORT", _parse_int(0, 65535))
-RATIO = Kind("RATIO", _parse_ratio)
-SIZE = Kind("SIZE", parse_size)
-DURATION = Kind("DURATION", parse_duration_ms)
-TEXT = Kind("TEXT", _parse_text)
-HOST = Kind("HOST", _parse_host)
-ADDRESS = Kind("HOST:PORT", _parse_address)
-PATH = Kind("PATH", _parse_path)
-SOCKET_PATH = Kind("PATH", _parse_socket_path)
-MODE = Kind("MODE", _parse_mode)
-LOG_LEVEL = _choice("debug", "info", "warning", "error")
-
-
-def count(low: int, high: int) -> Kind:
-    """Return the kind of a whole number within bounds."""
-    return Kind("N", _parse_int(low, high))
 
 
 def setting(default: Any, kind: Kind, text: str, *, shown: str = "") -> Any:
@@ -275,7 +160,7 @@ class ClientSettings(Settings):
 
     master: str = setting("127.0.0.1:50088", ADDRESS, "The master.")
     node: str | None = setting(None, SOCKET_PATH, "Unix socket of this host's node.", shown="asked of the master")
-    checksum: str = setting("always", _choice("always", "transfer"), "When to verify what was loaded.")
+    checksum: str = setting("always", choice("always", "transfer"), "When to verify what was loaded.")
     copy_threads: int = setting(2, count(1, 64), "Threads that copy and hash.")
     lookup_timeout: int = setting("40ms", DURATION, "How long a lookup may take before it is a miss.")
     transfer_timeout: int = setting("1s", DURATION, "How long a put or get may take before it ends.")
@@ -292,6 +177,22 @@ class ConnectorSettings(ClientSettings):
 
     load_threads: int = setting(2, count(1, 64), "Requests loaded at once.")
     save_threads: int = setting(1, count(1, 64), "Requests saved at once.")
+    load_async: bool = setting(True, BOOL, "Load while other requests run; false loads before the step that needs it.")
+    use_layerwise: bool = setting(False, BOOL, "Load the next layers while a layer computes.")
+    layerwise_prefetch_layers: int = setting(1, count(1, 1024), "Layers on their way ahead of the computing one.")
+    save_decode_cache: bool = setting(False, BOOL, "Save the blocks of generated tokens too.")
+    discard_partial_chunks: bool = setting(True, BOOL, "Leave out a prompt's last block where it is not full.")
+    save_min_tokens: int = setting(0, TOKENS, "Save nothing of prompts shorter than this.")
+    load_min_tokens: int = setting(0, TOKENS, "Load nothing into prompts shorter than this.")
+    save_queue_blocks: int = setting(
+        0, count(0, 1 << 24), "Blocks that may wait to be saved; more are dropped.", shown="a quarter of the engine's"
+    )
+    producer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_producer: load too.")
+    consumer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_consumer: load.")
+    consumer_is_to_put: bool = setting(False, BOOL, "With kv_role kv_consumer: save too.")
+    gate: str = setting("auto", choice("auto", "off"), "Skip loads slower than computing; off loads all.")
+    breaker_failures: int = setting(3, count(1, 1000), "Failures in a row after which a node or tier is left alone.")
+    breaker_probe_interval: int = setting("1s", DURATION, "How often a node or tier that is left alone is tried again.")
     client_factory: str = setting(
         "kvpool_vllm.settings:make_client", TEXT, "MODULE:FUNCTION that makes the client; tests inject a faulty one."
     )

@@ -83,7 +83,7 @@ def part_of_module(module: str) -> str:
     if names[0] != "kvpool":
         return names[0]
     inner = names[1] if len(names) > 1 and names[1] != "__init__" else "kvpool"
-    return "client" if inner.startswith("client") else inner
+    return next((layer for layer in ("client", "config") if inner.startswith(layer)), inner)
 
 
 @cache

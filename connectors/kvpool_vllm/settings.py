@@ -6,6 +6,7 @@ import importlib
 import logging
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from kvpool.config import ConnectorSettings, load
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(LOGGER_NAME)
 
 SOURCE = "kv_connector_extra_config"
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What this engine does with the pool."""
+
+    loads: bool
+    saves: bool
+
+
+def role_of(kv_role: str | None, settings: ConnectorSettings) -> Role:
+    """Return the role; raise ConfigError for a ``kv_role`` that is none of vLLM's."""
+    match kv_role:
+        case "kv_both":
+            return Role(loads=True, saves=True)
+        case "kv_producer":
+            return Role(loads=settings.producer_is_to_load, saves=True)
+        case "kv_consumer":
+            return Role(loads=settings.consumer_is_to_load, saves=settings.consumer_is_to_put)
+    raise ConfigError("kv_role", f"must be kv_both, kv_producer or kv_consumer, not {kv_role!r}")
 
 
 def read_settings(extra: Mapping[str, Any]) -> ConnectorSettings:

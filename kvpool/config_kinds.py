@@ -1,0 +1,155 @@
+"""Kinds of values that a setting accepts: each parses what a user wrote, or says what is allowed."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import parse_duration_ms, parse_size
+
+SOCKET_PATH_BYTES_MAX = 100
+"""Of the kernel's 107: a node makes its socket under a longer name first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a setting accepts: ``parse`` takes a value and the field's name, and raises InvalidArgumentError."""
+
+    metavar: str
+    parse: Callable[[Any, str], Any]
+
+
+def _refuse(name: str, value: object, allowed: str) -> InvalidArgumentError:
+    return InvalidArgumentError(name, f"{value!r} is not allowed; allowed: {allowed}")
+
+
+def _parse_int(low: int, high: int) -> Callable[[Any, str], int]:
+    allowed = f"a whole number from {low} to {high}"
+
+    def parse(value: Any, name: str) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _refuse(name, value, allowed)
+        return value
+
+    return parse
+
+
+def _parse_ratio(value: Any, name: str) -> float:
+    try:
+        ratio = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        ratio = 0.0
+    if not 0.0 < ratio <= 1.0:  # refuses nan too
+        raise _refuse(name, value, "a ratio above 0 and up to 1, for example 0.95")
+    return ratio
+
+
+_TRUE = frozenset({"true", "yes", "on", "1"})
+_FALSE = frozenset({"false", "no", "off", "0"})
+
+
+def _parse_bool(value: Any, name: str) -> bool:
+    word = str(value).strip().lower() if isinstance(value, (bool, int, str)) else ""
+    if word not in _TRUE | _FALSE:
+        raise _refuse(name, value, "true or false")
+    return word in _TRUE
+
+
+def _parse_text(value: Any, name: str) -> str:
+    text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    if not text or len(text) > 1024 or not text.isprintable():
+        raise _refuse(name, value, "1 to 1024 printable characters")
+    return text
+
+
+def _parse_host(value: Any, name: str) -> str:
+    host = value.strip().removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", host) and not _is_ipv6(host):
+        raise _refuse(name, value, 'a host name or IP address without a port, for example "0.0.0.0"')
+    return host
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def split_address(value: Any, name: str) -> tuple[str, int]:
+    """Return host and port of ``"10.0.0.7:50088"`` or ``"[::1]:50088"``; raises InvalidArgumentError."""
+    match = re.fullmatch(r"\s*(?:\[(.+)\]|([A-Za-z0-9._-]{1,255})):(\d{1,5})\s*", str(value))
+    if match is None or not 1 <= int(match[3]) <= 65535 or (match[1] and not _is_ipv6(match[1])):
+        raise _refuse(name, value, 'HOST:PORT with a port from 1 to 65535, for example "127.0.0.1:50088"')
+    return match[1] or match[2], int(match[3])
+
+
+def _parse_address(value: Any, name: str) -> str:
+    host, port = split_address(value, name)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _parse_path(value: Any, name: str) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not str(value).strip() or "\0" in str(value):
+        raise _refuse(name, value, "a path")
+    return str(Path(value).expanduser().absolute())
+
+
+def _parse_socket_path(value: Any, name: str) -> str:
+    path = _parse_path(value, name)
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        allowed = f"at most {SOCKET_PATH_BYTES_MAX} bytes"
+        raise InvalidArgumentError(name, f"{path!r} is too long for a unix socket; allowed: {allowed}")
+    return path
+
+
+def _parse_mode(value: Any, name: str) -> int:
+    allowed = "an octal file mode from 0 to 777, for example 0660"
+    if isinstance(value, str) and re.fullmatch(r"\s*(0o)?[0-7]{1,4}\s*", value):
+        value = int(value.strip().removeprefix("0o"), 8)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 0o777:
+        raise _refuse(name, value, allowed)
+    return value
+
+
+def choice(*words: str) -> Kind:
+    """Return the kind of one word out of some."""
+
+    def parse(value: Any, name: str) -> str:
+        word = str(value).strip().lower()
+        if word not in words:
+            raise _refuse(name, value, " or ".join(words))
+        return word
+
+    return Kind("|".join(words), parse)
+
+
+BOOL = Kind("", _parse_bool)
+PORT = Kind("PORT", _parse_int(0, 65535))
+RATIO = Kind("RATIO", _parse_ratio)
+SIZE = Kind("SIZE", parse_size)
+DURATION = Kind("DURATION", parse_duration_ms)
+TEXT = Kind("TEXT", _parse_text)
+HOST = Kind("HOST", _parse_host)
+ADDRESS = Kind("HOST:PORT", _parse_address)
+PATH = Kind("PATH", _parse_path)
+SOCKET_PATH = Kind("PATH", _parse_socket_path)
+MODE = Kind("MODE", _parse_mode)
+LOG_LEVEL = choice("debug", "info", "warning", "error")
+
+
+def count(low: int, high: int) -> Kind:
+    """Return the kind of a whole number within bounds."""
+    return Kind("N", _parse_int(low, high))
+
+
+TOKENS = count(0, 1 << 31)
