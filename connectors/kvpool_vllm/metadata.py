@@ -15,26 +15,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadJob:
-    """Fill ``block_ids`` with the blocks of ``keys`` (16 bytes each); reported under the request's id."""
+class Part:
+    """The blocks of one KV cache group in a job."""
 
     namespace: Namespace
     """With every job, because the scheduler learns it only when the engine has set its hash seed."""
-    request_id: str
     keys: bytes
+    """16 bytes a block."""
     block_ids: list[int]
-    lookup: Lookup | None
+    lookup: Lookup | None = None
     """The scheduler's answer for a chain that begins with these keys, so that a worker need not ask again."""
+    group: int = 0
+    """The group's number in the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Fill the blocks of all parts; reported under the request's id."""
+
+    request_id: str
+    parts: list[Part]
+    sync: bool = False
+    """Needed by this step's forward; else the request waits for the report."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are to be filled, over all parts."""
+        return sum(len(part.block_ids) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class SaveJob:
-    """Store ``block_ids`` under ``keys``; the engine keeps the blocks until every rank reports the job."""
+    """Store the blocks of all parts; the engine keeps them until every rank reports the job."""
 
-    namespace: Namespace
     job_id: int
-    keys: bytes
-    block_ids: list[int]
+    parts: list[Part]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are to be stored, over all parts."""
+        return sum(len(part.block_ids) for part in self.parts)
 
 
 @dataclass(slots=True)

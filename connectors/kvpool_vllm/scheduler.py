@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvpool.model import pack_keys
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.leases import LeaseKeeper
-from kvpool_vllm.metadata import LoadJob, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -152,7 +152,8 @@ class SchedulerSide:
         keys = pack_keys(self._hashes(request)[state.first : end])
         # An answer counts from the blocks it was told of; the engine may hold more by now.
         lookup = state.answer.lookup if state.first == state.known else None
-        state.job = LoadJob(namespace, request.request_id, keys, list(block_ids[state.first : end]), lookup)
+        part = Part(namespace, keys, list(block_ids[state.first : end]), lookup)
+        state.job = LoadJob(request.request_id, [part])
         state.loading = True
         self._loads.append(state.job)
         self.counters["load.jobs"] += 1
@@ -298,7 +299,8 @@ class SchedulerSide:
         self._saving[self._save_jobs] = _Saving(blocks, self._ranks)
         self._saving_blocks += len(blocks)
         self.counters["save.jobs"] += 1
-        return SaveJob(namespace, self._save_jobs, pack_keys(self._hashes(request)[start:end]), block_ids)
+        keys = pack_keys(self._hashes(request)[start:end])
+        return SaveJob(self._save_jobs, [Part(namespace, keys, block_ids)])
 
     def _let_go(self, job_id: int) -> None:
         saving = self._saving.pop(job_id)

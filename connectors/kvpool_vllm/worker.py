@@ -87,7 +87,7 @@ class WorkerSide:
             ended, self._loaded = self._loaded, []
         for job, arrived in ended:
             del self._loading[job.request_id]
-            self._failed_blocks.update(job.block_ids[arrived:])
+            self._failed_blocks.update(job.parts[0].block_ids[arrived:])
             self._report.loaded[job.request_id] = arrived
         return {job.request_id for job, _ in ended}
 
@@ -120,20 +120,17 @@ class WorkerSide:
     def _load(self, job: LoadJob) -> None:
         arrived = 0
         try:
+            part = job.parts[0]
             result = self._client.get(
-                job.namespace,
-                job.keys,
-                self._kv.views(job.block_ids),
-                shard=self._shard,
-                lookup=job.lookup,
+                part.namespace, part.keys, self._kv.views(part.block_ids), shard=self._shard, lookup=part.lookup
             )
             arrived = result.prefix
-            if arrived < len(job.block_ids):
+            if arrived < job.blocks:
                 logger.info(
                     "load of %s ended after %d of %d blocks: %s",
                     job.request_id,
                     arrived,
-                    len(job.block_ids),
+                    job.blocks,
                     result.reasons,
                 )
         except Exception:  # whatever it was, it is a miss: the engine waits for this report
@@ -144,19 +141,20 @@ class WorkerSide:
 
     def _save(self, job: SaveJob) -> None:
         try:
-            result = self._client.put(job.namespace, job.keys, self._kv.views(job.block_ids), shard=self._shard)
+            part = job.parts[0]
+            result = self._client.put(part.namespace, part.keys, self._kv.views(part.block_ids), shard=self._shard)
             self.counters["save.stored"] += result.stored
             self.counters["save.existed"] += result.existed
             self.counters["save.failed"] += result.failed
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
-            logger.exception("save of %d blocks failed", len(job.block_ids))
+            logger.exception("save of %d blocks failed", job.blocks)
             self.counters["save.errors"] += 1
         finally:
             self._end_save(job)
 
     def _end_load(self, job: LoadJob, arrived: int) -> None:
         self.counters["load.blocks"] += arrived
-        self.counters["load.failed"] += len(job.block_ids) - arrived
+        self.counters["load.failed"] += job.blocks - arrived
         with self._progress:
             self._loaded.append((job, arrived))
             self._progress.notify()

@@ -138,8 +138,8 @@ def test_engine_hit_is_subtracted(harness: Harness) -> None:
     assert harness.matched(request, 4) == (8, True)
     harness.side.allocated(request, [10, 11, 12], 8)
     (job,) = harness.step().loads
-    assert job.block_ids == [11, 12]
-    assert job.keys == b"".join(h[:KEY_BYTES] for h in request.block_hashes[1:])
+    assert job.parts[0].block_ids == [11, 12]
+    assert job.parts[0].keys == b"".join(h[:KEY_BYTES] for h in request.block_hashes[1:])
 
 
 def test_lookup_that_takes_long_is_asked_for_later(harness: Harness) -> None:
@@ -261,7 +261,7 @@ def test_full_blocks_of_the_prompt_are_saved_as_they_fill(harness: Harness) -> N
     harness.side.allocated(request, list(range(50)), 0)
     saved: list[list[int]] = []
     for tokens in (6, 6, 2, 1, 1, 8):
-        saved.extend(job.block_ids for job in harness.step(a=tokens).saves)
+        saved.extend(job.parts[0].block_ids for job in harness.step(a=tokens).saves)
         request.num_computed_tokens += tokens
     assert saved == [[0], [1, 2]]
 
@@ -276,7 +276,7 @@ def test_nothing_known_is_saved_again(harness: Harness) -> None:
     harness.side.worker_report(WorkerMeta(loaded={"a": 2}), ["a"])
     request.num_computed_tokens = 12
     (job,) = harness.step(a=8).saves
-    assert job.block_ids == [3, 4]
+    assert job.parts[0].block_ids == [3, 4]
 
 
 def test_saved_blocks_are_held_until_all_ranks_report(harness: Harness) -> None:

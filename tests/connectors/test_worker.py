@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvpool.model import KEY_BYTES, Namespace
-from kvpool_vllm.metadata import LoadJob, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.settings import ConnectorSettings
 from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
 from kvpool_vllm.worker import WorkerSide
@@ -42,10 +42,10 @@ class Harness:
         self.side.attach(self.memory)  # type: ignore[arg-type]
 
     def save(self, job_id: int, names: bytes, block_ids: list[int]) -> None:
-        self.side.start_saves(StepMeta(saves=[SaveJob(NAMESPACE, job_id, names, block_ids)]))
+        self.side.start_saves(StepMeta(saves=[SaveJob(job_id, [Part(NAMESPACE, names, block_ids)])]))
 
     def load(self, request_id: str, names: bytes, block_ids: list[int]) -> None:
-        self.side.start_loads(StepMeta(loads=[LoadJob(NAMESPACE, request_id, names, block_ids, None)]))
+        self.side.start_loads(StepMeta(loads=[LoadJob(request_id, [Part(NAMESPACE, names, block_ids)])]))
 
     def collect(
         self, loads: int = 0, saves: int = 0, aborted: tuple[str, ...] = ()
