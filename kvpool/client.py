@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
+from kvpool.client_health import BreakerOpenError, Health
 from kvpool.client_master import MasterFrame, MasterLink, leases_frame
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peer, Peers, Want, Wanted
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, pack_keys
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason, pack_keys
 from kvpool.rpc.v1 import master_pb2
 
 __all__ = ["Client", "GetResult", "Lookup", "PutResult", "Run"]
@@ -57,7 +58,8 @@ class Client:
 
     ``master``: host:port, None for this host's node alone. ``node``: unix socket of this host's node,
     None to ask the master for it. ``checksum``: "always", or "transfer" to leave out verifying what came
-    through this host's shared memory. Times are in milliseconds.
+    through this host's shared memory. Times are in milliseconds. Who fails ``breaker_failures`` times in a
+    row is left alone, and asked in the background every ``breaker_probe_interval_ms`` until it answers.
     """
 
     def __init__(
@@ -69,29 +71,39 @@ class Client:
         copy_threads: int = 2,
         lookup_timeout_ms: float = 40,
         transfer_timeout_ms: float = 1000,
+        breaker_failures: int = 3,
+        breaker_probe_interval_ms: float = 1000,
         name: str = "",
     ) -> None:
         if checksum not in {"always", "transfer"}:
             raise InvalidArgumentError("checksum", f'must be "always" or "transfer", not {checksum!r}')
         if not 1 <= copy_threads <= 64:
             raise InvalidArgumentError("copy_threads", f"must be from 1 to 64, not {copy_threads}")
+        if not 1 <= breaker_failures <= 1000:
+            raise InvalidArgumentError("breaker_failures", f"must be from 1 to 1000, not {breaker_failures}")
         self._verify_local = checksum == "always"
         self._lookup_s = _seconds(lookup_timeout_ms, "lookup_timeout_ms")
         self._transfer_s = _seconds(transfer_timeout_ms, "transfer_timeout_ms")
         self._name = name or f"pid {os.getpid()}"
         self._node_path = node
         self._copies = CopyThreads(copy_threads)
-        self._peers = Peers()
+        self._health = Health(breaker_failures, _seconds(breaker_probe_interval_ms, "breaker_probe_interval_ms"))
+        self._near = self._health.guard("this host", self._probe_local)
+        self._peers = Peers(self._health)
         self._counters: Counter[str] = Counter()
         self._namespaces: dict[bytes, Namespace] = {}
         self._lock = threading.Lock()
+        self._tasks_lock = threading.Lock()  # its own: nobody who only wants a thread waits for an attach
         self._node: LocalNode | None = None
+        self._own_id = ""  # of the node that is or was attached
         self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
         self._attach_at = 0.0
         self._placed: tuple[Peer | None, float] = (None, 0.0)  # where a client without a node puts, until when
         self._tasks: ThreadPoolExecutor | None = None
         self._closed = False
-        self._link = MasterLink(master, self._name, self._attach) if master is not None else None
+        self._link = (
+            MasterLink(master, self._name, self._attach, self._health, self._lookup_s) if master is not None else None
+        )
         if self._link is None or not self._link.wait_tried(CONNECT_S):
             self._attach()
 
@@ -106,6 +118,7 @@ class Client:
     def close(self) -> None:
         """Let go of everything; calls that still run end as misses."""
         self._closed = True
+        self._health.close()
         if self._link is not None:
             self._link.close()
         if self._node is not None:
@@ -135,8 +148,13 @@ class Client:
         return self._local() is not None
 
     def stats(self) -> dict[str, int]:
-        """Return the counters since the start: hits by tier, bytes, misses and failures by reason."""
-        return dict(self._counters)
+        """Return the counters since the start: hits by tier, bytes, misses and failures by reason, breakers."""
+        return {**self._counters, **self._health.counters()}
+
+    def unusable_nodes(self) -> set[str]:
+        """Return the ids of the nodes that are not asked now because they have failed. Quick."""
+        lost = {self._own_id} if self._own_id and (self._node is None or not self._node.alive) else set()
+        return lost | self._peers.unusable() if self._health.troubled else lost
 
     # ---- lookup ----------------------------------------------------------------------------------
 
@@ -166,27 +184,32 @@ class Client:
                 reply = self._link.ask(MasterFrame(lookup=request), keys, timeout_s).lookup
             except InvalidArgumentError:
                 raise
+            except BreakerOpenError:
+                self._counters["lookup.breaker_open"] += 1
+                return self._lookup_locally(digest, keys, known_prefix, Reason.BREAKER_OPEN.value)
             except KVPoolError as exc:
                 self._counters["lookup.failed"] += 1
                 log.debug("lookup: %s", exc)
             else:
                 return lookup_from_proto(reply, known_prefix)
-        return self._lookup_locally(digest, keys, known_prefix)
+        return self._lookup_locally(digest, keys, known_prefix, Reason.MASTER_UNREACHABLE.value)
 
-    def _lookup_locally(self, digest: bytes, keys: bytes, known_prefix: int) -> Lookup:
+    def _lookup_locally(self, digest: bytes, keys: bytes, known_prefix: int, why: str) -> Lookup:
+        nothing = Lookup(known_prefix, why if why == "breaker_open" else "no_pool", known_prefix=known_prefix)
         node, namespace = self._local(), self._namespaces.get(digest)
         if node is None or namespace is None:
-            return Lookup(known_prefix, "no_pool", known_prefix=known_prefix)
+            return nothing
         try:
-            prefix = node.local_prefix(namespace, keys[known_prefix * KEY_BYTES :], LOCAL_LOOKUP_S)
+            with self._near.call():
+                prefix = node.local_prefix(namespace, keys[known_prefix * KEY_BYTES :], LOCAL_LOOKUP_S)
         except KVPoolError as exc:
             log.debug("local lookup: %s", exc)
-            return Lookup(known_prefix, "no_pool", known_prefix=known_prefix)
+            return nothing
         address = NodeAddress(node.node_id, socket_path=node.path)
         run = Run(prefix, [(address, "dram", tuple(range(namespace.shards)))])
         return Lookup(
             known_prefix + prefix,
-            "master_unreachable",
+            why,
             known_prefix=known_prefix,
             runs=[run] if prefix else [],
         )
@@ -244,7 +267,7 @@ class Client:
             counts = {"no_room": len(wrapped)}
         except KVPoolError as exc:
             log.debug("put: %s", exc)
-            counts = {"unavailable" if isinstance(exc, UnavailableError) else "refused": len(wrapped)}
+            counts = {_why_not_put(exc): len(wrapped)}
         stored = counts.pop("stored", 0)
         existed = counts.pop("existed", 0) + counts.pop("being_written", 0)
         errors = {reason: count for reason, count in counts.items() if count}
@@ -262,7 +285,7 @@ class Client:
         if self._link is None:
             raise UnavailableError("no node on this host, and no master to name another")
         peer, until = self._placed
-        if peer is None or not peer.usable or time.monotonic() > until:
+        if peer is None or time.monotonic() > until:
             address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
             if address is None:
                 raise UnavailableError("the master knows no live node")
@@ -331,9 +354,9 @@ class Client:
         shard, first_layer = place
         if lookup is None:
             lookup = self.lookup(space, keys, timeout_ms=1000 * min(timeout_s, GET_LOOKUP_S))
-        elif lookup.reason in {"master_unreachable", "no_pool"}:
+        elif lookup.reason in {"master_unreachable", "breaker_open", "no_pool"}:
             return 0
-        own = self._node.node_id if self._node is not None else ""
+        own = self._own_id
         wanted = []
         number = 0
         for run in lookup.runs:
@@ -409,7 +432,7 @@ class Client:
         )
 
     def _executor(self) -> ThreadPoolExecutor:
-        with self._lock:
+        with self._tasks_lock:
             if self._tasks is None:
                 self._tasks = ThreadPoolExecutor(4, "kvpool-client")
             return self._tasks
@@ -447,6 +470,11 @@ class Client:
             self._executor().submit(self._attach)
         return None
 
+    def _probe_local(self) -> None:
+        node = self._node
+        if node is not None and node.alive:  # otherwise it is the attaching that probes
+            node.probe()
+
     def _attach(self) -> None:
         """Attach to this host's node if there is one and we have none; quick, and at most twice a second."""
         with self._lock:
@@ -462,7 +490,7 @@ class Client:
                 except KVPoolError as exc:
                     log.debug("no node at %s: %s", path, exc)
                     continue
-                self._node = node
+                self._node, self._own_id = node, node.node_id
                 threading.Thread(target=node.prefault, name="kvpool-prefault", daemon=True).start()
                 log.info("attached to node %s at %s", node.node_id, path)
                 break
@@ -496,6 +524,12 @@ def _seconds(timeout_ms: float, field: str) -> float:
     if not 0 < timeout_ms <= 86_400_000:  # refuses nan too
         raise InvalidArgumentError(field, f"must be above 0 and at most a day, not {timeout_ms}")
     return timeout_ms / 1000
+
+
+def _why_not_put(exc: KVPoolError) -> str:
+    if isinstance(exc, BreakerOpenError):
+        return Reason.BREAKER_OPEN.value
+    return "unavailable" if isinstance(exc, UnavailableError) else "refused"
 
 
 def _check_shard(namespace: Namespace, shard: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from kvpool.client_health import Health
 from kvpool.config import split_address
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
 from kvpool.model import Namespace, NodeAddress
@@ -42,8 +43,16 @@ MasterFrameReply = master_pb2.MasterFrameReply
 class MasterLink:
     """Knows the master's data port and its nodes while the master is there."""
 
-    def __init__(self, address: str, name: str, changed: Callable[[], None]) -> None:
-        """``changed`` is called by the link's thread after each handshake, good or bad."""
+    def __init__(
+        self, address: str, name: str, changed: Callable[[], None], health: Health, probe_timeout_s: float
+    ) -> None:
+        """``changed`` is called by the link's thread after each handshake, good or bad.
+
+        Once questions have timed out several times in a row, none is asked before one was answered again
+        within ``probe_timeout_s``.
+        """
+        self._guard = health.guard("master", self._probe)
+        self._probe_timeout_s = probe_timeout_s
         self._address = address
         self._host = split_address(address, "master")[0]
         self._name = name
@@ -86,8 +95,17 @@ class MasterLink:
     ) -> master_pb2.MasterFrameReply:
         """Ask by frame, or by gRPC where the data port cannot be reached.
 
-        Raises UnavailableError at once when the master is away, and at the deadline.
+        Raises UnavailableError at once when the master is away, and at the deadline; BreakerOpenError.
         """
+        if not self.up:
+            raise UnavailableError(f"the master at {self._address} is not reachable")
+        with self._guard.call():
+            return self._ask(frame, payload, timeout_s)
+
+    def _probe(self) -> None:
+        self._ask(leases_frame("renew", []), b"", self._probe_timeout_s)
+
+    def _ask(self, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float) -> master_pb2.MasterFrameReply:
         stub = self._stub
         if stub is not None:
             return _ask_by_grpc(stub, frame, payload, timeout_s)
@@ -121,7 +139,9 @@ class MasterLink:
                 self._wake.set()
 
     def place(self, size: int, timeout_s: float) -> NodeAddress | None:
-        """Ask for a node that takes our blocks. Raises UnavailableError."""
+        """Ask for a node that takes our blocks. Raises UnavailableError, at once when the master is away."""
+        if not self.up:
+            raise UnavailableError(f"the master at {self._address} is not reachable")
         reply = self._call("Place", master_pb2.PlaceRequest(bytes=size), timeout_s)
         return address_from_proto(reply.node) if reply.HasField("node") else None
 

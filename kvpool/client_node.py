@@ -22,7 +22,7 @@ from kvpool.client_bytes import (
     unpack_digests,
 )
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
-from kvpool.model import Namespace
+from kvpool.model import DIGEST_BYTES, Namespace
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
@@ -231,6 +231,12 @@ class LocalNode:
         with self._pool.channel(timeout_s) as channel:
             reply, _ = channel.call(NodeFrame(local_prefix=request), NodeFrameReply, keys, timeout_s=timeout_s)
         return reply.local_prefix.prefix
+
+    def probe(self) -> None:
+        """Return when the node answers. Raises UnavailableError."""
+        anything = NodeFrame(local_prefix=node_pb2.LocalPrefix(namespace=bytes(DIGEST_BYTES), shards=1))
+        with self._pool.channel(CONTROL_S) as channel:
+            channel.call(anything, NodeFrameReply, timeout_s=CONTROL_S)
 
     def register(self, namespace: Namespace, timeout_s: float) -> None:
         """Make a namespace known to the node, once."""

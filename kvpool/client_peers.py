@@ -23,8 +23,9 @@ from kvpool.client_bytes import (
     unpack_digests,
     view,
 )
+from kvpool.client_health import BreakerOpenError, Health
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError, UnknownNamespaceError
-from kvpool.model import CHECKSUM_BYTES, Namespace, NodeAddress
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
@@ -36,7 +37,6 @@ CONNECT_S = 0.4
 PROGRESS_S = 0.4
 """A node that is stopped answers nothing: after this long the next owner is asked."""
 
-AVOID_S = 2.0
 REQUEST_BYTES = 32 << 20
 STEP_BYTES = 256 << 10
 
@@ -70,20 +70,20 @@ class Wanted:
 
 
 class Peer:
-    """One remote node. After a failure it is left alone for a while, then tried again."""
+    """One remote node, behind a circuit breaker."""
 
-    def __init__(self, address: NodeAddress) -> None:
+    def __init__(self, address: NodeAddress, health: Health) -> None:
         self.address = address
+        self.guard = health.guard(address.node_id, self._probe)
         self._pool = ChannelPool(
             lambda timeout_s: Channel.connect_tcp(address.host, address.port, min(timeout_s, CONNECT_S)),
             channels_max=CHANNELS_MAX,
         )
-        self._avoid_until = 0.0
 
     @property
     def usable(self) -> bool:
         """Whether it is worth asking."""
-        return time.monotonic() >= self._avoid_until
+        return self.guard.closed
 
     def close(self) -> None:
         """Close its channels."""
@@ -91,13 +91,14 @@ class Peer:
 
     @contextlib.contextmanager
     def channel(self, timeout_s: float) -> Iterator[Channel]:
-        """Lend a channel; a failure makes the node unusable for a while."""
-        try:
-            with self._pool.channel(timeout_s) as channel:
-                yield channel
-        except (UnavailableError, FrameError):
-            self._avoid_until = time.monotonic() + AVOID_S
-            raise
+        """Lend a channel. Raises BreakerOpenError at once while the node is left alone."""
+        with self.guard.call(), self._pool.channel(timeout_s) as channel:
+            yield channel
+
+    def _probe(self) -> None:
+        anything = node_pb2.LocalPrefix(namespace=bytes(DIGEST_BYTES), shards=1)
+        with self._pool.channel(PROGRESS_S) as channel:
+            channel.call(NodeFrame(local_prefix=anything), NodeFrameReply, timeout_s=PROGRESS_S)
 
     def get(self, namespace: bytes, items: Sequence[Wanted], want: Want, timeout_s: float) -> list[str]:
         """Fill the buffers of these blocks; returns "" or a miss reason for each. Raises when the node fails."""
@@ -164,7 +165,8 @@ class Peer:
 class Peers:
     """All remote nodes, by address."""
 
-    def __init__(self) -> None:
+    def __init__(self, health: Health) -> None:
+        self._health = health
         self._lock = threading.Lock()
         self._peers: dict[tuple[str, int], Peer] = {}
 
@@ -174,8 +176,13 @@ class Peers:
             place = (address.host, address.port)
             peer = self._peers.get(place)
             if peer is None:
-                peer = self._peers[place] = Peer(address)
+                peer = self._peers[place] = Peer(address, self._health)
             return peer
+
+    def unusable(self) -> set[str]:
+        """Return the ids of the nodes that are left alone."""
+        with self._lock:
+            return {peer.address.node_id for peer in self._peers.values() if not peer.usable}
 
     def close(self) -> None:
         """Close all channels."""
@@ -214,9 +221,10 @@ class Peers:
                 if peer.usable:
                     groups.setdefault(peer, []).append(item)
                     break
+                peer.guard.rejected += 1
                 item.owners.pop(0)
             else:
-                reasons.setdefault(item.number, "owner_lost" if found_any else "not_here")
+                reasons.setdefault(item.number, "breaker_open" if found_any else "not_here")
         return groups
 
 
@@ -225,9 +233,9 @@ def _fetch(
 ) -> list[Wanted]:
     """Ask one node for some blocks; returns those that another owner may still have."""
     try:
-        if not peer.usable:  # it has failed since: another wait would bring nothing
-            raise UnavailableError(f"node {peer.address.node_id} has just failed")
         answers = peer.get(namespace, items, want, max(0.001, deadline - time.monotonic()))
+    except BreakerOpenError:
+        answers = ["breaker_open"] * len(items)
     except UnavailableError:
         answers = ["owner_lost"] * len(items)
     except OverloadedError:

@@ -23,7 +23,8 @@ class Lookup:
 
     ``reason`` says why it ends there: complete, not_stored, not_whole, owner_suspect, warming,
     namespace_unknown, namespace_mismatch (``detail`` names the fields), master_unreachable (this host's
-    node alone was asked), no_pool (neither the master nor a node of this host answers).
+    node alone was asked), breaker_open (the same, the master having failed several times in a row), no_pool (neither
+    the master nor a node of this host answers).
     ``lease``: 0, or a token to ``renew`` and to ``release``.
     """
 

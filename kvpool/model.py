@@ -138,6 +138,8 @@ class Reason(Enum):
     NAMESPACE_UNKNOWN = "namespace_unknown"
     NAMESPACE_MISMATCH = "namespace_mismatch"
     MASTER_UNREACHABLE = "master_unreachable"
+    BREAKER_OPEN = "breaker_open"
+    """Nobody was asked: who would know has failed several times in a row. Said by clients only."""
 
 
 def pack_keys(hashes: bytes | bytearray | memoryview | Sequence[bytes], field: str = "hashes") -> bytes:

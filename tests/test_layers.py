@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "tiers": WORDS | {"transport"},  # the memfd's making is shared with those who map it
     "rpc": WORDS | {"core"},
     "transport": WORDS | {"rpc"},
-    "client": CONTROL | {"rpc", "transport"},
+    "client": CONTROL | {"core", "rpc", "transport"},
     "server": CONTROL | {"core", "tiers", "transport", "rpc"},
     "testing": WORDS | {"core", "tiers", "transport", "rpc", "client"},
     "bench": CONTROL | {"core", "tiers", "transport", "rpc", "client", "server", "testing"},

@@ -1,0 +1,159 @@
+"""Whom a client may ask: one circuit breaker for each node and one for the master, and the thread that probes.
+
+A call to somebody who has failed several times in a row is refused at once. No caller ever probes: a
+thread does, which lives while some breaker is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from kvpool.core.breaker import Breaker
+from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class BreakerOpenError(UnavailableError):
+    """Nobody was asked: the other end has failed several times in a row, and no probe has succeeded since."""
+
+
+class Guard:
+    """The breaker of one other end, called ``name`` in the log and in the counters. Thread-safe."""
+
+    def __init__(self, health: Health, name: str, probe: Callable[[], None], breaker: Breaker) -> None:
+        self.name = name
+        self.rejected = 0
+        """Calls refused."""
+        self.breaker = breaker
+        self._health = health
+        self._probe = probe
+        self._lock = threading.Lock()
+
+    @property
+    def closed(self) -> bool:
+        """Whether calls go through."""
+        return self.breaker.closed
+
+    def check(self) -> None:
+        """Raise BreakerOpenError, and count it, unless calls go through."""
+        if not self.breaker.closed:
+            self.rejected += 1
+            raise BreakerOpenError(f"{self.name} has failed several times in a row")
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Refuse a call, or let it through and count how it ends. Raises BreakerOpenError."""
+        self.check()
+        with self._counted():
+            yield
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        try:
+            yield
+        except (UnavailableError, FrameError):
+            self._failed()
+            raise
+        except OverloadedError:  # full, here or there: no sign of either
+            raise
+        except KVPoolError:  # an answer, in time
+            self._succeeded()
+            raise
+        self._succeeded()
+
+    def _failed(self) -> None:
+        with self._lock:
+            opened = self.breaker.failure(time.monotonic(), random.random())  # noqa: S311 -- spreads probes
+        if opened:
+            log.warning("%s does not answer; it is left alone until it does", self.name)
+            self._health.opened()
+
+    def _succeeded(self) -> None:
+        with self._lock:
+            closed = self.breaker.success()
+        if closed:
+            log.warning("%s answers again", self.name)
+
+    def probe_if_due(self, now: float) -> None:
+        """Probe, in the caller's time."""
+        with self._lock:
+            due = self.breaker.begin_probe(now)
+        if due:
+            try:
+                with self._counted():
+                    self._probe()
+            except KVPoolError as exc:
+                log.debug("probe of %s: %s", self.name, exc)
+
+
+class Health:
+    """All guards of a client."""
+
+    def __init__(self, failures: int, probe_interval_s: float) -> None:
+        """Open a breaker after ``failures`` in a row, probe it every ``probe_interval_s``, later less often."""
+        self._failures = failures
+        self._interval_s = probe_interval_s
+        self._lock = threading.Lock()
+        self._guards: list[Guard] = []
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._closed = False
+
+    def guard(self, name: str, probe: Callable[[], None]) -> Guard:
+        """Return a new breaker; ``probe`` asks the other end something cheap, and raises when it gets no answer."""
+        guard = Guard(self, name, probe, Breaker(self._failures, self._interval_s))
+        with self._lock:
+            self._guards.append(guard)
+        return guard
+
+    def counters(self) -> dict[str, int]:
+        """Return for each breaker that has ever opened: ``breaker.open.NAME`` (0 or 1), ``opened``, ``rejected``."""
+        with self._lock:
+            used = [guard for guard in self._guards if guard.breaker.opened]
+        return {
+            f"breaker.{key}.{guard.name}": value
+            for guard in used
+            for key, value in (
+                ("open", not guard.closed),
+                ("opened", guard.breaker.opened),
+                ("rejected", guard.rejected),
+            )
+        }
+
+    @property
+    def troubled(self) -> bool:
+        """Whether some breaker may be open."""
+        return self._thread is not None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        self._wake.set()
+
+    def opened(self) -> None:
+        """See to it that somebody probes; only for guards."""
+        with self._lock:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="kvpool-health", daemon=True)
+                self._thread.start()
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.clear()
+            with self._lock:
+                waiting = [guard for guard in self._guards if not guard.closed]
+                if not waiting:
+                    self._thread = None
+                    return
+            dues = [due for guard in waiting if (due := guard.breaker.probe_at) is not None]
+            self._wake.wait(max(0.0, min(dues, default=0.0) - time.monotonic()))
+            for guard in waiting:
+                if not self._closed:
+                    guard.probe_if_due(time.monotonic())
