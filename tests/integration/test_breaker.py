@@ -1,0 +1,123 @@
+"""Nodes and masters that hang: soon nobody waits for them any more, and they are used again when they answer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from kvpool import Client
+from kvpool.client_results import GetResult
+from tests.integration.pool import SPACE, Pool, chain_of, content_of, free_port, get_chain, put_chain, wait_for
+from tests.integration.slow import SlowProxy
+
+SIZE = 64 << 10
+KEYS = chain_of(1, 16)
+OTHERS = chain_of(2, 16)
+QUICK_PROBES = {"breaker_probe_interval_ms": 200}
+ALL_REFUSED = {"breaker_open": len(KEYS)}
+
+
+@contextlib.contextmanager
+def hanging(pool: Pool, proxy: SlowProxy, how: str) -> Iterator[None]:
+    """Stop node b, or delay its answers."""
+    if how == "stopped":
+        with pool.nodes["b"].stopped():
+            yield
+    else:
+        proxy.delay_s = 2.0
+        yield
+        proxy.delay_s = 0.0
+
+
+@pytest.mark.parametrize("how", ["stopped", "delayed"])
+def test_node_that_hangs_is_left_alone_until_it_answers(bare_pool: Pool, how: str) -> None:
+    """After a few timeouts reads and writes are refused without asking it; a probe finds it well again."""
+    pool, port = bare_pool, free_port()
+    pool.start_master()
+    pool.start_node("b", "--port", str(port), "--advertise_host", "127.0.0.2", "--segment_size", "64MB")
+    with SlowProxy("127.0.0.2", port) as proxy:
+        put_chain(pool.client("b"), SPACE, KEYS, SIZE)
+        client = pool.client(breaker_failures=2, **QUICK_PROBES)
+        wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
+        lookup = client.lookup(SPACE, KEYS)
+
+        def read() -> GetResult:
+            result: GetResult = get_chain(client, SPACE, KEYS, SIZE, lookup=lookup)
+            return result
+
+        assert read().prefix == len(KEYS)
+        with hanging(pool, proxy, how):
+            assert read().reasons == {"owner_lost": len(KEYS)}
+            wait_for(lambda: read().reasons == ALL_REFUSED, "the breaker opens", 5.0)
+            assert client.unusable_nodes() == {"b"}
+            # Probes that fail do not let a call through.
+            opened = client.stats()["breaker.opened.b"]
+            for _ in range(100):
+                assert read().reasons == ALL_REFUSED
+            assert client.put(SPACE, OTHERS, [content_of(k, SIZE) for k in OTHERS]).errors == ALL_REFUSED
+            counters = client.stats()
+            assert (counters["breaker.open.b"], counters["breaker.opened.b"]) == (1, opened)
+            assert counters["breaker.rejected.b"] > 100
+        wait_for(lambda: read().prefix == len(KEYS), "it is asked again")
+        assert client.unusable_nodes() == set()
+        assert client.stats()["breaker.open.b"] == 0
+
+
+@contextlib.contextmanager
+def client_behind(pool: Pool, data_port: int) -> Iterator[tuple[Client, SlowProxy]]:
+    """Yield a client without a node, and what its lookups pass through."""
+    with (
+        SlowProxy("127.0.0.2", pool.port),
+        SlowProxy("127.0.0.2", data_port) as lookups,
+        Client(f"127.0.0.2:{pool.port}", node=pool.socket_path("none"), breaker_failures=2, **QUICK_PROBES) as client,
+    ):
+        yield client, lookups
+
+
+def test_master_whose_lookups_time_out_is_left_alone_until_they_do_not(bare_pool: Pool) -> None:
+    """It shakes hands in time, so only the breaker keeps every lookup from waiting for its timeout."""
+    pool, data_port = bare_pool, free_port()
+    pool.start_master("--data_port", str(data_port))
+    pool.start_node("a")
+    put_chain(pool.client("a"), SPACE, KEYS, SIZE)
+    with client_behind(pool, data_port) as (client, lookups):
+        wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
+        lookups.delay_s = 2.0
+        wait_for(lambda: client.lookup(SPACE, KEYS).reason == "breaker_open", "the breaker opens", 5.0)
+        assert client.lookup(SPACE, KEYS).prefix == 0
+        assert client.stats()["breaker.open.master"] == 1
+        lookups.delay_s = 0.0
+        wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "it is asked again")
+        assert client.stats()["breaker.open.master"] == 0
+
+
+def test_with_master_and_node_stopped_no_lookup_waits_for_either(pool: Pool) -> None:
+    """This host's node answers for the master until it hangs as well; both are found again."""
+    client = pool.client("a", breaker_failures=2, **QUICK_PROBES)
+    put_chain(client, SPACE, KEYS, SIZE)
+    wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "the blocks are known")
+    with pool.master.stopped():
+        wait_for(lambda: client.lookup(SPACE, KEYS).reason != "complete", "the master is missed")
+        assert client.lookup(SPACE, KEYS).prefix == len(KEYS)
+        with pool.nodes["a"].stopped():
+
+            def left_alone() -> bool:
+                assert client.lookup(SPACE, KEYS).prefix == 0
+                return client.stats().get("breaker.open.this host") == 1
+
+            wait_for(left_alone, "the breaker opens", 5.0)
+        wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the node is asked again")
+    wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "the master is asked again")
+
+
+def test_stopped_local_node_is_unusable_until_it_is_attached_again(pool: Pool) -> None:
+    """Reads and writes go on without it, and use it as soon as it answers."""
+    client = pool.client("a", **QUICK_PROBES)
+    put_chain(client, SPACE, KEYS, SIZE)
+    with pool.nodes["a"].stopped():
+        wait_for(lambda: get_chain(client, SPACE, KEYS, SIZE).prefix == 0, "it is missed")
+        assert client.unusable_nodes() == {"a"}
+    wait_for(lambda: get_chain(client, SPACE, KEYS, SIZE).tiers == {"local": len(KEYS)}, "it is used again")
+    assert client.unusable_nodes() == set()
