@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import yaml
@@ -41,9 +42,10 @@ from kvpool.config_kinds import (
 from kvpool.errors import ConfigError, InvalidArgumentError
 
 __all__ = [
-    "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED", "TEXT", "ClientSettings",
-    "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "Settings", "boot_id",
-    "default_socket_path", "load", "runtime_dir", "setting", "split_address",
+    "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED", "MOONCAKE_TO_KVPOOL",
+    "TEXT", "ClientSettings", "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "Settings",
+    "boot_id", "default_socket_path", "foreign_environment", "from_mooncake", "load", "no_such_setting", "read_file",
+    "runtime_dir", "setting", "split_address",
 ]  # fmt: skip
 
 ENV_PREFIX = "KVPOOL_"
@@ -164,6 +166,7 @@ class ClientSettings(Settings):
     copy_threads: int = setting(2, count(1, 64), "Threads that copy and hash.")
     lookup_timeout: int = setting("40ms", DURATION, "How long a lookup may take before it is a miss.")
     transfer_timeout: int = setting("1s", DURATION, "How long a put or get may take before it ends.")
+    connect_timeout: int = setting("400ms", DURATION, "How long connecting to another host's node may take.")
     autostart_node: bool = setting(
         False, BOOL, "Start a node when this host has none; it ends with the engine that started it."
     )
@@ -238,11 +241,13 @@ def load(
     config_path: str | None = None,
     environ: Mapping[str, str] = os.environ,
     flags_from: str = "",
+    foreign: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
 ) -> Loaded[S]:
     """Return the settings of one component from flags, environment, file and defaults.
 
     Flags that are None count as not given; ``flags_from`` names their origin when it is no command
-    line. Raises ConfigError naming the field, where its value came from, and what is allowed.
+    line. ``foreign`` are values with their origin that other systems' settings were translated to; they
+    win over the file. Raises ConfigError naming the field, where its value came from, and what is allowed.
     """
     notes: list[str] = []
     known = {item.name: item for item in dataclasses.fields(cls)}
@@ -255,12 +260,13 @@ def load(
     path = config_path or mooncake_path
     if path:
         values.update(_file_values(cls, path, notes, mooncake=not config_path))
+    values.update(foreign)
     values.update(_environment_values(known, _all_names(cls), environ))
     for name, value in flags.items():
         if value is None:
             continue
         if name not in known:
-            raise ConfigError(name, _unknown(name, known) + (f" (from {flags_from})" if flags_from else ""))
+            raise ConfigError(name, no_such_setting(name, known) + (f" (from {flags_from})" if flags_from else ""))
         values[name] = (value, flags_from or f"flag --{name}")
 
     parsed: dict[str, Any] = {}
@@ -276,7 +282,8 @@ def load(
         raise ConfigError(error.field, f"{error.problem} (from {sources.get(error.field, 'default')})") from None
 
 
-def _unknown(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
+def no_such_setting(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """Return what is wrong with a name that is not among those known."""
     near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
     return f"no such setting; did you mean {spell(near[0])}?" if near else "no such setting"
 
@@ -299,14 +306,19 @@ def _environment_values(
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in everyone or variable != variable.upper():
-            raise ConfigError(variable, _unknown(name, everyone, lambda near: ENV_PREFIX + near.upper()))
+            raise ConfigError(variable, no_such_setting(name, everyone, lambda near: ENV_PREFIX + near.upper()))
         if name in known and value:  # set but empty counts as not set, as templates leave it
             values[name] = (value, variable)
     return values
 
 
-def _read_file(path: str) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file (JSON is YAML)."""
+def foreign_environment(names: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return those of other systems' variables that are set and not empty."""
+    return {name: environ[name] for name in names if environ.get(name)}
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file (JSON is YAML); raise ConfigError where it holds none."""
     try:
         with Path(path).expanduser().open("rb") as stream:
             data = stream.read(CONFIG_BYTES_MAX + 1)
@@ -327,16 +339,16 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: bool) -> dict[str, tuple[Any, str]]:
-    content = _read_file(path)
+    content = read_file(path)
     everyone = _all_names(cls)
     if mooncake or _MOONCAKE_SIGNS & content.keys():
-        content = _from_mooncake(content, path, notes)
+        content = from_mooncake(content, path, notes)
     known = {item.name for item in dataclasses.fields(cls)}
     values: dict[str, tuple[Any, str]] = {}
     elsewhere = []
     for name, value in content.items():
         if name not in everyone:
-            raise ConfigError(name, f"{_unknown(name, everyone)} (from {path})")
+            raise ConfigError(name, f"{no_such_setting(name, everyone)} (from {path})")
         if name not in known:
             elsewhere.append(name)
         elif value is not None:
@@ -346,7 +358,8 @@ def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: 
     return values
 
 
-def _from_mooncake(content: dict[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
+def from_mooncake(content: Mapping[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
+    """Return our settings for those of a ``mooncake.json``; raise ConfigError for keys that it does not have."""
     translated: dict[str, Any] = {}
     ignored = []
     for key, value in content.items():
@@ -355,7 +368,7 @@ def _from_mooncake(content: dict[str, Any], path: str, notes: list[str]) -> dict
         elif key in MOONCAKE_IGNORED:
             ignored.append(key)
         else:
-            raise ConfigError(key, f"{_unknown(key, MOONCAKE_IGNORED | set(MOONCAKE_TO_KVPOOL))} (from {path})")
+            raise ConfigError(key, f"{no_such_setting(key, MOONCAKE_IGNORED | set(MOONCAKE_TO_KVPOOL))} (from {path})")
     if ignored:
         notes.append(f"{path}: these Mooncake keys mean nothing here: {', '.join(sorted(ignored))}")
     return translated

@@ -85,7 +85,7 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         """Raise InvalidArgumentError for settings and models that cannot work."""
         super().__init__(vllm_config, role, kv_cache_config)
         check_supported(vllm_config, kv_cache_config)
-        self._settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
+        self._settings = read_settings(self._kv_transfer_config, tell=role == KVConnectorRole.SCHEDULER)
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._facts: RankFacts | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -246,3 +246,7 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
     def _step(self) -> StepMeta:
         meta: StepMeta = self._get_connector_metadata()
         return meta
+
+
+# Under the names of other stores' connectors, for configurations that give this module as kv_connector_module_path.
+AscendStoreConnector = MooncakeConnectorStoreV1 = MooncakeStoreConnector = UCMConnector = KVPoolConnector

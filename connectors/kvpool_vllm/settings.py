@@ -1,24 +1,23 @@
-"""The connector's settings: a client's, and a few of its own, from ``kv_connector_extra_config``."""
+"""The connector's settings: a client's, and its own, from ``--kv-transfer-config``."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from kvpool.config import ConnectorSettings, load
 from kvpool.errors import ConfigError
 from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.seeds import SOURCE, translate
 
 if TYPE_CHECKING:
     from kvpool.client import Client
 
 logger = logging.getLogger(LOGGER_NAME)
-
-SOURCE = "kv_connector_extra_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,21 @@ def role_of(kv_role: str | None, settings: ConnectorSettings) -> Role:
     raise ConfigError("kv_role", f"must be kv_both, kv_producer or kv_consumer, not {kv_role!r}")
 
 
-def read_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
-    """Return the checked settings; raise ConfigError naming the nearest known one for an unknown key."""
-    loaded = load(ConnectorSettings, flags=extra, flags_from=SOURCE)
-    for note in loaded.notes:
-        logger.info("%s", note)
+def read_settings(transfer_config: Any, *, tell: bool = True) -> ConnectorSettings:
+    """Return the checked settings of a ``KVTransferConfig``; raise ConfigError for what is not understood.
+
+    ``tell`` logs, for one of an engine's processes, which keys have no effect and why.
+    """
+    translated = translate(transfer_config)
+    loaded = load(ConnectorSettings, flags=translated.flags, flags_from=SOURCE, foreign=translated.foreign)
+    role = role_of(transfer_config.kv_role, loaded.settings)
+    if tell:
+        for note in (*translated.notes, *loaded.notes):
+            logger.info("%s", note)
+        if not role.loads:
+            flag = "producer_is_to_load" if transfer_config.kv_role == "kv_producer" else "consumer_is_to_load"
+            does = "saves, and does not load" if role.saves else "neither loads nor saves"
+            logger.warning("this %s %s; to load: %s", transfer_config.kv_role, does, flag)
     return loaded.settings
 
 
@@ -69,6 +78,8 @@ def make_client(settings: ConnectorSettings, name: str) -> Client:
         copy_threads=settings.copy_threads,
         lookup_timeout_ms=settings.lookup_timeout,
         transfer_timeout_ms=settings.transfer_timeout,
+        breaker_failures=settings.breaker_failures,
+        breaker_probe_interval_ms=settings.breaker_probe_interval,
         name=name,
     )
 

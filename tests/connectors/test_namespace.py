@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvpool.errors import ConfigError, InvalidArgumentError
+from kvpool.errors import InvalidArgumentError
 from kvpool_vllm.metadata import RankFacts
 from kvpool_vllm.namespace import check_supported, head_groups, model_label, shard_of, weights_digest, whole_layers
-from kvpool_vllm.settings import ConnectorSettings, connect, read_settings
 
 
 def write_checkpoint(directory: Path, data: bytes, name: str = "w") -> Path:
@@ -121,22 +120,3 @@ def test_what_cannot_be_stored_is_refused_in_a_sentence(given: tuple[Any, Any], 
     """At start, with the name of the setting, not at run time."""
     with pytest.raises(InvalidArgumentError, match=said):
         check_supported(*given)
-
-
-def test_settings_come_from_the_extra_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's keys and the connector's own."""
-    settings = read_settings({"master": "10.0.0.1:50088", "load_threads": 3, "transfer_timeout": "2s"})
-    assert (settings.master, settings.load_threads, settings.transfer_timeout) == ("10.0.0.1:50088", 3, 2000)
-
-
-def test_unknown_key_is_refused_with_the_nearest() -> None:
-    """A typing error is no silent default."""
-    with pytest.raises(ConfigError, match="did you mean load_threads"):
-        read_settings({"load_thread": 3})
-
-
-@pytest.mark.parametrize("factory", ["nowhere", "no.such.module:f", "kvpool_vllm.settings:absent"])
-def test_client_factory_must_exist(factory: str) -> None:
-    """A wrong name is an error of the configuration."""
-    with pytest.raises(ConfigError, match="client_factory: must be MODULE:FUNCTION"):
-        connect(ConnectorSettings(client_factory=factory), "test")

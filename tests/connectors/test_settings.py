@@ -1,36 +1,289 @@
-"""Settings of the connector: what a role may do."""
+"""Settings of the connector: whose keys mean what, and what a role may do."""
 
 from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvpool.errors import ConfigError
-from kvpool_vllm.settings import ConnectorSettings, Role, role_of
+from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.settings import ConnectorSettings, Role, connect, read_settings, role_of
 
-ALL = {"producer_is_to_load": True, "consumer_is_to_load": True, "consumer_is_to_put": True}
+FLAGS = ("producer_is_to_load", "consumer_is_to_load", "consumer_is_to_put")
+
+
+@dataclass
+class TransferConfig:
+    """What the connector reads of vLLM's ``KVTransferConfig``, with vLLM's defaults."""
+
+    kv_connector_extra_config: dict[str, Any] = field(default_factory=dict)
+    kv_connector: str = "AscendStoreConnector"
+    kv_role: str | None = "kv_both"
+    engine_id: str = "7"
+    kv_port: int = 14579
+    kv_buffer_device: str = field(default_factory=lambda: "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ASCEND_BUFFER_POOL", "ASCEND_CONNECT_TIMEOUT", "ASCEND_TRANSFER_TIMEOUT", "UCM_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MOONCAKE_CONFIG_PATH", raising=False)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.INFO, LOGGER_NAME)
+    return lambda: [record.message for record in caplog.records if record.name == LOGGER_NAME]
 
 
 @pytest.mark.parametrize(
-    ("kv_role", "flags", "loads", "saves"),
+    ("kv_role", "told", "loads", "saves"),
     [
-        ("kv_both", {}, True, True),
-        ("kv_both", dict.fromkeys(ALL, False), True, True),
-        ("kv_producer", {}, False, True),
-        ("kv_producer", {"producer_is_to_load": True}, True, True),
-        ("kv_producer", {"consumer_is_to_load": True, "consumer_is_to_put": True}, False, True),
-        ("kv_consumer", {}, False, False),
-        ("kv_consumer", {"consumer_is_to_load": True}, True, False),
-        ("kv_consumer", {"consumer_is_to_put": True}, False, True),
-        ("kv_consumer", ALL, True, True),
+        ("kv_both", (), True, True),
+        ("kv_producer", (), False, True),
+        ("kv_producer", ("producer_is_to_load",), True, True),
+        ("kv_producer", ("consumer_is_to_load", "consumer_is_to_put"), False, True),
+        ("kv_consumer", (), False, False),
+        ("kv_consumer", ("consumer_is_to_load",), True, False),
+        ("kv_consumer", ("consumer_is_to_put",), False, True),
+        ("kv_consumer", ("producer_is_to_load",), False, False),
+        ("kv_consumer", FLAGS, True, True),
     ],
 )
-def test_roles(kv_role: str, flags: dict[str, bool], loads: bool, saves: bool) -> None:
+def test_roles(kv_role: str, told: tuple[str, ...], loads: bool, saves: bool) -> None:
     """A producer saves, a consumer does what it is told, each flag concerns its own role alone."""
-    assert role_of(kv_role, ConnectorSettings(**flags)) == Role(loads=loads, saves=saves)
+    assert role_of(kv_role, ConnectorSettings(**dict.fromkeys(told, True))) == Role(loads=loads, saves=saves)
+
+
+def test_kv_both_heeds_no_flag() -> None:
+    """The flags are for the other roles."""
+    assert role_of("kv_both", ConnectorSettings(**dict.fromkeys(FLAGS, False))) == Role(loads=True, saves=True)
 
 
 @pytest.mark.parametrize("kv_role", [None, "", "both"])
-def test_no_role(kv_role: str | None) -> None:
-    """Without a role nobody guesses."""
+def test_without_a_role_nobody_guesses(kv_role: str | None) -> None:
+    """The error names the three there are."""
     with pytest.raises(ConfigError, match="kv_role: must be kv_both, kv_producer or kv_consumer"):
-        role_of(kv_role, ConnectorSettings())
+        read_settings(TransferConfig(kv_role=kv_role))
+
+
+@pytest.mark.parametrize(
+    ("kv_role", "extra", "warned"),
+    [
+        ("kv_both", {}, None),
+        ("kv_producer", {}, "this kv_producer saves, and does not load; to load: producer_is_to_load"),
+        ("kv_producer", {"producer_is_to_load": True}, None),
+        ("kv_consumer", {}, "this kv_consumer neither loads nor saves; to load: consumer_is_to_load"),
+        ("kv_consumer", {"consumer_is_to_load": True}, None),
+    ],
+)
+def test_an_engine_that_does_not_load_is_told_how(
+    kv_role: str, extra: dict[str, Any], warned: str | None, said: Callable[[], list[str]]
+) -> None:
+    """Once, at start."""
+    read_settings(TransferConfig(extra, kv_role=kv_role))
+    assert said() == ([warned] if warned else [])
+
+
+def test_own_keys() -> None:
+    """A client's keys and the connector's own."""
+    settings = read_settings(TransferConfig({"master": "10.0.0.1:50088", "load_threads": 3, "transfer_timeout": "2s"}))
+    assert (settings.master, settings.load_threads, settings.transfer_timeout) == ("10.0.0.1:50088", 3, 2000)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("load_thread", "load_threads"),
+        ("lookup_rcp_port", "lookup_rpc_port"),
+        ("consumer_to_load", "consumer_is_to_load"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest(key: str, near: str) -> None:
+    """A typing error is no silent default, whosever key was meant."""
+    with pytest.raises(ConfigError, match=rf"{key}: .*did you mean {near}\?.*kv_connector_extra_config"):
+        read_settings(TransferConfig({key: 1}))
+
+
+def test_a_wrong_value_names_its_key() -> None:
+    """And where it came from."""
+    with pytest.raises(ConfigError, match=r"use_layerwise: 'maybe' is not allowed.*from kv_connector_extra_config"):
+        read_settings(TransferConfig({"use_layerwise": "maybe"}))
+
+
+def test_keys_of_ascend_store(said: Callable[[], list[str]]) -> None:
+    """All of them are accepted: those that mean something here work, each other is named once with the reason."""
+    honoured = {
+        "load_async": False,
+        "use_layerwise": True,
+        "consumer_is_to_put": True,
+        "consumer_is_to_load": True,
+        "save_decode_cache": True,
+        "discard_partial_chunks": False,
+        "layerwise_prefetch_layers": 3,
+    }
+    named = {
+        "backend": "mooncake",
+        "lookup_rpc_port": "1",
+        "mooncake_rpc_port": "0",
+        "prefill_tp_size": 4,
+        "decode_tp_size": 1,
+        "prefill_pp_size": 1,
+        "register_buffer": True,
+    }
+    settings = read_settings(TransferConfig(honoured | named))
+    assert {name: getattr(settings, name) for name in honoured} == honoured
+    notes = said()
+    assert [note.split(" is not used: ")[0] for note in notes] == [f"kv_connector_extra_config: {key}" for key in named]
+    assert all(note.split(" is not used: ")[1] for note in notes)
+
+
+def test_only_one_process_of_an_engine_tells(said: Callable[[], list[str]]) -> None:
+    """Sixteen ranks do not say the same sixteen times."""
+    read_settings(TransferConfig({"backend": "mooncake"}, kv_role="kv_consumer"), tell=False)
+    assert said() == []
+
+
+def test_keys_of_mooncake_in_the_extra_config(said: Callable[[], list[str]]) -> None:
+    """What a ``mooncake.json`` says may stand in the extra config; our own name for it wins."""
+    mooncake = {"master_server_address": "10.0.0.1:50088", "global_segment_size": "2GB", "protocol": "ascend"}
+    settings = read_settings(TransferConfig({**mooncake, "segment_size": "4GB"}))
+    assert (settings.master, settings.segment_size) == ("10.0.0.1:50088", 4 << 30)
+    assert said() == ["kv_connector_extra_config: these Mooncake keys mean nothing here: protocol"]
+
+
+def test_mooncake_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]) -> None:
+    """The file that ``MOONCAKE_CONFIG_PATH`` names is read; what the extra config says wins over it."""
+    path = tmp_path / "mooncake.json"
+    path.write_text(
+        json.dumps(
+            {
+                "metadata_server": "P2PHANDSHAKE",
+                "protocol": "ascend",
+                "device_name": "",
+                "master_server_address": "10.0.0.1:50088",
+                "global_segment_size": 107374182400,
+            }
+        )
+    )
+    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(path))
+    settings = read_settings(TransferConfig())
+    assert (settings.master, settings.segment_size) == ("10.0.0.1:50088", 100 << 30)
+    assert said() == [f"{path}: these Mooncake keys mean nothing here: device_name, metadata_server, protocol"]
+    assert read_settings(TransferConfig({"master": "10.0.0.2:1"})).master == "10.0.0.2:1"
+
+
+class TestUCM:
+    """A UCM file, named in the extra config or by the environment, or its content in the extra config."""
+
+    FILE = """
+ucm_connectors:
+  - ucm_connector_name: "UcmPipelineStore"
+    ucm_connector_config:
+      store_pipeline: "Cache|Posix"
+      storage_backends: "/mnt/test1"
+      cache_buffer_capacity_gb: 64
+      timeout_ms: 30000
+enable_event_sync: true
+use_layerwise: true
+persist_token_threshold: 512
+"""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        path = tmp_path / "ucm.yaml"
+        path.write_text(self.FILE)
+        return path
+
+    def check(self, settings: ConnectorSettings) -> None:
+        assert settings.use_layerwise
+        assert (settings.save_min_tokens, settings.load_min_tokens) == (512, 512)
+        assert settings.transfer_timeout == 30_000
+
+    def test_file(self, path: Path, said: Callable[[], list[str]]) -> None:
+        """Each key without a meaning here is named with the reason."""
+        self.check(read_settings(TransferConfig({"UCM_CONFIG_FILE": str(path)}, "UCMConnector")))
+        ignored = ["ucm_connector_name", "store_pipeline", "storage_backends", "cache_buffer_capacity_gb"]
+        named = [note.split(" is not used: ")[0] for note in said()]
+        assert named == [f"{path}: {key}" for key in (*ignored, "enable_event_sync")]
+
+    def test_environment(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only UCM's connector is named in UCM's variable."""
+        monkeypatch.setenv("UCM_CONFIG_FILE", str(path))
+        self.check(read_settings(TransferConfig({}, "UCMConnector")))
+        assert not read_settings(TransferConfig({}, "AscendStoreConnector")).use_layerwise
+
+    def test_inline(self) -> None:
+        """As a list of stores, or one store."""
+        store = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": {"timeout_ms": 30000}}
+        common = {"use_layerwise": True, "persist_token_threshold": 512}
+        self.check(read_settings(TransferConfig({"ucm_connectors": [store], **common}, "UCMConnector")))
+        self.check(read_settings(TransferConfig({**store, **common}, "UCMConnector")))
+
+    def test_the_extra_config_wins(self, path: Path) -> None:
+        """Nearer to the engine means stronger."""
+        extra = {"UCM_CONFIG_FILE": str(path), "use_layerwise": False, "load_min_tokens": 1}
+        settings = read_settings(TransferConfig(extra, "UCMConnector"))
+        assert (settings.use_layerwise, settings.load_min_tokens, settings.save_min_tokens) == (False, 1, 512)
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            ("use_layerwyse: true", r"use_layerwyse: no such setting; did you mean use_layerwise\?"),
+            ("ucm_connectors: {a: 1}", "ucm_connectors: must be a list of stores"),
+            ("ucm_connectors: [1]", "ucm_connectors: must hold names and values, not 1"),
+            ("ucm_connectors: [{ucm_connector_config: {storage_backend: /x}}]", "did you mean storage_backends"),
+            ("use_layerwise: sometimes", "use_layerwise: 'sometimes' is not allowed.*ucm.yaml"),
+            ("[1]", "UCM_CONFIG_FILE: .*must hold one mapping"),
+        ],
+    )
+    def test_what_is_wrong_in_the_file(self, tmp_path: Path, text: str, error: str) -> None:
+        """Said with the key and the file."""
+        path = tmp_path / "ucm.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=error):
+            read_settings(TransferConfig({"UCM_CONFIG_FILE": str(path)}, "UCMConnector"))
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        """A path that leads nowhere is an error of the configuration, as it would be in UCM."""
+        with pytest.raises(ConfigError, match=r"UCM_CONFIG_FILE: cannot read .*absent"):
+            read_settings(TransferConfig({"UCM_CONFIG_FILE": str(tmp_path / "absent")}, "UCMConnector"))
+
+
+def test_ascend_variables(monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]) -> None:
+    """Timeouts are ours, in milliseconds; our own names for them win; the buffer pool is named."""
+    monkeypatch.setenv("ASCEND_BUFFER_POOL", "4:8")
+    monkeypatch.setenv("ASCEND_CONNECT_TIMEOUT", "10000")
+    monkeypatch.setenv("ASCEND_TRANSFER_TIMEOUT", "9000")
+    settings = read_settings(TransferConfig())
+    assert (settings.connect_timeout, settings.transfer_timeout) == (10_000, 9000)
+    assert said() == ["environment: ASCEND_BUFFER_POOL is not used: blocks are not gathered in buffers on the device"]
+    assert read_settings(TransferConfig({"transfer_timeout": 100})).transfer_timeout == 100
+    monkeypatch.setenv("KVPOOL_TRANSFER_TIMEOUT", "200")
+    assert read_settings(TransferConfig()).transfer_timeout == 200
+    monkeypatch.setenv("ASCEND_CONNECT_TIMEOUT", "soon")
+    with pytest.raises(
+        ConfigError, match=r"connect_timeout: 'soon' is not a duration.*\(from ASCEND_CONNECT_TIMEOUT\)"
+    ):
+        read_settings(TransferConfig())
+
+
+def test_top_level_keys(said: Callable[[], list[str]]) -> None:
+    """What somebody gave is named; vLLM's defaults are not."""
+    read_settings(TransferConfig(kv_port=20001, kv_buffer_device="npu"))
+    named = [note.split(" is not used: ")[0] for note in said()]
+    assert named == ["kv-transfer-config: kv_port", "kv-transfer-config: kv_buffer_device"]
+
+
+@pytest.mark.parametrize("factory", ["nowhere", "no.such.module:f", "kvpool_vllm.settings:absent"])
+def test_client_factory_must_exist(factory: str) -> None:
+    """A wrong name is an error of the configuration."""
+    with pytest.raises(ConfigError, match="client_factory: must be MODULE:FUNCTION"):
+        connect(ConnectorSettings(client_factory=factory), "test")
