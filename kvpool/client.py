@@ -62,7 +62,7 @@ class Client:
     row is left alone, and asked in the background every ``breaker_probe_interval_ms`` until it answers.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- a pool's settings, all but the first by name
         self,
         master: str | None = "127.0.0.1:50088",
         *,
@@ -71,6 +71,7 @@ class Client:
         copy_threads: int = 2,
         lookup_timeout_ms: float = 40,
         transfer_timeout_ms: float = 1000,
+        connect_timeout_ms: float = 400,
         breaker_failures: int = 3,
         breaker_probe_interval_ms: float = 1000,
         name: str = "",
@@ -89,7 +90,7 @@ class Client:
         self._copies = CopyThreads(copy_threads)
         self._health = Health(breaker_failures, _seconds(breaker_probe_interval_ms, "breaker_probe_interval_ms"))
         self._near = self._health.guard("this host", self._probe_local)
-        self._peers = Peers(self._health)
+        self._peers = Peers(self._health, _seconds(connect_timeout_ms, "connect_timeout_ms"))
         self._counters: Counter[str] = Counter()
         self._namespaces: dict[bytes, Namespace] = {}
         self._lock = threading.Lock()

@@ -33,7 +33,6 @@ from kvpool.transport.channel import Channel, ChannelPool
 log = logging.getLogger(__name__)
 
 CHANNELS_MAX = 8
-CONNECT_S = 0.4
 PROGRESS_S = 0.4
 """A node that is stopped answers nothing: after this long the next owner is asked."""
 
@@ -72,11 +71,11 @@ class Wanted:
 class Peer:
     """One remote node, behind a circuit breaker."""
 
-    def __init__(self, address: NodeAddress, health: Health) -> None:
+    def __init__(self, address: NodeAddress, health: Health, connect_s: float) -> None:
         self.address = address
         self.guard = health.guard(address.node_id, self._probe)
         self._pool = ChannelPool(
-            lambda timeout_s: Channel.connect_tcp(address.host, address.port, min(timeout_s, CONNECT_S)),
+            lambda timeout_s: Channel.connect_tcp(address.host, address.port, min(timeout_s, connect_s)),
             channels_max=CHANNELS_MAX,
         )
 
@@ -165,8 +164,9 @@ class Peer:
 class Peers:
     """All remote nodes, by address."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, connect_s: float) -> None:
         self._health = health
+        self._connect_s = connect_s
         self._lock = threading.Lock()
         self._peers: dict[tuple[str, int], Peer] = {}
 
@@ -176,7 +176,7 @@ class Peers:
             place = (address.host, address.port)
             peer = self._peers.get(place)
             if peer is None:
-                peer = self._peers[place] = Peer(address, self._health)
+                peer = self._peers[place] = Peer(address, self._health, self._connect_s)
             return peer
 
     def unusable(self) -> set[str]:
@@ -283,4 +283,3 @@ def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
             digest.update(step)
         digests.append(digest.intdigest())
     return digests
-

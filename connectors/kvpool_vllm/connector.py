@@ -113,7 +113,7 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         self._fields = namespace_fields(vllm_config)
         _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
         return SchedulerSide(
-            connect(self._settings, "vllm-scheduler"),
+            connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler"),
             self._settings,
             self._namespace,
             block_tokens=self._block_tokens,
@@ -196,7 +196,8 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
             get_tp_group().rank_in_group,
             get_pp_group().rank_in_group,
         )
-        return WorkerSide(connect(self._settings, f"vllm-worker-{shard}"), self._settings, shard=shard, saves=saves)
+        client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} worker {shard}")
+        return WorkerSide(client, self._settings, shard=shard, saves=saves)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the KV tensors; raise InvalidArgumentError for layouts without whole blocks."""

@@ -78,6 +78,7 @@ def make_client(settings: ConnectorSettings, name: str) -> Client:
         copy_threads=settings.copy_threads,
         lookup_timeout_ms=settings.lookup_timeout,
         transfer_timeout_ms=settings.transfer_timeout,
+        connect_timeout_ms=settings.connect_timeout,
         breaker_failures=settings.breaker_failures,
         breaker_probe_interval_ms=settings.breaker_probe_interval,
         name=name,

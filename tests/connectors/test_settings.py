@@ -282,6 +282,25 @@ def test_top_level_keys(said: Callable[[], list[str]]) -> None:
     assert named == ["kv-transfer-config: kv_port", "kv-transfer-config: kv_buffer_device"]
 
 
+def test_the_client_is_made_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a client's settings reaches it."""
+    made: dict[str, Any] = {}
+    monkeypatch.setattr("kvpool.client.Client", lambda master, **options: made.update(options, master=master))
+    values = {
+        "master": "10.0.0.1:1",
+        "node": "/run/node.sock",
+        "checksum": "transfer",
+        "copy_threads": 5,
+        "lookup_timeout": 11,
+        "transfer_timeout": 12,
+        "connect_timeout": 13,
+        "breaker_failures": 6,
+        "breaker_probe_interval": 14,
+    }
+    connect(ConnectorSettings(**values), "engine 7")
+    assert {name.removesuffix("_ms"): value for name, value in made.items()} == values | {"name": "engine 7"}
+
+
 @pytest.mark.parametrize("factory", ["nowhere", "no.such.module:f", "kvpool_vllm.settings:absent"])
 def test_client_factory_must_exist(factory: str) -> None:
     """A wrong name is an error of the configuration."""
