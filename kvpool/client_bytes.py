@@ -134,8 +134,8 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
             ]
         return digests
     for layer in range(layers):
-        here = _layer(source, layer, layer_bytes)
-        there = _layer(target, layer, layer_bytes)
+        here = layer_of(source, layer, layer_bytes)
+        there = layer_of(target, layer, layer_bytes)
         if layer_bytes <= STEP_BYTES:
             np.copyto(there, here)
             digests.append(digest64(there))
@@ -158,15 +158,16 @@ def copy_plain(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: in
             np.copyto(target[0], source[0])
         return
     for layer in range(max(len(source), len(target))):
-        np.copyto(_layer(target, layer, layer_bytes), _layer(source, layer, layer_bytes))
+        np.copyto(layer_of(target, layer, layer_bytes), layer_of(source, layer, layer_bytes))
 
 
 def hash_layers(pieces: Sequence[Bytes], layer_bytes: int, layers: int) -> list[int]:
     """Return the xxh3-64 of each layer."""
-    return [digest64(_layer(pieces, layer, layer_bytes)) for layer in range(layers)]
+    return [digest64(layer_of(pieces, layer, layer_bytes)) for layer in range(layers)]
 
 
-def _layer(pieces: Sequence[Bytes], layer: int, layer_bytes: int) -> Bytes:
+def layer_of(pieces: Sequence[Bytes], layer: int, layer_bytes: int) -> Bytes:
+    """Return one layer of a shard that is in one piece, or in one a layer."""
     if len(pieces) > 1:
         return pieces[layer]
     return pieces[0][layer * layer_bytes : (layer + 1) * layer_bytes]

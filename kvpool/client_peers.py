@@ -17,8 +17,8 @@ from kvpool.client_bytes import (
     Blocks,
     Bytes,
     CopyThreads,
-    digest64,
     hash_layers,
+    layer_of,
     pack_digests,
     unpack_digests,
     view,
@@ -37,7 +37,7 @@ PROGRESS_S = 0.4
 """A node that is stopped answers nothing: after this long the next owner is asked."""
 
 REQUEST_BYTES = 32 << 20
-STEP_BYTES = 256 << 10
+STEP_BYTES = 2 << 20
 
 NodeFrame = node_pb2.NodeFrame
 NodeFrameReply = node_pb2.NodeFrameReply
@@ -266,16 +266,12 @@ def _skip(channel: Channel, size: int) -> None:
 
 def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
     """Receive a block into its buffers, hashing each step while it is in the cache."""
+    if want.bytes <= STEP_BYTES:
+        channel.recv_into([view(piece) for piece in pieces])
+        return hash_layers(pieces, want.layer_bytes, want.layers)
     digests = []
     for layer in range(want.layers):
-        if len(pieces) > 1:
-            target = pieces[layer]
-        else:
-            target = pieces[0][layer * want.layer_bytes : (layer + 1) * want.layer_bytes]
-        if want.layer_bytes <= STEP_BYTES:
-            channel.recv_into([view(target)])
-            digests.append(digest64(target))
-            continue
+        target = layer_of(pieces, layer, want.layer_bytes)
         digest: Any = xxhash.xxh3_64()
         for start in range(0, want.layer_bytes, STEP_BYTES):
             step = target[start : start + STEP_BYTES]

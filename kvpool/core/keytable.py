@@ -6,7 +6,7 @@ keys in a few numpy calls, and moves to a larger array a slice at a time.
 
 Layout: buckets of eight 64-bit slots, one cache line each. A slot holds 0 (never used), 1 (removed),
 or a tag (32 bits of the mixed key, top bit set) above ``row + 2``. A key lives in the bucket that its
-mixed low bits name or, when that was full, in one of the next ones; a search ends at a bucket that has a
+mixed top bits name or, when that was full, in one of the next ones; a search ends at a bucket that has a
 slot never used.
 The whole key is compared in the ``keys`` column before a row is believed.
 """
@@ -35,18 +35,17 @@ LOAD_START = 0.3
 LOAD_START_MAX = 0.4
 
 _EMPTY = np.uint64(0)
-_ONE = np.uint64(1)
 _REMOVED = np.uint64(1)
 _FIRST = np.uint64(2)
-_TAG_BITS = np.uint64(0x7FFFFFFF_00000000)
-_TAG_TOP = np.uint64(0x80000000_00000000)
+_LOW = np.uint64(0xFFFFFFFF)
+_TAG_TOP = np.uint32(0x80000000)
 _HALF = np.uint64(32)
-_LAST_SHIFT = np.uint64(29)
 
 # Odd, so that no bit is lost; otherwise any will do.
-LOW_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-HIGH_FACTOR = np.uint64(0xD6E8FEB86659FD93)
-LAST_FACTOR = np.uint64(0xA0761D6478BD642F)
+FACTORS = np.array((0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93), np.uint64)
+
+_BASES_MAX = 1 << 14
+_BASES: Rows = np.arange(0, WIDTH * _BASES_MAX, WIDTH)
 
 
 def as_words(packed: bytes | memoryview) -> Words:
@@ -55,36 +54,31 @@ def as_words(packed: bytes | memoryview) -> Words:
 
 
 def mix(keys: Words) -> Words:
-    """Return 64 bits of each key that are spread even when the keys are not: they need not be hashes."""
-    mixed: Words = keys[:, 0] * LOW_FACTOR
-    mixed += keys[:, 1] * HIGH_FACTOR
-    mixed ^= mixed >> _HALF
-    mixed *= LAST_FACTOR
-    mixed ^= mixed >> _LAST_SHIFT
+    """Return 64 bits of each key whose top bits are spread even when the keys are not: they need not be hashes."""
+    mixed: Words = keys @ FACTORS
     return mixed
 
 
-def _tags(mixed: Words) -> Words:
-    return (mixed & _TAG_BITS) | _TAG_TOP
+def _tags(mixed: Words) -> NDArray[np.uint32]:
+    """Return the tags of mixed keys: the halves together, or keys that differ in their top bits would share one."""
+    return (mixed ^ (mixed >> _HALF)).view(np.uint32)[::2] | _TAG_TOP
 
 
-def _tags32(mixed: Words) -> NDArray[np.uint32]:
-    """Return the tags alone."""
-    return mixed.view(np.uint32)[1::2] | np.uint32(0x80000000)
+def _match(slots: Words, tags: NDArray[np.uint32]) -> tuple[Rows, NDArray[np.bool_], Rows]:
+    """Return (the row in the slot that has the key's tag, all comparisons, where among them that slot's is).
 
-
-def _match(slots: Words, tags: NDArray[np.uint32]) -> tuple[Words, Rows]:
-    """Return (0 where no slot of the bucket has the key's tag, the row in the first one that has).
-
-    ``slots`` has shape (n, 8). Eight comparisons, a byte each, are read as one word: the place of its
-    lowest set byte is the slot's. Without a match the row means nothing.
+    ``slots`` has shape (n, 8). Where no slot of a bucket has the tag, the row is another key's or negative.
     """
-    halves = slots.view(np.uint32)
-    same = halves[:, 1::2] == tags[:, None]
-    marks: Words = same.view(np.uint64).ravel()
-    place = np.bitwise_count((marks & -marks) - _ONE) >> 3 << 1
-    rows = halves.ravel().take(np.arange(0, 2 * slots.size, 2 * WIDTH) + place, mode="clip")
-    return marks, rows.astype(np.int64) - 2
+    same = slots.view(np.uint32)[:, 1::2] == tags[:, None]
+    place = same.argmax(axis=1)
+    place += _BASES[: len(place)] if len(place) <= _BASES_MAX else np.arange(0, slots.size, WIDTH)
+    rows = (slots.ravel().take(place) & _LOW).view(np.int64)
+    rows -= 2
+    return rows, same, place
+
+
+def _slot_values(mixed: Words, rows: Rows) -> Words:
+    return (_tags(mixed).astype(np.uint64) << _HALF) | (rows.view(np.uint64) + _FIRST)
 
 
 def _distinct(keys: Words) -> tuple[Rows, Rows]:
@@ -110,47 +104,46 @@ class _Slots:
     def __init__(self, buckets: int) -> None:
         self.array: Words = zeros((buckets, WIDTH), np.uint64)
         self.buckets = buckets
-        self.mask = np.uint64(buckets - 1)
+        self._shift = np.uint64(64 - (buckets.bit_length() - 1))
         self.taken = 0  # slots that are not _EMPTY
 
     def home(self, mixed: Words) -> NDArray[np.int64]:
-        return (mixed & self.mask).view(np.int64)
+        return (mixed >> self._shift).view(np.int64)
 
     def find(self, keys: Words, column: Words) -> Rows:
         """Return the row of each key, -1 where it is not here."""
+        if not len(keys):
+            return np.empty(0, np.int64)
         mixed = mix(keys)
         bucket = self.home(mixed)
         slots = self.array.take(bucket, axis=0)
-        marks, rows = _match(slots, _tags32(mixed))
-        if np.count_nonzero(marks) != len(keys):
-            # Not in its home bucket: over unless that bucket was full when the key came.
-            rest = np.flatnonzero(marks == 0)
-            rows[rest] = -1
-            rest = rest[(slots.take(rest, axis=0) != _EMPTY).all(axis=1)]
-            if len(rest) <= FEW:
-                for i in rest.tolist():
-                    rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
-            else:
-                rows[rest] = self._find_beyond(keys[rest], bucket[rest], column)
+        rows, same, place = _match(slots, _tags(mixed))
         found = column.take(rows, axis=0, mode="clip")
-        if found.tobytes() != keys.tobytes():
-            # Once in 2**31 another key of the bucket has the same tag, and hid the right one.
-            wrong = (rows >= 0) & ((found[:, 0] != keys[:, 0]) | (found[:, 1] != keys[:, 1]))
-            for i in np.flatnonzero(wrong).tolist():
+        if np.minimum.reduce(rows) >= 0 and found.tobytes() == keys.tobytes():
+            return rows
+        rest = np.flatnonzero((found[:, 0] != keys[:, 0]) | (found[:, 1] != keys[:, 1]) | (rows < 0))
+        rows[rest] = -1
+        # Not in its home bucket: over unless that was full when the key came, or, once in 2**31, another
+        # key of the bucket has the same tag and hid the right one.
+        hidden = same.ravel().take(place[rest])
+        rest = rest[hidden | (slots.take(rest, axis=0) != _EMPTY).all(axis=1)]
+        if len(rest) <= FEW:
+            for i in rest.tolist():
                 rows[i] = self._find_slowly(keys[i], int(bucket[i]), column)
+        else:
+            rows[rest] = self._find_on(keys[rest], bucket[rest], column)
         return rows
 
-    def _find_beyond(self, keys: Words, bucket: NDArray[np.int64], column: Words) -> Rows:
-        """Search on from full home buckets."""
+    def _find_on(self, keys: Words, bucket: NDArray[np.int64], column: Words) -> Rows:
+        """Search from these buckets on, the first included."""
         rows = np.full(len(keys), -1, np.int64)
         left = np.arange(len(keys))
         for _ in range(self.buckets):
-            bucket = (bucket + 1) & (self.buckets - 1)
             slots = self.array.take(bucket, axis=0)
             asked = keys.take(left, axis=0)
-            marks, found = _match(slots, _tags32(mix(asked)))
+            found, same, place = _match(slots, _tags(mix(asked)))
             stored = column.take(found, axis=0, mode="clip")
-            hit = marks != 0
+            hit = same.ravel().take(place)
             right = hit & (stored[:, 0] == asked[:, 0]) & (stored[:, 1] == asked[:, 1])
             rows[left[right]] = found[right]
             for i in np.flatnonzero(hit & ~right).tolist():
@@ -158,11 +151,11 @@ class _Slots:
             on = ~hit & (slots != _EMPTY).all(axis=1)
             if not on.any():
                 break
-            left, bucket = left[on], bucket[on]
+            left, bucket = left[on], (bucket[on] + 1) & (self.buckets - 1)
         return rows
 
     def _find_slowly(self, key: Words, bucket: int, column: Words) -> int:
-        tag = int(_tags(mix(key.reshape(1, 2)))[0]) >> 32
+        tag = int(_tags(mix(key.reshape(1, 2)))[0])
         for _ in range(self.buckets):
             slots: list[int] = self.array[bucket].tolist()
             for slot in slots:
@@ -178,7 +171,7 @@ class _Slots:
     def place(self, keys: Words, rows: Rows) -> None:
         """Write distinct keys that are known not to be here."""
         mixed = mix(keys)
-        bucket, values = self.home(mixed), _tags(mixed) | (rows.view(np.uint64) + _FIRST)
+        bucket, values = self.home(mixed), _slot_values(mixed, rows)
         while len(bucket):
             slots = self.array.take(bucket, axis=0)
             free = slots < _FIRST
@@ -198,7 +191,7 @@ class _Slots:
         """Take out the slots of these keys; returns which were here."""
         gone = np.zeros(len(rows), bool)
         mixed = mix(keys)
-        bucket, values = self.home(mixed), _tags(mixed) | (rows.view(np.uint64) + _FIRST)
+        bucket, values = self.home(mixed), _slot_values(mixed, rows)
         left = np.arange(len(rows))
         for _ in range(self.buckets):
             if not len(left):
@@ -326,7 +319,7 @@ class KeyTable:
             part[part != _EMPTY] = _REMOVED
             self._moved += step
             if len(values):
-                rows = ((values & np.uint64(0xFFFFFFFF)) - _FIRST).view(np.int64)
+                rows = ((values & _LOW) - _FIRST).view(np.int64)
                 self._slots.place(self._keys[rows], rows)
             if self._moved >= self._old.buckets:
                 self._old = None

@@ -93,8 +93,9 @@ def longest_prefix(index: Index, query: Query, *, warming: bool) -> Answer:
         return _hybrid(index, query, keys, warming=warming)
     rows = space.table.find(keys)
     known = query.known_prefix
-    known_rows = rows[:known][rows[:known] >= 0] if known else _NO_ROWS
-    rows = rows[known:]
+    known_rows = _NO_ROWS
+    if known:
+        known_rows, rows = rows[:known][rows[:known] >= 0], rows[known:]
     numbers = index.placement.take(rows, mode="wrap")  # -1 reads some row; masked out next
     whole = index.placements.whole.take(numbers) & (rows >= 0)
     if whole.all():

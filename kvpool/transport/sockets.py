@@ -7,6 +7,7 @@ gives up the GIL once for the whole of it; ``settimeout`` would poll before ever
 from __future__ import annotations
 
 import math
+import os
 import socket
 import struct
 import time
@@ -22,8 +23,9 @@ SEND_BYTES_MAX = 2 << 20
 """Bytes handed to one send: while a longer one runs, acknowledgements wait, and TCP is a quarter slower."""
 
 _TIMEVAL = struct.Struct("@ll")
-SPIN_S = 1e-4
-"""How long a small answer is looked for before sleeping: going to sleep and waking costs tens of microseconds."""
+SPIN_S = 3e-4 if len(os.sched_getaffinity(0)) > 1 else 0.0
+"""How long a small answer is looked for before sleeping: going to sleep and waking costs tens of microseconds.
+With one core only, looking would keep the one who answers from it."""
 
 _TIMEOUT_STEPS = 8
 

@@ -22,12 +22,9 @@ def spread(numbers: np.ndarray) -> Words:
 
 def crafted(mixed: np.ndarray, high: np.ndarray) -> Words:
     """The keys with this high word that are mixed to these 64 bits: the table's mixing, backwards."""
-    m = mixed.astype(np.uint64)
-    m = m ^ (m >> np.uint64(29)) ^ (m >> np.uint64(58))
-    m = m * np.uint64(pow(int(keytable.LAST_FACTOR), -1, 1 << 64))
-    m = m ^ (m >> np.uint64(32))
+    low_factor, high_factor = keytable.FACTORS
     high = high.astype(np.uint64)
-    low = (m - high * keytable.HIGH_FACTOR) * np.uint64(pow(int(keytable.LOW_FACTOR), -1, 1 << 64))
+    low = (mixed.astype(np.uint64) - high * high_factor) * np.uint64(pow(int(low_factor), -1, 1 << 64))
     return np.stack((low, high), axis=1)
 
 
@@ -40,13 +37,14 @@ def test_crafted_keys_are_mixed_as_wanted():
 def one_bucket(numbers: np.ndarray) -> Words:
     """Every key wants the same bucket, however large the table is."""
     n = numbers.astype(np.uint64)
-    return crafted((n << np.uint64(40)) | np.uint64(3), n * MIX)
+    return crafted(np.uint64(3 << 40) | n, n * MIX)
 
 
 def one_tag(numbers: np.ndarray) -> Words:
     """Every key has the same tag; every eight share a bucket."""
     n = numbers.astype(np.uint64)
-    return crafted((np.uint64(7) << np.uint64(32)) | (n // np.uint64(8)), n)
+    high = (n // np.uint64(8) * MIX) & np.uint64(0xFFFFFFFF)
+    return crafted((high << np.uint64(32)) | (high ^ np.uint64(7)), n)
 
 
 def one_of_everything(numbers: np.ndarray) -> Words:
@@ -180,7 +178,7 @@ def test_cleaning_out_removed_slots_always_ends():
 
     def keys(home: np.ndarray, numbers: np.ndarray) -> Words:
         n = numbers.astype(np.uint64)
-        return crafted(home.astype(np.uint64) | (n << np.uint64(32)), n * MIX)
+        return crafted((home.astype(np.uint64) << np.uint64(54)) | n, n * MIX)
 
     n = np.arange(4000)
     first = keys(np.where(n < 3120, n // 8, 640 + (n - 3120) // 8), n)
@@ -226,5 +224,5 @@ def test_keys_that_are_no_hashes_are_spread(word, shift):
     numbers = np.arange(20_000).astype(np.uint64) << np.uint64(shift)
     words = [np.zeros_like(numbers), np.zeros_like(numbers)]
     words[word] = numbers
-    homes = keytable.mix(np.stack(words, axis=1)) & np.uint64(8191)
+    homes = keytable.mix(np.stack(words, axis=1)) >> np.uint64(64 - 13)
     assert np.bincount(homes.astype(np.int64)).max() <= 20
