@@ -5,18 +5,20 @@ Upstream contract: ``vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnect
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
 from vllm.logger import init_logger
 
+from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.device import KVBlocks
@@ -29,7 +31,7 @@ from kvpool_vllm.namespace import (
     whole_layers,
 )
 from kvpool_vllm.scheduler import SchedulerSide
-from kvpool_vllm.settings import autostart, connect, read_settings
+from kvpool_vllm.settings import autostart, connect, read_settings, role_of
 from kvpool_vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -46,7 +48,6 @@ logger = init_logger(LOGGER_NAME)
 
 KVConnectorMetadata.register(StepMeta)
 KVConnectorWorkerMetadata.register(WorkerMeta)
-KVConnectorHandshakeMetadata.register(RankFacts)
 
 
 def _recompute_on_failure(transfer_config: Any) -> None:
@@ -107,6 +108,24 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
 
     # ---- scheduler ----
 
+    def _loads_sync(self, vllm_config: Any, kv_cache_config: Any) -> bool:
+        """Whether loads are for the step that plans them; not where a failed one would be known too late."""
+        if self._settings.load_async and not self._settings.use_layerwise:
+            return False
+        late = {
+            "async_scheduling": vllm_config.scheduler_config.async_scheduling,
+            "pipeline_parallel_size above 1": vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "several KV cache groups": len(kv_cache_config.kv_cache_groups) > 1,
+        }
+        reasons = [name for name, there in late.items() if there]
+        if reasons:
+            logger.warning(
+                "kvpool: loads are asynchronous and whole in spite of load_async and use_layerwise: with %s the engine "
+                "would go on from blocks that failed to load before it hears of it",
+                " and ".join(reasons),
+            )
+        return not reasons
+
     def _make_scheduler(self, vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
@@ -116,15 +135,16 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
             connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler"),
             self._settings,
             self._namespace,
+            role=role_of(self._kv_transfer_config.kv_role, self._settings),
             block_tokens=self._block_tokens,
             hashes_per_block=self._block_tokens // hash_tokens,
             ranks=vllm_config.parallel_config.world_size,
+            sync=self._loads_sync(vllm_config, kv_cache_config),
         )
 
     def _namespace(self) -> Namespace | None:
-        """Return the namespace; None when the workers' facts did not come (once said, then silent)."""
+        """Return the namespace; None until the workers have said how they hold KV."""
         if self._facts is None:
-            logger.error_once("kvpool: the workers did not say how they hold KV; nothing is loaded or saved")
             return None
         namespace = Namespace(
             **self._fields,
@@ -136,10 +156,6 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         )
         logger.info("kvpool: namespace %s: %s", namespace.digest.hex(), namespace)
         return namespace
-
-    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        """Take the ranks' facts; raise InvalidArgumentError where they differ."""
-        self._facts = whole_layers(metadata.values())
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """Take the block pool, in whose blocks saves hold references."""
@@ -155,33 +171,51 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Plan the load into the request's blocks."""
-        self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self.scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return this step's loads and saves."""
         state = scheduler_output.kv_connector_block_state
-        return self.scheduler.build_meta(
-            scheduler_output.num_scheduled_tokens, lambda request_id: state.get_block_ids(request_id)[0]
-        )
+        return self.scheduler.build_meta(scheduler_output.num_scheduled_tokens, state.get_block_ids)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' reports."""
-        self.scheduler.worker_report(connector_output.kv_connector_worker_meta, connector_output.finished_recving or ())
+        meta = connector_output.kv_connector_worker_meta
+        if meta is not None and meta.facts:
+            try:
+                self._facts = whole_layers(meta.facts)
+            except InvalidArgumentError as error:
+                logger.error(  # noqa: TRY400 -- its sentence says all
+                    "kvpool: nothing is loaded or saved: %s", error
+                )
+        self.scheduler.worker_report(meta, connector_output.finished_recving or ())
 
     def request_finished(
         self,
         request: Request,
-        block_ids: list[int],  # noqa: ARG002 -- vLLM's signature
+        block_ids: list[int],
     ) -> tuple[bool, dict[str, Any] | None]:
         """End the request; saves hold blocks by reference, so the engine may free its own at once."""
-        self.scheduler.finished(request)
+        self.scheduler.finished(request, (block_ids,))
         return False, None
 
     def has_pending_push_work(self) -> bool:
         """Whether the engine has to keep stepping so that saved blocks are let go of."""
         return self.scheduler.saving
 
+    def reset_cache(self) -> bool:
+        """Leave everything behind that was stored so far: other weights may be in the engine by now."""
+        if self._role == KVConnectorRole.SCHEDULER:
+            self._fields["revision"] = f"{self._fields['revision'].partition('+reset-')[0]}+reset-{uuid.uuid4().hex}"
+            self.scheduler.forget_namespace()
+        return True
+
     # ---- worker ----
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether layers are waited for one by one, which a graph of all of them would not do."""
+        return bool(extra_config.get("use_layerwise"))
 
     def _make_worker(self, vllm_config: Any) -> WorkerSide:
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -202,26 +236,23 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the KV tensors; raise InvalidArgumentError for layouts without whole blocks."""
         kv = KVBlocks(kv_caches, self._kv_cache_config.num_blocks)
-        self.worker.attach(kv)
         layers = self._vllm_config.compilation_config.static_forward_context
         backend = layers[kv.names[0]].get_attn_backend().get_name()
-        self._facts = RankFacts(
+        facts = RankFacts(
             layers=len(kv),
             layer_block_bytes=kv.layer_block_bytes,
             layout=f"{backend}:{'x'.join(map(str, kv.shape))}",
             isa=_isa(self._vllm_config, self._block_tokens),
         )
-
-    def get_handshake_metadata(self) -> RankFacts | None:
-        """Tell the scheduler what only the workers know."""
-        return self._facts
+        self.worker.attach(kv, facts)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002 -- vLLM's
-        """Start this step's loads; none is for this step's forward."""
+        """Start this step's loads; those that its forward needs are there, or failed, when their layer begins."""
         self.worker.start_loads(self._step())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Return at once: a request is scheduled only after its load."""
+        """Wait for the layer where blocks of the running forward are loaded layer by layer."""
+        self.worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Return at once: blocks are saved whole, after the step."""
@@ -230,11 +261,12 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         """Start this step's saves, whose KV is in memory now; wait for none."""
         self.worker.start_saves(self._step())
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return the requests whose load ended, aborted ones included."""
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Return the requests whose load ended, aborted ones included, and those whose blocks cannot be named."""
         if self._step().empty:
             self.worker.wait_for_progress()
-        return None, self.worker.finished_loads(finished_req_ids)
+        finished, failed = self.worker.finished_loads(finished_req_ids)
+        return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that the loads just reported left unfilled."""

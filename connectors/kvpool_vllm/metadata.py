@@ -67,6 +67,16 @@ class StepMeta:
     """No token is computed in this step: the worker may wait a little for a transfer instead of spinning."""
 
 
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What only a worker knows, sent to the scheduler in its first report; equal on all ranks of an engine."""
+
+    layers: int
+    layer_block_bytes: int
+    layout: str
+    isa: str
+
+
 @dataclass(slots=True)
 class WorkerMeta:
     """Worker to scheduler: transfers that ended since the last step."""
@@ -75,6 +85,10 @@ class WorkerMeta:
     """Save job to the number of ranks that are done with it."""
     loaded: dict[str, int] = field(default_factory=dict)
     """Request to its leading blocks that arrived: the least of the ranks seen so far."""
+    unsaved: set[int] = field(default_factory=set)
+    """Save jobs of which some block was not stored on some rank."""
+    facts: frozenset[RankFacts] = frozenset()
+    """In each rank's first report. No handshake: that of MultiConnector hands one connector's to all others."""
 
     def aggregate(self, other: WorkerMeta) -> WorkerMeta:
         """Return both ranks' reports as one."""
@@ -84,14 +98,4 @@ class WorkerMeta:
         loaded = dict(self.loaded)
         for request_id, blocks in other.loaded.items():
             loaded[request_id] = min(blocks, loaded.get(request_id, blocks))
-        return WorkerMeta(saved, loaded)
-
-
-@dataclass(frozen=True, slots=True)
-class RankFacts:
-    """What only a worker knows, sent to the scheduler once at start; equal on all ranks of an engine."""
-
-    layers: int
-    layer_block_bytes: int
-    layout: str
-    isa: str
+        return WorkerMeta(saved, loaded, self.unsaved | other.unsaved, self.facts | other.facts)

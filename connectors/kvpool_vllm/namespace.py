@@ -110,9 +110,7 @@ def _model_revision(model_config: Any, load_config: Any) -> str:
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     """Raise InvalidArgumentError, in a sentence, for what would store KV that its hash does not name."""
-    parallel, role = vllm_config.parallel_config, vllm_config.kv_transfer_config.kv_role
-    if role != "kv_both":
-        raise InvalidArgumentError("kv_role", f"must be kv_both, {role} is not supported so far")
+    parallel = vllm_config.parallel_config
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise InvalidArgumentError(

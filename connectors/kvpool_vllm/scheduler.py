@@ -6,18 +6,20 @@ client's threads, and an answer that is not there yet is asked for again in the 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import struct
 import time
 from collections import Counter
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvpool.model import pack_keys
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.leases import LeaseKeeper
+from kvpool_vllm.lookups import Ask, Lookups
 from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.saves import Saves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -25,26 +27,15 @@ if TYPE_CHECKING:
     from kvpool.client import Client, Lookup
     from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace
+    from kvpool_vllm.settings import Role
+
+    GroupBlocks = Sequence[Sequence[int]]
+    """A request's block ids, for each KV cache group."""
 
 logger = logging.getLogger(LOGGER_NAME)
 
-LOOKUP_WAIT_S = 0.002
-"""What all lookups of one step together may hold up the scheduler."""
-
-LOOKUP_GIVE_UP = 3
-"""A lookup that has not answered after this many of its own timeouts is a miss."""
-
-SAVING_SHARE_MAX = 4
-"""At most one in this many of the engine's blocks is held for saving; further saves are dropped."""
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What a lookup said; remembered, because the engine asks in every step that it cannot place the request."""
-
-    prefix: int = 0
-    lease: int = 0
-    lookup: Lookup | None = None
+NAMESPACE_WAIT_S = 5.0
+"""The workers say in their first step what they hold; requests that come earlier wait for it."""
 
 
 @dataclass(slots=True)
@@ -54,24 +45,23 @@ class _Tracked:
     request: Any
     preemptions: int = 0
     """The state below belongs to this life of the request; a preemption starts another."""
-    known: int = 0
-    """Blocks that the engine held itself when it asked."""
-    pending: Future[Lookup] | None = None
-    give_up_at: float = 0.0
-    answer: _Answer | None = None
+    ask: Ask | None = None
     first: int = 0
     """The first block to load."""
     job: LoadJob | None = None
     loading: bool = False
     arrived: int | None = None
     """Leading blocks of the job that all ranks heard from so far received."""
+    after: list[int] = field(default_factory=list)
+    """Of a load that the step needs: all blocks of the request from the first loaded one on, and their names."""
+    unsure: list[bytes] = field(default_factory=list)
+    last_blocks: GroupBlocks | None = None
+    """Of a request that finished in the step that it was loaded for."""
     next_save: int | None = None
-
-
-@dataclass(slots=True)
-class _Saving:
-    blocks: list[Any]
-    ranks_left: int
+    save_end: int = 0
+    """Blocks that were complete when saves were last planned."""
+    tail_known: bool = False
+    """The prompt's partial block is in the pool, or on its way."""
 
 
 class SchedulerSide:
@@ -83,33 +73,42 @@ class SchedulerSide:
         settings: ConnectorSettings,
         namespace: Callable[[], Namespace | None],
         *,
+        role: Role,
         block_tokens: int,
         hashes_per_block: int,
         ranks: int,
+        sync: bool = False,
     ) -> None:
-        """``namespace`` is asked until it answers; while it gives None, nothing is looked up or saved."""
+        """``namespace`` is asked until it answers; while it gives None, nothing is looked up or saved.
+
+        ``sync``: loads are for the forward of the step that plans them.
+        """
         self._client = client
+        self._settings = settings
         self._find_namespace = namespace
         self._namespace: Namespace | None = None
+        self._namespace_by: float | None = None
+        self._namespace_missed = False
+        self._role = role
+        self._sync = sync
         self._block_tokens = block_tokens
         self._hashes_per_block = hashes_per_block
-        self._ranks = ranks
-        self._give_up_s = LOOKUP_GIVE_UP * settings.lookup_timeout / 1000
-        self._leases = LeaseKeeper(client)
-        self._requests: dict[str, _Tracked] = {}
-        self._pool: Any = None
-        self._loads: list[LoadJob] = []
-        self._saving: dict[int, _Saving] = {}
-        self._saving_blocks = 0
-        self._save_jobs = 0
-        self._wait_left_s = LOOKUP_WAIT_S
         self.counters: Counter[str] = Counter()
+        self._lookups = Lookups(client, settings.lookup_timeout, self.counters)
+        self._saves = Saves(ranks, settings.save_queue_blocks, self.counters)
+        self._requests: dict[str, _Tracked] = {}
+        self._loads: list[LoadJob] = []
+        self._last_saves: list[SaveJob] = []
+        self._pool: Any = None
+        self._unsure: Counter[bytes] = Counter()
+        """Blocks that the engine's cache offers already, while their load has yet to succeed."""
 
     # ---- what the engine asks ----
 
     def bind_block_pool(self, pool: Any) -> None:
         """Take the engine's block pool, in whose blocks saves hold references."""
         self._pool = pool
+        self._saves.bind(pool)
 
     def track(self, request: Any) -> None:
         """Begin a request."""
@@ -118,211 +117,265 @@ class SchedulerSide:
     def matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after ``computed`` the pool can load, None while it is not known."""
         state = self._state(request)
-        unread = request.skip_reading_prefix_cache or not self._may_share(request)
-        namespace = self._ready_namespace()
-        if unread or state.job is not None or namespace is None:
+        have = computed // self._block_tokens
+        if self._unsure and any(name in self._unsure for name in self._hashes(request)[:have]):
+            return None, False  # a load that fails would leave this request with what was not loaded
+        if state.job is not None or not self._may_load(request):
             # One load a life: what it did not bring is computed, never tried again.
             return 0, False
-        have, blocks = computed // self._block_tokens, len(self._hashes(request))
-        if have >= blocks:
-            self._drop_answer(state)
+        namespace = self._ready_namespace()
+        if namespace is None:
+            return (None, False) if self._namespace_may_come() else (0, False)
+        blocks = self._full_blocks(request)
+        if have >= blocks + self._has_tail(request):
+            self._drop_ask(state)
             return 0, False
-        if (state.answer or state.pending) and have < state.known:
-            self._drop_answer(state)  # the engine lost blocks that the lookup took for granted
-        answer = self._answer(state, namespace, have)
-        if answer is None:
+        if state.ask is not None and have < state.ask.known:
+            self._drop_ask(state)  # the engine lost blocks that the lookup took for granted
+        if state.ask is None:
+            state.ask = self._lookups.ask(namespace, self._chain(request), have)
+        if state.ask is None or not self._lookups.settle(state.ask):
             return None, False
-        found = min(answer.prefix, blocks) * self._block_tokens - computed
-        if found <= 0:
-            self._leases.drop(answer.lease)
+        tokens = min(state.ask.prefix, blocks) * self._block_tokens
+        if state.ask.prefix > blocks:
+            tokens = request.num_prompt_tokens
+        if self._sync:
+            tokens = min(tokens, request.num_tokens - 1)  # the forward needs something to compute
+        if tokens <= computed:
+            self._lookups.leases.drop(state.ask.lease)
             return 0, False
         state.first = have
-        return found, True
+        return tokens - computed, not self._sync
 
-    def allocated(self, request: Any, block_ids: Sequence[int], tokens: int) -> None:
+    def allocated(self, request: Any, block_ids: GroupBlocks, tokens: int) -> None:
         """Plan the load of ``tokens`` into the request's blocks; 0 means that nothing is loaded."""
         state = self._state(request)
         if state.job is not None:
             return
         namespace = self._ready_namespace()
-        if tokens == 0 or state.answer is None or namespace is None:
-            self._drop_answer(state)
+        if tokens == 0 or state.ask is None or namespace is None:
+            self._drop_ask(state)
             return
         end = state.first + -(-tokens // self._block_tokens)
-        keys = pack_keys(self._hashes(request)[state.first : end])
         # An answer counts from the blocks it was told of; the engine may hold more by now.
-        lookup = state.answer.lookup if state.first == state.known else None
-        part = Part(namespace, keys, list(block_ids[state.first : end]), lookup)
-        state.job = LoadJob(request.request_id, [part])
+        lookup = state.ask.lookup if state.first == state.ask.known else None
+        chain = self._chain(request)
+        state.tail_known = end > self._full_blocks(request)
+        parts = self._parts(namespace, chain[state.first : end], block_ids, state.first, lookup)
+        state.job = LoadJob(request.request_id, parts, self._sync)
+        if self._sync:
+            state.after, state.unsure = list(block_ids[0][state.first :]), chain[state.first :]
+            self._unsure.update(state.unsure)
         state.loading = True
         self._loads.append(state.job)
         self.counters["load.jobs"] += 1
 
-    def build_meta(self, scheduled: dict[str, int], block_ids_of: Callable[[str], Sequence[int]]) -> StepMeta:
+    def build_meta(self, scheduled: dict[str, int], block_ids_of: Callable[[str], GroupBlocks]) -> StepMeta:
         """Return this step's work, given the tokens it schedules per request."""
-        self._wait_left_s = LOOKUP_WAIT_S
-        meta = StepMeta(empty=not scheduled)
-        meta.loads, self._loads = self._loads, []
-        namespace = self._ready_namespace() if scheduled else None
-        if namespace is None:
+        self._lookups.begin_step(idle=not scheduled)
+        meta = StepMeta(self._loads, self._last_saves, empty=not scheduled)
+        self._loads, self._last_saves = [], []
+        if not self._role.saves:
             return meta
         for request_id, tokens in scheduled.items():
             state = self._requests.get(request_id)
-            if state is not None and self._may_share(state.request):
-                job = self._plan_save(namespace, self._state(state.request), tokens, block_ids_of)
+            if state is None:
+                continue
+            state = self._state(state.request)
+            if not state.loading:  # what is computed behind blocks that may yet fail to load waits for the next step
+                computed = state.request.num_computed_tokens + tokens
+                job = self._plan_save(state, computed, partial(block_ids_of, request_id))
                 if job is not None:
                     meta.saves.append(job)
         return meta
 
     def worker_report(self, meta: WorkerMeta | None, finished_loads: Iterable[str]) -> None:
         """Take what the workers report: saves to let go of, loads that ended on every rank."""
-        for job_id, ranks in (meta.saved if meta else {}).items():
-            saving = self._saving[job_id]
-            saving.ranks_left -= ranks
-            if not saving.ranks_left:
-                self._let_go(job_id)
-        for request_id, arrived in (meta.loaded if meta else {}).items():
-            state = self._requests[request_id]
-            state.arrived = arrived if state.arrived is None else min(arrived, state.arrived)
+        if meta is not None:
+            for job_id, ranks in meta.saved.items():
+                self._saves.report(job_id, ranks, unsaved=job_id in meta.unsaved)
+            for request_id, arrived in meta.loaded.items():
+                state = self._requests[request_id]
+                state.arrived = arrived if state.arrived is None else min(arrived, state.arrived)
+                if state.job is not None and state.job.sync:  # all ranks report it with the step
+                    self._end_load(state, state.job)
         for request_id in finished_loads:
-            self._end_load(request_id)
+            ended = self._requests.get(request_id)
+            if ended is not None and ended.loading and ended.job is not None:  # else it is another connector's
+                self._end_load(ended, ended.job)
 
-    def finished(self, request: Any) -> None:
+    def finished(self, request: Any, block_ids: GroupBlocks) -> None:
         """End a request; its running load, if any, is followed to its end."""
         state = self._requests.get(request.request_id)
         if state is None:
             return
-        if state.loading:
-            return  # aborted while its blocks are written: worker_report ends it
-        self._drop_answer(state)
+        if state.loading:  # aborted while its blocks are written, or done in one step: worker_report ends it
+            state.last_blocks = block_ids
+            return
+        self._drop_ask(state)
         del self._requests[request.request_id]
+        self._save_rest(state, block_ids)
 
     @property
     def saving(self) -> bool:
         """Whether the engine has to keep stepping so that saves are let go of."""
-        return bool(self._saving)
+        return bool(self._saves)
 
     @property
     def leases(self) -> int:
         """Leases not yet given back."""
-        return len(self._leases)
+        return len(self._lookups.leases)
+
+    def forget_namespace(self) -> None:
+        """Find the namespace anew before anything else is looked up or saved."""
+        self._namespace = None
+        for state in self._requests.values():
+            self._drop_ask(state)
 
     def close(self) -> None:
         """Release the leases and the client."""
-        self._leases.close()
+        self._lookups.close()
         self._client.close()
 
-    # ---- lookups ----
+    # ---- loads ----
 
-    def _answer(self, state: _Tracked, namespace: Namespace, have: int) -> _Answer | None:
-        """Return the remembered answer; ask, or wait within this step's budget, where there is none."""
-        if state.answer is not None:
-            return state.answer
-        if state.pending is None:
-            state.known = have
-            state.pending = self._client.lookup_async(
-                namespace, pack_keys(self._hashes(state.request)), known_prefix=have, lease=True
-            )
-            state.give_up_at = time.monotonic() + self._give_up_s
-            self.counters["lookup.asked"] += 1
-        started = time.monotonic()
-        try:
-            lookup = state.pending.result(timeout=max(0.0, self._wait_left_s))
-            state.answer = _Answer(lookup.prefix, lookup.lease, lookup)
-            self._leases.hold(lookup.lease)
-        except FutureTimeoutError:
-            if started < state.give_up_at:
-                return None
-            self._abandon(state)
-            state.answer = _Answer()
-        except Exception as error:  # whatever it was, it is a miss
-            logger.warning("lookup failed, the request is computed: %r", error)
-            self.counters["lookup.errors"] += 1
-            state.answer = _Answer()
-        finally:
-            self._wait_left_s -= time.monotonic() - started
-        state.pending = None
-        self.counters["lookup.hits" if state.answer.prefix > state.known else "lookup.misses"] += 1
-        return state.answer
+    def _drop_ask(self, state: _Tracked) -> None:
+        if state.ask is not None:
+            self._lookups.drop(state.ask)
+            state.ask = None
 
-    def _abandon(self, state: _Tracked) -> None:
-        """Forget a lookup that runs; give back the lease that it may still bring."""
-        if state.pending is not None:
-            self.counters["lookup.abandoned"] += 1
-            state.pending.add_done_callback(self._release_late)
-            state.pending = None
-
-    def _release_late(self, future: Future[Lookup]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            lease = future.result().lease
-            self._leases.hold(lease)
-            self._leases.drop(lease)
-
-    def _drop_answer(self, state: _Tracked) -> None:
-        self._abandon(state)
-        if state.answer is not None:
-            self._leases.drop(state.answer.lease)
-            state.answer = None
-
-    def _end_load(self, request_id: str) -> None:
-        state = self._requests[request_id]
+    def _end_load(self, state: _Tracked, job: LoadJob) -> None:
         arrived = state.arrived or 0
         state.next_save = state.first + arrived
         self.counters["load.arrived"] += arrived  # on every rank
-        self._drop_answer(state)
+        self._drop_ask(state)
         state.loading = False
+        missing = job.blocks - arrived
+        self._unsure -= Counter(state.unsure)
+        if missing:
+            state.tail_known = False
+            # The engine computes them again, but offers them to others as they are until that is done.
+            self._pool.evict_blocks(set(state.after[arrived:]))
         if state.request.is_finished():
-            del self._requests[request_id]
+            del self._requests[state.request.request_id]
+            if job.sync and not missing and state.last_blocks is not None:
+                self._save_rest(state, state.last_blocks)  # freed just now, and nobody else's before the next step
 
     # ---- saves ----
 
-    def _plan_save(
-        self, namespace: Namespace, state: _Tracked, tokens: int, block_ids_of: Callable[[str], Sequence[int]]
-    ) -> SaveJob | None:
-        """Return a save of the prompt blocks that this step completes and that neither engine nor pool had."""
+    def _plan_save(self, state: _Tracked, computed: int, block_ids: Callable[[], GroupBlocks]) -> SaveJob | None:
+        """Return a save of the blocks complete with ``computed`` tokens that neither engine nor pool had."""
         request = state.request
+        if not self._may_save(request):
+            return None
+        tokens = request.num_tokens if self._settings.save_decode_cache else request.num_prompt_tokens
+        state.save_end = min(min(computed, tokens) // self._block_tokens, self._full_blocks(request))
         if state.next_save is None:
-            state.next_save = request.num_computed_tokens // self._block_tokens
-        computed = min(request.num_computed_tokens + tokens, request.num_prompt_tokens)
-        hashed = len(request.block_hashes) // self._hashes_per_block
-        start, end = state.next_save, min(computed // self._block_tokens, hashed)
-        if start >= end:
+            begun = request.num_computed_tokens // self._block_tokens
+            state.next_save = self._saves.dropped_before(self._hashes(request), begun)
+        # What does not fit is tried again with the next step.
+        start, end = state.next_save, min(state.save_end, state.next_save + self._saves.room)
+        namespace = self._ready_namespace()
+        if start >= end or namespace is None:
             return None
         state.next_save = end
-        if (self._saving_blocks + end - start) * SAVING_SHARE_MAX > self._pool.num_gpu_blocks:
-            self.counters["save.dropped_blocks"] += end - start
-            return None
-        block_ids = list(block_ids_of(request.request_id)[start:end])
-        blocks = [self._pool.blocks[block_id] for block_id in block_ids]
-        self._pool.touch(blocks)
-        self._save_jobs += 1
-        self._saving[self._save_jobs] = _Saving(blocks, self._ranks)
-        self._saving_blocks += len(blocks)
-        self.counters["save.jobs"] += 1
-        keys = pack_keys(self._hashes(request)[start:end])
-        return SaveJob(self._save_jobs, [Part(namespace, keys, block_ids)])
+        hashes = self._hashes(request)[start:end]
+        return self._saves.begin(self._parts(namespace, hashes, block_ids(), start), hashes)
 
-    def _let_go(self, job_id: int) -> None:
-        saving = self._saving.pop(job_id)
-        self._saving_blocks -= len(saving.blocks)
-        self._pool.free_blocks(reversed(saving.blocks))  # so that a chain's tail is evicted before its head
+    def _save_rest(self, state: _Tracked, block_ids: GroupBlocks) -> None:
+        """Plan the last saves of a finished request, and give up what does not fit."""
+        if not self._role.saves or state.next_save is None:
+            return  # it never ran
+        computed = state.request.num_computed_tokens
+        for job in (self._plan_save(state, computed, lambda: block_ids), self._plan_tail_save(state, block_ids)):
+            if job is not None:
+                self._last_saves.append(job)
+        self._drop_unsaved(state)
+
+    def _plan_tail_save(self, state: _Tracked, block_ids: GroupBlocks) -> SaveJob | None:
+        """Return a save of a finished request's partial prompt block: nobody writes behind its tokens any more."""
+        request, namespace = state.request, self._ready_namespace()
+        number, tokens = divmod(request.num_prompt_tokens, self._block_tokens)
+        if not self._may_share_tail(request) or state.tail_known or not self._may_save(request) or namespace is None:
+            return None
+        if request.num_computed_tokens < request.num_prompt_tokens:
+            return None
+        if not self._saves.room:
+            self.counters["save.dropped_blocks"] += 1
+            return None
+        name = self._tail_name(request, number, tokens)
+        return self._saves.begin(self._parts(namespace, [name], block_ids, number), [])
+
+    def _drop_unsaved(self, state: _Tracked) -> None:
+        if state.next_save is not None and state.next_save < state.save_end:
+            self._saves.drop(self._hashes(state.request)[state.next_save : state.save_end])
 
     # ---- words ----
+
+    def _parts(
+        self, namespace: Namespace, names: list[bytes], block_ids: GroupBlocks, first: int, lookup: Lookup | None = None
+    ) -> list[Part]:
+        """Return the parts of a job for the blocks from number ``first`` on."""
+        return [Part(namespace, pack_keys(names), list(block_ids[0][first : first + len(names)]), lookup)]
 
     def _state(self, request: Any) -> _Tracked:
         """Return the state of the request's present life."""
         self.track(request)
         state = self._requests[request.request_id]
         if state.preemptions != request.num_preemptions:
-            self._drop_answer(state)
+            self._drop_ask(state)
+            self._drop_unsaved(state)
             state = self._requests[request.request_id] = _Tracked(request, request.num_preemptions)
         return state
+
+    def _full_blocks(self, request: Any) -> int:
+        return len(request.block_hashes) // self._hashes_per_block
 
     def _hashes(self, request: Any) -> list[bytes]:
         """Return one hash per full block; each covers all tokens before it."""
         step = self._hashes_per_block
         hashes: list[bytes] = request.block_hashes
         return hashes if step == 1 else hashes[step - 1 :: step]
+
+    def _chain(self, request: Any) -> list[bytes]:
+        """Return a list of its own: the hashes of the full blocks, and a name for the partial one if it counts."""
+        chain = list(self._hashes(request))
+        number, tokens = divmod(request.num_prompt_tokens, self._block_tokens)
+        if self._has_tail(request):
+            chain.append(self._tail_name(request, number, tokens))
+        return chain
+
+    def _has_tail(self, request: Any) -> bool:
+        """Whether the chain ends in a partial block, which generated tokens have not yet filled."""
+        return self._may_share_tail(request) and (
+            self._full_blocks(request) == request.num_prompt_tokens // self._block_tokens
+        )
+
+    def _may_share_tail(self, request: Any) -> bool:
+        """Whether the prompt ends in a partial block whose tokens say all that is in it."""
+        return (
+            not self._settings.discard_partial_chunks
+            and request.num_prompt_tokens % self._block_tokens > 0
+            and not request.mm_features
+            and request.prompt_embeds is None
+        )
+
+    def _tail_name(self, request: Any, number: int, tokens: int) -> bytes:
+        """Return the key of a partial block, which only the very same tokens have."""
+        parent = self._hashes(request)[number - 1] if number else repr(request.cache_salt).encode()
+        ids = request.all_token_ids[number * self._block_tokens : request.num_prompt_tokens]
+        return hashlib.sha256(b"partial block" + parent + struct.pack(f"<{tokens}q", *ids)).digest()
+
+    def _may_load(self, request: Any) -> bool:
+        return (
+            self._role.loads
+            and not request.skip_reading_prefix_cache
+            and request.num_prompt_tokens >= self._settings.load_min_tokens
+            and self._may_share(request)
+        )
+
+    def _may_save(self, request: Any) -> bool:
+        return request.num_prompt_tokens >= self._settings.save_min_tokens and self._may_share(request)
 
     @staticmethod
     def _may_share(request: Any) -> bool:
@@ -333,3 +386,14 @@ class SchedulerSide:
         if self._namespace is None:
             self._namespace = self._find_namespace()
         return self._namespace
+
+    def _namespace_may_come(self) -> bool:
+        now = time.monotonic()
+        if self._namespace_by is None:
+            self._namespace_by = now + NAMESPACE_WAIT_S
+        if now < self._namespace_by:
+            return True
+        if not self._namespace_missed:
+            logger.error("the workers did not say how they hold KV; nothing is loaded or saved")
+            self._namespace_missed = True
+        return False

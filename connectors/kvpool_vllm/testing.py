@@ -113,7 +113,7 @@ class MemoryClient:
         *,
         shard: int = 0,
         lookup: Lookup | None = None,  # noqa: ARG002 -- Client's signature
-        layers: tuple[int, int] | None = None,  # noqa: ARG002 -- Client's signature
+        layers: tuple[int, int] | None = None,
         timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
     ) -> GetResult:
         """Fill the buffers of the blocks that are here."""
@@ -122,7 +122,8 @@ class MemoryClient:
         for key, block in zip(keys, blocks, strict=True):
             with self._pool.lock:
                 kept = self._pool.shards.get((digest, key, shard))
-            for part, data in zip(_parts(block), kept or (), strict=kept is not None):
+            wanted = kept[slice(*layers)] if kept is not None and layers is not None else kept
+            for part, data in zip(_parts(block), wanted or (), strict=kept is not None):
                 memoryview(part).cast("B")[:] = data
             ok.append(kept is not None)
         prefix = ok.index(False) if False in ok else len(ok)

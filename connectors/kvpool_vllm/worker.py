@@ -1,26 +1,31 @@
 """The worker's side: moves blocks between the engine's memory and the pool on its own threads.
 
-The engine's thread only hands over jobs and collects what ended. Every job ends in a report,
-whatever happened to it: a load in the request's id and the blocks that failed, a save in its number.
+The engine's thread only hands over jobs and collects what ended, except for loads that its next forward
+needs. Every job ends in a report, whatever happened to it: a load in the request's id and the blocks that
+failed, a save in its number.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.metadata import LoadJob, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.layers import LayerLoads
+from kvpool_vllm.metadata import LoadJob, RankFacts, SaveJob, StepMeta, WorkerMeta
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvpool.client import Client
+    from kvpool.client import Client, GetResult, PutResult
     from kvpool.config import ConnectorSettings
     from kvpool_vllm.device import KVBlocks
+    from kvpool_vllm.metadata import Part
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -41,28 +46,118 @@ class WorkerSide:
                 settings.master,
             )
         self._client = client
+        self._settings = settings
         self._shard = shard
         self._saves = saves
         self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
         self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
         self._progress = threading.Condition()
         self._loading: dict[str, tuple[LoadJob, Future[None]]] = {}
+        self._layer_loads: LayerLoads | None = None
         self._unreported_saves = 0
         self._loaded: list[tuple[LoadJob, int]] = []
         self._saved: list[int] = []
+        self._unsaved: set[int] = set()
         self._failed_blocks: set[int] = set()
         self._report = WorkerMeta()
         self.counters: Counter[str] = Counter()
 
-    def attach(self, kv: KVBlocks) -> None:
-        """Use these tensors from now on."""
+    def attach(self, kv: KVBlocks, facts: RankFacts) -> None:
+        """Use these tensors from now on, and tell the scheduler what they are."""
         self._kv = kv
+        self._layer_numbers = {name: number for number, name in enumerate(kv.names)}
+        self._report.facts = frozenset({facts})
+
+    # ---- loads ----
 
     def start_loads(self, meta: StepMeta) -> None:
-        """Hand this step's loads to the load threads."""
+        """Hand this step's loads to the load threads; wait for those that its forward needs."""
+        needed = []
         for job in meta.loads:
-            future = self._load_pool.submit(self._load, job)
-            self._loading[job.request_id] = (job, future)
+            if job.sync:
+                needed.append(job)
+            else:
+                self._loading[job.request_id] = (job, self._load_pool.submit(self._load, job, None))
+        timeout_s = self._settings.transfer_timeout / 1000
+        if needed and self._settings.use_layerwise:
+            ahead = self._settings.layerwise_prefetch_layers
+            self._layer_loads = LayerLoads(needed, len(self._kv), ahead, timeout_s, self._fetch_layers)
+        elif needed:
+            deadline = time.monotonic() + timeout_s
+            # To their ends, which the deadline brings: what is given up must not be written any more.
+            for load in [self._load_pool.submit(self._load, job, deadline) for job in needed]:
+                load.result()
+
+    def wait_for_layer(self, name: str) -> None:
+        """Wait until a layer of the blocks that the running forward needs is there, or given up."""
+        number = self._layer_numbers.get(name)
+        if self._layer_loads is not None and number is not None:  # else it reads the cache of another layer
+            self._layer_loads.wait(number)
+
+    def finished_loads(self, aborted: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Return the requests whose load ended, well or not, since the last call, and those that failed whole.
+
+        A load of an ``aborted`` request that no thread has begun ends here. One that runs ends when it
+        ends: its blocks may not be handed to anyone before. Loads of the running step are in neither set.
+        """
+        if self._layer_loads is not None:
+            for job, arrived in self._layer_loads.finish():
+                self._end_load(job, arrived)
+            self._layer_loads = None
+        for request_id in aborted:
+            entry = self._loading.get(request_id)
+            if entry is not None and entry[1].cancel():
+                self._end_load(entry[0], 0)
+        with self._progress:
+            ended, self._loaded = self._loaded, []
+        finished, failed = set(), set()
+        for job, arrived in ended:
+            self._report.loaded[job.request_id] = arrived
+            if not job.sync:
+                del self._loading[job.request_id]
+                finished.add(job.request_id)
+            if len(job.parts) == 1:
+                self._failed_blocks.update(job.parts[0].block_ids[arrived:])
+            elif arrived < job.blocks:
+                failed.add(job.request_id)
+        return finished, failed
+
+    def failed_blocks(self) -> set[int]:
+        """Return the blocks that the last ``finished_loads`` found unfilled, once."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def _load(self, job: LoadJob, deadline: float | None) -> None:
+        arrived = 0
+        try:
+            for part in job.parts:
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    break
+                result = self._fetch(part, len(part.block_ids), None, left_s)
+                arrived += result.prefix
+                if result.prefix < len(part.block_ids):
+                    level = logging.DEBUG if self.counters["load.failed"] else logging.WARNING
+                    logger.log(level, "a load lacks blocks (%s), they are computed instead", result.reasons)
+                    break
+        except Exception:  # whatever it was, it is a miss: the engine waits for this report
+            logger.exception("load of %s failed, its blocks are computed instead", job.request_id)
+            self.counters["load.errors"] += 1
+            arrived = 0
+        finally:
+            self._end_load(job, arrived)
+
+    def _fetch_layers(self, job: LoadJob, blocks: int, layers: tuple[int, int], timeout_s: float) -> int:
+        return self._fetch(job.parts[0], blocks, layers, timeout_s).prefix
+
+    def _end_load(self, job: LoadJob, arrived: int) -> None:
+        self.counters["load.blocks"] += arrived
+        self.counters["load.failed"] += job.blocks - arrived
+        with self._progress:
+            self._loaded.append((job, arrived))
+            self._progress.notify()
+
+    # ---- saves ----
 
     def start_saves(self, meta: StepMeta) -> None:
         """Hand this step's saves to the save threads; call when the step's KV is in memory."""
@@ -71,39 +166,41 @@ class WorkerSide:
             if self._saves:
                 self._save_pool.submit(self._save, job)
             else:
-                self._end_save(job)
+                self._end_save(job, stored=True)
 
-    def finished_loads(self, aborted: Iterable[str]) -> set[str]:
-        """Return the requests whose load ended, well or not, since the last call.
+    def _save(self, job: SaveJob) -> None:
+        stored = False
+        try:
+            results = [self._store(part) for part in job.parts]
+            for result in results:
+                self.counters["save.stored"] += result.stored
+                self.counters["save.existed"] += result.existed
+                self.counters["save.failed"] += result.failed
+            stored = not any(result.failed for result in results)
+        except Exception:  # whatever it was, a later request misses; the engine waits for this report
+            logger.exception("save of %d blocks failed", job.blocks)
+            self.counters["save.errors"] += 1
+        finally:
+            self._end_save(job, stored=stored)
 
-        A load of an ``aborted`` request that no thread has begun ends here. One that runs ends when it
-        ends: its blocks may not be handed to anyone before.
-        """
-        for request_id in aborted:
-            entry = self._loading.get(request_id)
-            if entry is not None and entry[1].cancel():
-                self._end_load(entry[0], 0)
+    def _end_save(self, job: SaveJob, *, stored: bool) -> None:
         with self._progress:
-            ended, self._loaded = self._loaded, []
-        for job, arrived in ended:
-            del self._loading[job.request_id]
-            self._failed_blocks.update(job.parts[0].block_ids[arrived:])
-            self._report.loaded[job.request_id] = arrived
-        return {job.request_id for job, _ in ended}
+            self._saved.append(job.job_id)
+            if not stored:
+                self._unsaved.add(job.job_id)
+            self._progress.notify()
 
-    def failed_blocks(self) -> set[int]:
-        """Return the blocks that the last ``finished_loads`` found unfilled, once."""
-        failed, self._failed_blocks = self._failed_blocks, set()
-        return failed
+    # ---- reports ----
 
     def report(self) -> WorkerMeta | None:
         """Return what ended since the last call, for the scheduler's side."""
         with self._progress:
             saved, self._saved = self._saved, []
+            self._report.unsaved, self._unsaved = self._unsaved, set()
         self._unreported_saves -= len(saved)
         self._report.saved = dict.fromkeys(saved, 1)
         report, self._report = self._report, WorkerMeta()
-        return report if report.saved or report.loaded else None
+        return report if report.saved or report.loaded or report.facts else None
 
     def wait_for_progress(self) -> None:
         """Give running transfers a moment, when the engine has nothing to compute."""
@@ -117,49 +214,19 @@ class WorkerSide:
         self._save_pool.shutdown(cancel_futures=True)
         self._client.close()
 
-    def _load(self, job: LoadJob) -> None:
-        arrived = 0
-        try:
-            part = job.parts[0]
-            result = self._client.get(
-                part.namespace, part.keys, self._kv.views(part.block_ids), shard=self._shard, lookup=part.lookup
-            )
-            arrived = result.prefix
-            if arrived < job.blocks:
-                logger.info(
-                    "load of %s ended after %d of %d blocks: %s",
-                    job.request_id,
-                    arrived,
-                    job.blocks,
-                    result.reasons,
-                )
-        except Exception:  # whatever it was, it is a miss: the engine waits for this report
-            logger.exception("load of %s failed, its blocks are computed instead", job.request_id)
-            self.counters["load.errors"] += 1
-        finally:
-            self._end_load(job, arrived)
+    # ---- the engine's memory ----
 
-    def _save(self, job: SaveJob) -> None:
-        try:
-            part = job.parts[0]
-            result = self._client.put(part.namespace, part.keys, self._kv.views(part.block_ids), shard=self._shard)
-            self.counters["save.stored"] += result.stored
-            self.counters["save.existed"] += result.existed
-            self.counters["save.failed"] += result.failed
-        except Exception:  # whatever it was, a later request misses; the engine waits for this report
-            logger.exception("save of %d blocks failed", job.blocks)
-            self.counters["save.errors"] += 1
-        finally:
-            self._end_save(job)
+    def _fetch(self, part: Part, blocks: int, layers: tuple[int, int] | None, timeout_s: float | None) -> GetResult:
+        """Fill a part's leading blocks, or some layers of them."""
+        return self._client.get(
+            part.namespace,
+            part.keys[: blocks * KEY_BYTES],
+            self._kv.views(part.block_ids[:blocks], layers),
+            shard=self._shard,
+            lookup=part.lookup,
+            layers=layers,
+            timeout_ms=None if timeout_s is None else timeout_s * 1000,
+        )
 
-    def _end_load(self, job: LoadJob, arrived: int) -> None:
-        self.counters["load.blocks"] += arrived
-        self.counters["load.failed"] += job.blocks - arrived
-        with self._progress:
-            self._loaded.append((job, arrived))
-            self._progress.notify()
-
-    def _end_save(self, job: SaveJob) -> None:
-        with self._progress:
-            self._saved.append(job.job_id)
-            self._progress.notify()
+    def _store(self, part: Part) -> PutResult:
+        return self._client.put(part.namespace, part.keys, self._kv.views(part.block_ids), shard=self._shard)

@@ -87,14 +87,10 @@ class MambaSpec:
     pass
 
 
-def configuration(
-    specs: list[Any], algorithm: str = "sha256", role: str = "kv_both", **parallel: int
-) -> tuple[Any, Any]:
+def configuration(specs: list[Any], algorithm: str = "sha256", **parallel: int) -> tuple[Any, Any]:
     sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1} | parallel
     cache = SimpleNamespace(prefix_caching_hash_algo=algorithm, calculate_kv_scales=False)
-    vllm_config = SimpleNamespace(
-        parallel_config=SimpleNamespace(**sizes), cache_config=cache, kv_transfer_config=SimpleNamespace(kv_role=role)
-    )
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(**sizes), cache_config=cache)
     return vllm_config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
 
 
@@ -108,7 +104,6 @@ def test_supported_model_passes() -> None:
     [
         (configuration([FullAttentionSpec(), MambaSpec()]), "model: has 2 KV cache groups"),
         (configuration([MambaSpec()]), "model: has KV of kind MambaSpec"),
-        (configuration([FullAttentionSpec()], role="kv_producer"), "kv_role: must be kv_both"),
         (configuration([FullAttentionSpec()], algorithm="xxhash"), "'xxhash' is not cryptographic"),
         (
             configuration([FullAttentionSpec()], decode_context_parallel_size=2),

@@ -12,11 +12,13 @@ import pytest
 
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool_vllm.metadata import StepMeta, WorkerMeta
-from kvpool_vllm.scheduler import SAVING_SHARE_MAX, SchedulerSide
-from kvpool_vllm.settings import ConnectorSettings
+from kvpool_vllm.saves import SHARE
+from kvpool_vllm.scheduler import SchedulerSide
+from kvpool_vllm.settings import ConnectorSettings, Role
 from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
 
 TOKENS = 4
+BOTH = Role(loads=True, saves=True)
 NAMESPACE = Namespace(model="demo", block_tokens=TOKENS)
 
 
@@ -33,7 +35,18 @@ class Request:
     num_preemptions: int = 0
     lora_request: Any = None
     skip_reading_prefix_cache: bool = False
+    mm_features: Any = ()
+    prompt_embeds: Any = None
+    cache_salt: str | None = None
+    all_token_ids: list[int] = field(default_factory=list)
     over: bool = False
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = self.all_token_ids or list(range(self.num_prompt_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
 
     def is_finished(self) -> bool:
         return self.over
@@ -53,6 +66,7 @@ class Block:
 class BlockPool:
     num_gpu_blocks: int = 100
     blocks: list[Block] = field(default_factory=lambda: [Block(i) for i in range(100)])
+    evicted: set[int] = field(default_factory=set)
 
     def touch(self, blocks: list[Block]) -> None:
         for block in blocks:
@@ -62,6 +76,9 @@ class BlockPool:
         for block in blocks:
             block.ref_cnt -= 1
 
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        self.evicted |= block_ids
+
     @property
     def held(self) -> int:
         return sum(block.ref_cnt for block in self.blocks)
@@ -70,16 +87,18 @@ class BlockPool:
 class Harness:
     """A scheduler's side on a pool in memory; it waits for lookups unless a gate holds them."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, role: Role = BOTH, sync: bool = False, **settings: Any) -> None:
         self.pool, self.faults, self.blocks = MemoryPool(), Faults(), BlockPool()
         self.client = MemoryClient(self.pool)
         self.side = SchedulerSide(
             FaultyClient(self.client, self.faults),  # type: ignore[arg-type]  # stands in for Client
             ConnectorSettings(**settings),
             lambda: NAMESPACE,
+            role=role,
             block_tokens=TOKENS,
             hashes_per_block=1,
             ranks=2,
+            sync=sync,
         )
         self.side.bind_block_pool(self.blocks)
 
@@ -92,17 +111,17 @@ class Harness:
             answer = self.side.matched_tokens(request, computed)
             if answer[0] is not None:
                 return answer
-            self.side.build_meta({}, lambda _: [])
+            self.side.build_meta({}, lambda _: ([],))
         raise AssertionError("no answer")
 
     def step(self, **scheduled: int) -> StepMeta:
-        return self.side.build_meta(scheduled, lambda _: list(range(50)))
+        return self.side.build_meta(scheduled, lambda _: (list(range(50)),))
 
     def settle_leases(self) -> None:
         """Wait until the keeper has released what it was told to."""
         done = threading.Event()
         for _ in range(1000):
-            if self.side.leases == len(self.side._leases._held):
+            if self.side.leases == len(self.side._lookups.leases._held):
                 return
             done.wait(0.005)
         raise AssertionError("leases were not released")
@@ -136,7 +155,7 @@ def test_engine_hit_is_subtracted(harness: Harness) -> None:
     request = request_of("a", 12)
     harness.store(request.block_hashes)
     assert harness.matched(request, 4) == (8, True)
-    harness.side.allocated(request, [10, 11, 12], 8)
+    harness.side.allocated(request, [[10, 11, 12]], 8)
     (job,) = harness.step().loads
     assert job.parts[0].block_ids == [11, 12]
     assert job.parts[0].keys == b"".join(h[:KEY_BYTES] for h in request.block_hashes[1:])
@@ -194,7 +213,7 @@ def test_lease_lives_as_long_as_the_load(harness: Harness) -> None:
     harness.store(request.block_hashes)
     harness.matched(request)
     assert len(harness.pool.leases) == 1
-    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.side.allocated(request, [[1, 2, 3]], 12)
     harness.step()
     harness.side.worker_report(WorkerMeta(loaded={"a": 3}), [])
     assert len(harness.pool.leases) == 1
@@ -208,7 +227,7 @@ def test_load_is_tried_once(harness: Harness) -> None:
     request = request_of("a", 12)
     harness.store(request.block_hashes)
     harness.matched(request)
-    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.side.allocated(request, [[1, 2, 3]], 12)
     harness.step()
     harness.side.worker_report(WorkerMeta(loaded={"a": 0}), ["a"])
     assert harness.matched(request) == (0, False)
@@ -219,7 +238,7 @@ def test_preempted_request_may_load_again(harness: Harness) -> None:
     request = request_of("a", 12)
     harness.store(request.block_hashes)
     harness.matched(request)
-    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.side.allocated(request, [[1, 2, 3]], 12)
     harness.step()
     harness.side.worker_report(WorkerMeta(loaded={"a": 3}), ["a"])
     request.num_preemptions = 1
@@ -231,10 +250,10 @@ def test_aborted_load_is_followed_to_its_end(harness: Harness) -> None:
     request = request_of("a", 12)
     harness.store(request.block_hashes)
     harness.matched(request)
-    harness.side.allocated(request, [1, 2, 3], 12)
+    harness.side.allocated(request, [[1, 2, 3]], 12)
     harness.step()
     request.over = True
-    harness.side.finished(request)
+    harness.side.finished(request, [list(range(50))])
     assert harness.side.leases == 1
     harness.side.worker_report(WorkerMeta(loaded={"a": 3}), ["a"])
     harness.settle_leases()
@@ -247,7 +266,7 @@ def test_load_refused_by_the_engine_releases_the_lease(harness: Harness) -> None
     request = request_of("a", 12)
     harness.store(request.block_hashes)
     harness.matched(request)
-    harness.side.allocated(request, [1, 2, 3], 0)
+    harness.side.allocated(request, [[1, 2, 3]], 0)
     harness.settle_leases()
     assert not harness.pool.leases
     assert harness.step().loads == []
@@ -258,7 +277,7 @@ def test_full_blocks_of_the_prompt_are_saved_as_they_fill(harness: Harness) -> N
     request = request_of("a", 14)
     request.block_hashes += hashes_of("generated", 3)
     harness.matched(request)
-    harness.side.allocated(request, list(range(50)), 0)
+    harness.side.allocated(request, [list(range(50))], 0)
     saved: list[list[int]] = []
     for tokens in (6, 6, 2, 1, 1, 8):
         saved.extend(job.parts[0].block_ids for job in harness.step(a=tokens).saves)
@@ -271,7 +290,7 @@ def test_nothing_known_is_saved_again(harness: Harness) -> None:
     request = request_of("a", 20)
     harness.store(request.block_hashes)
     harness.matched(request, 4)
-    harness.side.allocated(request, list(range(50)), 16)
+    harness.side.allocated(request, [list(range(50))], 16)
     harness.step()
     harness.side.worker_report(WorkerMeta(loaded={"a": 2}), ["a"])
     request.num_computed_tokens = 12
@@ -285,7 +304,7 @@ def test_saved_blocks_are_held_until_all_ranks_report(harness: Harness) -> None:
     harness.side.track(request)
     (job,) = harness.step(a=12).saves
     request.over = True
-    harness.side.finished(request)
+    harness.side.finished(request, [list(range(50))])
     assert (harness.blocks.held, harness.side.saving) == (3, True)
     harness.side.worker_report(WorkerMeta(saved={job.job_id: 1}), [])
     assert (harness.blocks.held, harness.side.saving) == (3, True)
@@ -295,11 +314,13 @@ def test_saved_blocks_are_held_until_all_ranks_report(harness: Harness) -> None:
 
 def test_saves_hold_a_bounded_share_of_the_engine(harness: Harness) -> None:
     """A pool that takes nothing costs misses later, not room now."""
-    limit = harness.blocks.num_gpu_blocks // SAVING_SHARE_MAX
+    limit = harness.blocks.num_gpu_blocks // SHARE
     for i in range(5):
         request = request_of(f"r{i}", 10 * TOKENS, f"p{i}")
         harness.side.track(request)
         harness.step(**{f"r{i}": 10 * TOKENS})
+        request.num_computed_tokens = 10 * TOKENS
+        harness.side.finished(request, [list(range(50))])
     assert harness.blocks.held <= limit
     assert harness.side.counters["save.dropped_blocks"] == 50 - harness.blocks.held
 

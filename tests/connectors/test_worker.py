@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from kvpool.model import KEY_BYTES, Namespace
-from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.metadata import LoadJob, Part, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.settings import ConnectorSettings
 from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
 from kvpool_vllm.worker import WorkerSide
 
+FACTS = RankFacts(2, 16, "demo", "")
 NAMESPACE = Namespace(model="demo", layers=2)
 DEADLINE_S = 30.0
 
@@ -24,8 +25,13 @@ class Memory:
     def __init__(self) -> None:
         self.bytes = np.arange(8 * 2 * 16, dtype=np.uint8).reshape(8, 2, 16)
 
-    def views(self, block_ids: list[int]) -> list[list[np.ndarray]]:
-        return [list(self.bytes[block]) for block in block_ids]
+    names = ("first", "second")
+
+    def __len__(self) -> int:
+        return 2
+
+    def views(self, block_ids: list[int], layers: tuple[int, int] | None = None) -> list[list[np.ndarray]]:
+        return [list(self.bytes[block])[slice(*layers or (None,))] for block in block_ids]
 
 
 def keys(*names: int) -> bytes:
@@ -39,7 +45,7 @@ class Harness:
         self.pool, self.faults, self.memory = MemoryPool(), Faults(), Memory()
         client = FaultyClient(MemoryClient(self.pool), self.faults)
         self.side = WorkerSide(client, ConnectorSettings(load_threads=1), shard=0, saves=saves)  # type: ignore[arg-type]
-        self.side.attach(self.memory)  # type: ignore[arg-type]
+        self.side.attach(self.memory, FACTS)  # type: ignore[arg-type]
 
     def save(self, job_id: int, names: bytes, block_ids: list[int]) -> None:
         self.side.start_saves(StepMeta(saves=[SaveJob(job_id, [Part(NAMESPACE, names, block_ids)])]))
@@ -58,7 +64,7 @@ class Harness:
         while len(ids) < loads or len(total.saved) < saves:
             assert time.monotonic() < deadline
             self.side.wait_for_progress()
-            ids |= self.side.finished_loads(())
+            ids |= self.side.finished_loads(())[0]
             failed |= self.side.failed_blocks()
             total = total.aggregate(self.side.report() or WorkerMeta())
         return ids, failed, total
@@ -110,8 +116,8 @@ def test_aborted_load_that_no_thread_began_ends_at_once(harness: Harness) -> Non
     harness.load("running", keys(1), [1])
     assert harness.faults.get_gate.arrived.wait(DEADLINE_S)
     harness.load("queued", keys(2), [2])
-    assert harness.side.finished_loads(["running", "queued"]) == {"queued"}
-    assert harness.side.finished_loads([]) == set()
+    assert harness.side.finished_loads(["running", "queued"])[0] == {"queued"}
+    assert harness.side.finished_loads([])[0] == set()
     harness.faults.get_gate.open()
     assert harness.collect(loads=1)[0] == {"running"}
     assert harness.faults.gets == 1

@@ -182,7 +182,7 @@ def test_stuck_saves_are_dropped_not_waited_for(engine: Engine, prompts: Prompts
         finished |= engine.step_until(lambda: not engine.vllm_scheduler.has_unfinished_requests()).keys()
         assert request in finished
     assert gained(engine, "save.dropped_blocks", before) >= 100
-    assert engine.scheduler._saving_blocks <= blocks // 4
+    assert engine.scheduler._saves.blocks <= blocks // 4
     FAULTS.put_gate.open()
     engine.drain()
     engine.forget()

@@ -1,0 +1,130 @@
+"""Lookups that the scheduler's thread never waits for longer than a moment."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.leases import LeaseKeeper
+
+if TYPE_CHECKING:
+    from kvpool.client import Client, Lookup
+    from kvpool.model import Namespace
+
+logger = logging.getLogger(LOGGER_NAME)
+
+STEP_S = 0.002
+"""What all lookups of one step together may hold up the scheduler."""
+
+GIVE_UP = 3
+"""A lookup that has not answered after this many of its own timeouts is a miss."""
+
+
+@dataclass(slots=True)
+class Ask:
+    """One question: how much of a chain is there, behind the ``known`` blocks that the engine holds itself.
+
+    The answer is kept, because the engine asks in every step in which it cannot place the request.
+    """
+
+    known: int
+    pending: Future[Lookup] | None
+    give_up_at: float
+    new: bool = True
+    """Not yet waited for."""
+    lookup: Lookup | None = None
+    """The answer; None where there was none."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is an answer, or none to come."""
+        return self.pending is None
+
+    @property
+    def prefix(self) -> int:
+        """Leading blocks that can be had, the known ones included."""
+        return self.lookup.prefix if self.lookup is not None else self.known
+
+    @property
+    def lease(self) -> int:
+        """The lease that came with the answer, or 0."""
+        return self.lookup.lease if self.lookup is not None else 0
+
+
+class Lookups:
+    """Asks on the client's threads, and keeps the leases that come with answers."""
+
+    def __init__(self, client: Client, lookup_timeout_ms: int, counters: Counter[str]) -> None:
+        """``counters``: where "lookup.*" is counted."""
+        self.leases = LeaseKeeper(client)
+        self._client = client
+        self._give_up_s = GIVE_UP * lookup_timeout_ms / 1000
+        self._counters = counters
+        self._left_s = STEP_S
+        self._idle = False
+
+    def begin_step(self, *, idle: bool) -> None:
+        """Allow some waiting again; in an ``idle`` engine even for lookups that were waited for before."""
+        self._left_s = STEP_S
+        self._idle = idle
+
+    def ask(self, namespace: Namespace, chain: list[bytes], known: int) -> Ask | None:
+        """Ask, or return None where this step has no time left for it; ``chain`` must not change any more."""
+        if self._left_s <= 0:
+            return None
+        started = time.monotonic()
+        pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True)
+        self._left_s -= time.monotonic() - started
+        self._counters["lookup.asked"] += 1
+        return Ask(known, pending, started + self._give_up_s)
+
+    def settle(self, ask: Ask) -> bool:
+        """Whether the answer is there; waits for it within this step's time, and once if others have work."""
+        if ask.pending is None:
+            return True
+        wait_s = self._left_s if ask.new or self._idle else 0.0
+        ask.new = False
+        started = time.monotonic()
+        try:
+            ask.lookup = ask.pending.result(timeout=max(0.0, wait_s))
+            self.leases.hold(ask.lookup.lease)
+        except FutureTimeoutError:
+            if started < ask.give_up_at:
+                return False
+            self._abandon(ask)
+        except Exception as error:  # whatever it was, it is a miss
+            level = logging.DEBUG if self._counters["lookup.errors"] else logging.WARNING  # once: it may be every one
+            logger.log(level, "lookup failed, the request is computed: %r", error)
+            self._counters["lookup.errors"] += 1
+        finally:
+            self._left_s -= time.monotonic() - started
+        ask.pending = None
+        self._counters["lookup.hits" if ask.prefix > ask.known else "lookup.misses"] += 1
+        return True
+
+    def drop(self, ask: Ask) -> None:
+        """Forget a question; gives back the lease that it brought, or may still bring."""
+        self._abandon(ask)
+        self.leases.drop(ask.lease)
+
+    def close(self) -> None:
+        """Release all leases."""
+        self.leases.close()
+
+    def _abandon(self, ask: Ask) -> None:
+        if ask.pending is not None:
+            self._counters["lookup.abandoned"] += 1
+            ask.pending.add_done_callback(self._release_late)
+            ask.pending = None
+
+    def _release_late(self, future: Future[Lookup]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            lease = future.result().lease
+            self.leases.hold(lease)
+            self.leases.drop(lease)
