@@ -57,7 +57,8 @@ def test_kernels_may_cut_blocks_into_rows() -> None:
     ("caches", "blocks"),
     [
         (layers(2, 8, 16), 8),  # keys and values outermost
-        ({"l.0": torch.zeros(8, 16, 4).transpose(1, 2)}, 8),
+        ({"l.0": torch.zeros(8, 16, 4)[:, :, ::2]}, 8),
+        ({"l.0": torch.zeros(8, 16, 4)[:, :8].transpose(1, 2)[:, 1:3]}, 8),
         ({"l.0": torch.zeros(8, 16), "l.1": torch.zeros(8, 32)}, 8),
         ({}, 8),
         ({"l.0": torch.zeros(8, 16, device="meta")}, 8),

@@ -1,0 +1,226 @@
+"""Batched copies between blocks and host memory: right bytes in the right places, whatever the shapes.
+
+On the CPU always (its streams do everything at once), on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpool.errors import InvalidArgumentError
+
+torch: Any = pytest.importorskip("torch", reason="needs torch, which comes with an engine: make e2e")
+
+from kvpool_vllm.device import HostDevice, KVBlocks, open_device  # noqa: E402
+from kvpool_vllm.device_copies import Copies, Transfer  # noqa: E402
+
+WAIT_S = 30.0
+BLOCKS = 12
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch finds none")
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=gpu)]
+
+
+def llama(device: str, layers: int = 3) -> dict[str, Any]:
+    """Keys and values of a few heads."""
+    return {f"l.{i}": torch.zeros(BLOCKS, 2, 16, 4, 8, dtype=torch.bfloat16, device=device) for i in range(layers)}
+
+
+def mla(device: str, layers: int = 5) -> dict[str, Any]:
+    """One latent vector a token."""
+    return {f"l.{i}": torch.zeros(BLOCKS, 16, 72, dtype=torch.bfloat16, device=device) for i in range(layers)}
+
+
+def interleaved(device: str, layers: int = 3) -> dict[str, Any]:
+    """One storage for all layers, block by block."""
+    storage = torch.zeros(BLOCKS, layers, 16, 8, dtype=torch.float16, device=device)
+    return {f"l.{i}": storage[:, i] for i in range(layers)}
+
+
+def heads_first(device: str, layers: int = 2) -> dict[str, Any]:
+    """Shaped as tokens x heads, kept as heads x tokens."""
+    return {
+        f"l.{i}": torch.zeros(BLOCKS, 4, 16, 8, dtype=torch.bfloat16, device=device).transpose(1, 2)
+        for i in range(layers)
+    }
+
+
+def odd_bytes(device: str, layers: int = 2) -> dict[str, Any]:
+    """Runs that no wide word divides."""
+    return {f"l.{i}": torch.zeros(BLOCKS, 7, 3, dtype=torch.uint8, device=device) for i in range(layers)}
+
+
+SHAPES = [llama, mla, interleaved, heads_first, odd_bytes]
+
+
+def filled(caches: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Give every byte a value of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in caches.values():
+        raw = torch.randint(0, 256, (tensor.numel() * tensor.element_size(),), dtype=torch.uint8, generator=generator)
+        tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+    return caches
+
+
+def as_stored(caches: dict[str, Any], block: int) -> bytes:
+    """Return a block's bytes by torch's own means: layer after layer, each as it lies in memory."""
+    parts = []
+    for tensor in caches.values():
+        inner = tensor[block]
+        order = sorted(range(inner.dim()), key=lambda d: -inner.stride(d))
+        parts.append(inner.permute(order).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return b"".join(parts)
+
+
+def wait(transfer: Transfer) -> None:
+    assert transfer.wait(WAIT_S)
+
+
+def pieces(data: np.ndarray, *cuts: int) -> list[np.ndarray]:
+    edges = [0, *cuts, len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("staged_blocks", [1, 2, 100])
+def test_blocks_go_out_and_come_back(device: str, shape: Any, staged_blocks: int) -> None:
+    """Stored bytes are the blocks' own, loaded ones end in their blocks and layers and nowhere else."""
+    caches, empty = filled(shape(device), 1), shape(device)
+    kv, other = KVBlocks(caches, BLOCKS), KVBlocks(empty, BLOCKS)
+    size = len(kv) * kv.layer_block_bytes
+    copies = Copies(kv.device, size, staging_bytes=staged_blocks * size + 7)
+    ids = [7, 2, 11, 0, 5]
+    host = copies.host_buffer(len(ids) * size).reshape(len(ids), size)
+    wait(copies.store(kv, ids, [pieces(row, 5, size - 1) for row in host]))
+    assert [row.tobytes() for row in host] == [as_stored(caches, block) for block in ids]
+    targets = [3, 9, 1, 10, 4]
+    wait(copies.load(other, targets, [pieces(row, 17) for row in host]))
+    for block, target in zip(ids, targets, strict=True):
+        assert as_stored(empty, target) == as_stored(caches, block)
+    untouched = set(range(BLOCKS)) - set(targets)
+    assert not any(any(as_stored(empty, block)) for block in untouched)
+    copies.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_some_layers_are_loaded(device: str) -> None:
+    """The sources hold just these; the other layers keep what they have."""
+    caches = filled(llama(device, 4), 1)
+    kv = KVBlocks(caches, BLOCKS)
+    before = [as_stored(caches, block) for block in range(BLOCKS)]
+    copies = Copies(kv.device, 4 * kv.layer_block_bytes, staging_bytes=1)
+    rows = copies.host_buffer(2 * 2 * kv.layer_block_bytes).reshape(2, -1)
+    rows[:] = 7
+    wait(copies.load(kv, [6, 1], [[row] for row in rows], layers=(1, 3)))
+    layer = kv.layer_block_bytes
+    for block, old in enumerate(before):
+        new = old[:layer] + bytes([7]) * 2 * layer + old[3 * layer :] if block in {6, 1} else old
+        assert as_stored(caches, block) == new
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_of_inference_mode(device: str) -> None:
+    """Engines make their caches in it, and let only themselves write to them otherwise."""
+    with torch.inference_mode():
+        caches = llama(device)
+    kv = KVBlocks(caches, BLOCKS)
+    size = len(kv) * kv.layer_block_bytes
+    copies = Copies(kv.device, size)
+    row = copies.host_buffer(size)
+    row[:] = 3
+    wait(copies.load(kv, [4], [[row]], after=copies.fence()))
+    assert set(as_stored(caches, 4)) == {3}
+    row[:] = 0
+    wait(copies.store(kv, [4], [[row]], after=copies.fence()))
+    assert set(row) == {3}
+
+
+def test_widest_words_that_fit() -> None:
+    """Eight bytes where runs and strides allow it, one where nothing else does."""
+    assert KVBlocks(llama("cpu"), BLOCKS).words()[0].dtype == torch.int64
+    assert KVBlocks(odd_bytes("cpu"), BLOCKS).words()[0].dtype == torch.uint8
+    assert len(KVBlocks(llama("cpu"), BLOCKS).words((1, 3))) == 2
+
+
+def test_the_order_in_memory_is_part_of_the_layout() -> None:
+    """Tensors of one shape whose bytes lie in another order never share a layout."""
+    plain = {"l.0": torch.zeros(BLOCKS, 16, 4, 8)}
+    turned = {"l.0": torch.zeros(BLOCKS, 4, 16, 8).transpose(1, 2)}
+    kv, other = KVBlocks(plain, BLOCKS), KVBlocks(turned, BLOCKS)
+    assert kv.shape == other.shape
+    assert (kv.layout, other.layout) == ("16x4x8", "16x4x8@1,0,2")
+
+
+def test_groups_of_different_sizes_share_a_device() -> None:
+    """Hybrid models have a set of blocks for each group; host memory needs nothing of a device."""
+    groups = [KVBlocks(llama("cpu"), BLOCKS), KVBlocks(mla("cpu"), BLOCKS)]
+    assert groups[0].layer_block_bytes != groups[1].layer_block_bytes
+    assert isinstance(open_device(groups), HostDevice)
+
+
+class LateEvent:
+    """Comes after so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_wait_ends_with_the_copies_or_the_deadline() -> None:
+    """What is not done in time is told, and may be waited for again; buffers are kept until then."""
+    buffer = [np.zeros(1)]
+    transfer = Transfer(LateEvent(3), buffer)
+    assert not transfer.wait(0.0)
+    assert transfer._keep is buffer
+    assert transfer.wait(WAIT_S)
+    assert not transfer._keep
+
+
+def test_a_failure_in_the_middle_waits_for_what_was_begun() -> None:
+    """The caller may take its memory back once the error is out."""
+    kv = KVBlocks(llama("cpu"), BLOCKS)
+    size = len(kv) * kv.layer_block_bytes
+    copies = Copies(kv.device, size, staging_bytes=1)
+    drained = []
+    copies._in.drain = lambda: drained.append(True)  # type: ignore[method-assign]
+    rows = list(np.zeros((2, size), np.uint8))
+    with pytest.raises(IndexError):
+        copies.load(kv, [1, BLOCKS + 1], [[row] for row in rows])
+    assert drained == [True]
+
+
+@pytest.mark.parametrize("lengths", [[0], [0, 1], [0, 0, 0], [-1, 0]])
+def test_runs_that_are_not_the_blocks_are_refused(lengths: list[int]) -> None:
+    """A run that is too short would leave the bytes of another block in a block."""
+    kv = KVBlocks(llama("cpu"), BLOCKS)
+    size = len(kv) * kv.layer_block_bytes
+    copies = Copies(kv.device, size)
+    runs = [[np.zeros(size + more, np.uint8)] for more in lengths]
+    with pytest.raises(InvalidArgumentError, match="blocks"):
+        copies.load(kv, [1, 2], runs)
+    with pytest.raises(InvalidArgumentError, match="blocks"):
+        copies.store(kv, [1, 2], runs)
+
+
+def test_an_npu_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, at start."""
+    kv = KVBlocks(llama("cpu"), BLOCKS)
+    monkeypatch.setattr(kv, "device", torch.device("cuda"))
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidArgumentError, match="CUDA"):
+            open_device([kv])
+
+    class Ascend:
+        type = "npu"
+
+    kv.device = Ascend()
+    with pytest.raises(InvalidArgumentError, match="torch_npu"):
+        open_device([kv])
