@@ -241,7 +241,7 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         facts = RankFacts(
             layers=len(kv),
             layer_block_bytes=kv.layer_block_bytes,
-            layout=f"{backend}:{'x'.join(map(str, kv.shape))}",
+            layout=f"{backend}:{kv.layout}",
             isa=_isa(self._vllm_config, self._block_tokens),
         )
         self.worker.attach(kv, facts)
