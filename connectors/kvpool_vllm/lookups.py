@@ -40,6 +40,8 @@ class Ask:
     """Not yet waited for."""
     lookup: Lookup | None = None
     """The answer; None where there was none."""
+    worth: int | None = None
+    """Leading blocks of the answer that are worth a load, once somebody has judged it."""
 
     @property
     def settled(self) -> bool:
@@ -49,7 +51,9 @@ class Ask:
     @property
     def prefix(self) -> int:
         """Leading blocks that can be had, the known ones included."""
-        return self.lookup.prefix if self.lookup is not None else self.known
+        if self.lookup is None:
+            return self.known
+        return self.lookup.prefix if self.worth is None else self.worth
 
     @property
     def lease(self) -> int:

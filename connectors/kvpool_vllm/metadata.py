@@ -77,6 +77,16 @@ class RankFacts:
     isa: str
 
 
+@dataclass(frozen=True, slots=True)
+class LoadSeen:
+    """How a rank's load went."""
+
+    seconds: float
+    """From its first byte asked for to its last received: not the time that it waited for other loads."""
+    tiers: dict[str, int]
+    """Blocks by where they came from."""
+
+
 @dataclass(slots=True)
 class WorkerMeta:
     """Worker to scheduler: transfers that ended since the last step."""
@@ -90,6 +100,11 @@ class WorkerMeta:
     facts: frozenset[RankFacts] = frozenset()
     """In each rank's first report. No handshake: that of MultiConnector hands one connector's to all others."""
 
+    seen: dict[str, LoadSeen] = field(default_factory=dict)
+    """Request to how its load went on the slowest rank."""
+    unusable: dict[int, frozenset[str]] = field(default_factory=dict)
+    """Rank (a random number) to the nodes that it leaves alone, where that has changed."""
+
     def aggregate(self, other: WorkerMeta) -> WorkerMeta:
         """Return both ranks' reports as one."""
         saved = dict(self.saved)
@@ -98,4 +113,13 @@ class WorkerMeta:
         loaded = dict(self.loaded)
         for request_id, blocks in other.loaded.items():
             loaded[request_id] = min(blocks, loaded.get(request_id, blocks))
-        return WorkerMeta(saved, loaded, self.unsaved | other.unsaved, self.facts | other.facts)
+        seen = self.seen | other.seen
+        seen |= {name: mine for name, mine in self.seen.items() if mine.seconds > seen[name].seconds}
+        return WorkerMeta(
+            saved,
+            loaded,
+            self.unsaved | other.unsaved,
+            self.facts | other.facts,
+            seen,
+            self.unusable | other.unusable,
+        )

@@ -27,6 +27,7 @@ class _Saving:
     hashes: list[bytes]
     blocks: list[Any]
     ranks_left: int
+    whole: bool = True
 
 
 class Saves:
@@ -73,16 +74,21 @@ class Saves:
             self._dropped.pop(name, None)
         return job
 
-    def report(self, job_id: int, ranks: int, *, unsaved: bool) -> None:
-        """Take the report of some ranks; the last one's lets go of the blocks."""
+    def report(self, job_id: int, ranks: int, *, unsaved: bool) -> bool | None:
+        """Take the report of some ranks; the last one's lets go of the blocks.
+
+        Returns whether every block is stored on every rank, None while some have not reported.
+        """
         saving = self._saving[job_id]
         saving.ranks_left -= ranks
         if unsaved:
+            saving.whole = False
             self._remember(saving.hashes)
         if not saving.ranks_left:
             del self._saving[job_id]
             self.blocks -= len(saving.blocks)
             self._pool.free_blocks(reversed(saving.blocks))  # so that a chain's tail is evicted before its head
+        return None if saving.ranks_left else saving.whole
 
     def drop(self, hashes: list[bytes]) -> None:
         """Count blocks that nobody will save, until a request finds them in the engine's own cache."""

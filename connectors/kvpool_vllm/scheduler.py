@@ -20,6 +20,7 @@ from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.lookups import Ask, Lookups
 from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.saves import Saves
+from kvpool_vllm.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace
     from kvpool_vllm.settings import Role
+    from kvpool_vllm.tally import Data
 
     GroupBlocks = Sequence[Sequence[int]]
     """A request's block ids, for each KV cache group."""
@@ -96,6 +98,7 @@ class SchedulerSide:
         self.counters: Counter[str] = Counter()
         self._lookups = Lookups(client, settings.lookup_timeout, self.counters)
         self._saves = Saves(ranks, settings.save_queue_blocks, self.counters)
+        self.watch = Watch(client, settings, self.counters, block_tokens)
         self._requests: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
         self._last_saves: list[SaveJob] = []
@@ -108,6 +111,7 @@ class SchedulerSide:
     def bind_block_pool(self, pool: Any) -> None:
         """Take the engine's block pool, in whose blocks saves hold references."""
         self._pool = pool
+        self.watch.bind_block_pool(pool)
         self._saves.bind(pool)
 
     def track(self, request: Any) -> None:
@@ -136,6 +140,8 @@ class SchedulerSide:
             state.ask = self._lookups.ask(namespace, self._chain(request), have)
         if state.ask is None or not self._lookups.settle(state.ask):
             return None, False
+        if state.ask.lookup is not None and state.ask.worth is None:
+            state.ask.worth = self.watch.worth(state.ask.lookup, self._chain(request))
         tokens = min(state.ask.prefix, blocks) * self._block_tokens
         if state.ask.prefix > blocks:
             tokens = request.num_prompt_tokens
@@ -175,6 +181,8 @@ class SchedulerSide:
         self._lookups.begin_step(idle=not scheduled)
         meta = StepMeta(self._loads, self._last_saves, empty=not scheduled)
         self._loads, self._last_saves = [], []
+        running = [(state.request, n) for name, n in scheduled.items() if (state := self._requests.get(name))]
+        self.watch.step_planned(running, self._hashes)
         if not self._role.saves:
             return meta
         for request_id, tokens in scheduled.items():
@@ -192,8 +200,11 @@ class SchedulerSide:
     def worker_report(self, meta: WorkerMeta | None, finished_loads: Iterable[str]) -> None:
         """Take what the workers report: saves to let go of, loads that ended on every rank."""
         if meta is not None:
+            self.watch.worker_report(meta)
             for job_id, ranks in meta.saved.items():
-                self._saves.report(job_id, ranks, unsaved=job_id in meta.unsaved)
+                stored = self._saves.report(job_id, ranks, unsaved=job_id in meta.unsaved)
+                if stored is not None:
+                    self.watch.saved(job_id, stored=stored)
             for request_id, arrived in meta.loaded.items():
                 state = self._requests[request_id]
                 state.arrived = arrived if state.arrived is None else min(arrived, state.arrived)
@@ -207,6 +218,7 @@ class SchedulerSide:
     def finished(self, request: Any, block_ids: GroupBlocks) -> None:
         """End a request; its running load, if any, is followed to its end."""
         state = self._requests.get(request.request_id)
+        self.watch.finished(request)
         if state is None:
             return
         if state.loading:  # aborted while its blocks are written, or done in one step: worker_report ends it
@@ -220,6 +232,10 @@ class SchedulerSide:
     def saving(self) -> bool:
         """Whether the engine has to keep stepping so that saves are let go of."""
         return bool(self._saves)
+
+    def step_ended(self) -> Data | None:
+        """Return what to tell vLLM's metrics, with the end of each step."""
+        return self.watch.step_ended(self._namespace, {"save_blocks": self._saves.blocks})
 
     @property
     def leases(self) -> int:
@@ -248,6 +264,7 @@ class SchedulerSide:
         arrived = state.arrived or 0
         state.next_save = state.first + arrived
         self.counters["load.arrived"] += arrived  # on every rank
+        self.watch.load_ended(job, arrived)
         self._drop_ask(state)
         state.loading = False
         missing = job.blocks - arrived
@@ -279,8 +296,10 @@ class SchedulerSide:
         if start >= end or namespace is None:
             return None
         state.next_save = end
-        hashes = self._hashes(request)[start:end]
-        return self._saves.begin(self._parts(namespace, hashes, block_ids(), start), hashes)
+        hashes, parent = self._hashes(request)[start:end], self._hashes(request)[start - 1] if start else None
+        job = self._saves.begin(self._parts(namespace, hashes, block_ids(), start), hashes)
+        self.watch.saving(job.job_id, request, hashes, start, parent)
+        return job
 
     def _save_rest(self, state: _Tracked, block_ids: GroupBlocks) -> None:
         """Plan the last saves of a finished request, and give up what does not fit."""

@@ -33,6 +33,8 @@ class MemoryPool:
     shards: dict[tuple[bytes, bytes, int], list[bytes]] = field(default_factory=dict)
     leases: set[int] = field(default_factory=set)
     leases_given: int = 0
+    resident: dict[bytes, set[bytes]] = field(default_factory=dict)
+    """What the engine said that it holds, by namespace."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def clear(self) -> None:
@@ -151,6 +153,20 @@ class MemoryClient:
         """Count nothing."""
         return {}
 
+    def unusable_nodes(self) -> set[str]:
+        """There is no node."""
+        return set()
+
+    def report_residency(
+        self, namespace: Namespace | bytes, added: bytes = b"", removed: bytes = b"", cleared: bool = False
+    ) -> None:
+        """Keep what the engine holds."""
+        held = self._pool.resident.setdefault(_digest(namespace), set())
+        if cleared:
+            held.clear()
+        held.difference_update(split_keys(removed))
+        held.update(split_keys(added))
+
     def close(self) -> None:
         """Stop the threads."""
         self._threads.shutdown()
@@ -183,11 +199,14 @@ class Faults:
     """What ``FaultyClient`` does wrong; tests set it while an engine runs in their process."""
 
     def __init__(self) -> None:
+        self.lookup_gate, self.get_gate, self.put_gate = Gate(), Gate(), Gate()
         self.reset()
 
     def reset(self) -> None:
-        """Do nothing wrong."""
-        self.lookup_gate, self.get_gate, self.put_gate = Gate(), Gate(), Gate()
+        """Do nothing wrong, and let everybody through who waits."""
+        for gate in (self.lookup_gate, self.get_gate, self.put_gate):
+            gate.open()
+            gate.arrived.clear()
         self.get_blocks_max: int | None = None
         self.spoil_rest = False
         self.raises: dict[str, Exception] = {}

@@ -8,6 +8,7 @@ failed, a save in its number.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.layers import LayerLoads
-from kvpool_vllm.metadata import LoadJob, RankFacts, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.tally import Data, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,6 +62,10 @@ class WorkerSide:
         self._unsaved: set[int] = set()
         self._failed_blocks: set[int] = set()
         self._report = WorkerMeta()
+        self._seen: dict[str, LoadSeen] = {}
+        self._rank = secrets.randbits(63)
+        self._unusable: frozenset[str] = frozenset()
+        self._tally = Tally(f"rank {self._rank}")
         self.counters: Counter[str] = Counter()
 
     def attach(self, kv: KVBlocks, facts: RankFacts) -> None:
@@ -129,6 +135,7 @@ class WorkerSide:
 
     def _load(self, job: LoadJob, deadline: float | None) -> None:
         arrived = 0
+        started, tiers = time.monotonic(), Counter[str]()
         try:
             for part in job.parts:
                 left_s = None if deadline is None else deadline - time.monotonic()
@@ -136,6 +143,7 @@ class WorkerSide:
                     break
                 result = self._fetch(part, len(part.block_ids), None, left_s)
                 arrived += result.prefix
+                tiers.update(result.tiers)
                 if result.prefix < len(part.block_ids):
                     level = logging.DEBUG if self.counters["load.failed"] else logging.WARNING
                     logger.log(level, "a load lacks blocks (%s), they are computed instead", result.reasons)
@@ -145,15 +153,18 @@ class WorkerSide:
             self.counters["load.errors"] += 1
             arrived = 0
         finally:
-            self._end_load(job, arrived)
+            self._end_load(job, arrived, LoadSeen(time.monotonic() - started, dict(tiers)))
 
     def _fetch_layers(self, job: LoadJob, blocks: int, layers: tuple[int, int], timeout_s: float) -> int:
         return self._fetch(job.parts[0], blocks, layers, timeout_s).prefix
 
-    def _end_load(self, job: LoadJob, arrived: int) -> None:
+    def _end_load(self, job: LoadJob, arrived: int, seen: LoadSeen | None = None) -> None:
         self.counters["load.blocks"] += arrived
         self.counters["load.failed"] += job.blocks - arrived
         with self._progress:
+            if seen is not None:
+                self.counters["load.us"] += round(seen.seconds * 1e6)
+                self._seen[job.request_id] = seen
             self._loaded.append((job, arrived))
             self._progress.notify()
 
@@ -169,7 +180,7 @@ class WorkerSide:
                 self._end_save(job, stored=True)
 
     def _save(self, job: SaveJob) -> None:
-        stored = False
+        stored, started = False, time.monotonic()
         try:
             results = [self._store(part) for part in job.parts]
             for result in results:
@@ -181,6 +192,7 @@ class WorkerSide:
             logger.exception("save of %d blocks failed", job.blocks)
             self.counters["save.errors"] += 1
         finally:
+            self.counters["save.us"] += round((time.monotonic() - started) * 1e6)
             self._end_save(job, stored=stored)
 
     def _end_save(self, job: SaveJob, *, stored: bool) -> None:
@@ -197,10 +209,20 @@ class WorkerSide:
         with self._progress:
             saved, self._saved = self._saved, []
             self._report.unsaved, self._unsaved = self._unsaved, set()
+            self._report.seen, self._seen = self._seen, {}
         self._unreported_saves -= len(saved)
         self._report.saved = dict.fromkeys(saved, 1)
+        unusable = frozenset(self._client.unusable_nodes())
+        if unusable != self._unusable:
+            self._unusable = unusable
+            self._report.unusable = {self._rank: unusable}
         report, self._report = self._report, WorkerMeta()
-        return report if report.saved or report.loaded or report.facts else None
+        return report if report.saved or report.loaded or report.facts or report.seen or report.unusable else None
+
+    def stats(self) -> Data | None:
+        """Return what to tell vLLM's metrics: what was counted since the last call."""
+        gauges = {"queue_depth.load_jobs": len(self._loading), "queue_depth.save_jobs": self._unreported_saves}
+        return self._tally.take({**self.counters, **self._client.stats()}, gauges)
 
     def wait_for_progress(self) -> None:
         """Give running transfers a moment, when the engine has nothing to compute."""
