@@ -88,5 +88,5 @@ class LayerLoads:
                 self._arrived[i] = 0
                 continue
             started = time.monotonic()
-            self._arrived[i] = min(self._arrived[i], self._fetch(job, self._arrived[i], layers, self._left_s))
+            self._arrived[i] = self._fetch(job, self._arrived[i], layers, self._left_s)
             self._left_s -= time.monotonic() - started

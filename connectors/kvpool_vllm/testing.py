@@ -17,6 +17,7 @@ from kvpool.client import GetResult, Lookup, PutResult
 from kvpool.model import Namespace, pack_keys, split_keys
 
 if TYPE_CHECKING:
+    from kvpool.client_lookup import Also
     from kvpool.config import ConnectorSettings
 
 Blocks = Sequence[Any]
@@ -73,14 +74,16 @@ class MemoryClient:
         known_prefix: int = 0,
         lease: bool = False,
         timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
+        also: Sequence[Also] = (),
     ) -> Lookup:
-        """Return the leading blocks of which all shards are here."""
-        shards = namespace.shards if isinstance(namespace, Namespace) else self._shards[namespace]
-        digest, keys = _digest(namespace), split_keys(pack_keys(hashes))
+        """Return the leading blocks of which all shards are here, in every group that needs them."""
+        keys = split_keys(pack_keys(hashes))
         with self._pool.lock:
-            prefix = min(known_prefix, len(keys))
-            while prefix < len(keys) and all((digest, keys[prefix], s) in self._pool.shards for s in range(shards)):
+            prefix = known_prefix
+            while prefix < len(keys) and self._whole(namespace, keys[prefix]):
                 prefix += 1
+            while prefix > known_prefix and not all(self._fits(group, keys, known_prefix, prefix) for group in also):
+                prefix -= 1
             token = 0
             if lease and prefix > known_prefix:
                 self._pool.leases_given += 1
@@ -88,6 +91,14 @@ class MemoryClient:
                 self._pool.leases.add(token)
         reason = "complete" if prefix == len(keys) else "not_stored"
         return Lookup(prefix, reason, lease=token, known_prefix=known_prefix)
+
+    def _whole(self, namespace: Namespace | bytes, key: bytes) -> bool:
+        shards = namespace.shards if isinstance(namespace, Namespace) else self._shards[namespace]
+        return all((_digest(namespace), key, shard) in self._pool.shards for shard in range(shards))
+
+    def _fits(self, group: Also, keys: list[bytes], known: int, prefix: int) -> bool:
+        first = max(known, prefix - group.last_blocks) if group.last_blocks else known
+        return all(self._whole(group.namespace, key) for key in keys[first:prefix])
 
     def put(
         self,
