@@ -30,12 +30,13 @@ NO_NODE = "/nonexistent/kvpool-node.sock"
 
 @dataclass(slots=True)
 class BenchPool:
-    """Where the pool is. ``sockets``: of the nodes on this host. ``master_pid``: 0 unless the master is ours."""
+    """Where the pool is. ``sockets``: of the nodes on this host. Pids: 0 and none unless the pool is ours."""
 
     master: str
     channel: grpc.Channel
     sockets: list[str] = field(default_factory=list)
     master_pid: int = 0
+    node_pids: list[int] = field(default_factory=list)
 
     @property
     def private(self) -> bool:
@@ -126,6 +127,7 @@ def _start(
         path = str(own / "node.sock")
         arguments = ["--master", pool.master, "--host", HOST, "--port", "0", "--segment_size", str(segment_size)]
         arguments += ["--socket_path", path, "--data_dir", str(own), "--log_level", "warning"]
-        children.start(f"node {index}", "kvpool.cli.node", arguments, socket_path=path)
+        node = children.start(f"node {index}", "kvpool.cli.node", arguments, socket_path=path)
         pool.sockets.append(path)
+        pool.node_pids.append(node.process.pid)
     children.wait_until(lambda: len(live_nodes(pool.channel)) >= nodes, "not all nodes were ready", deadline)

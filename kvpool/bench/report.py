@@ -118,13 +118,8 @@ class Report:
         figures = [figure.as_json() for figure in self.figures]
         return {"bench": self.bench, "version": __version__, "machine": machine(), "figures": figures}
 
-    def show(self, json_path: str | None) -> None:
-        """Print the table, and write the JSON where it was asked for. Raises click.ClickException."""
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=FILE_COLUMNS)
-        about = machine()
-        title = f"kvpool-bench {self.bench} {__version__}: {about['cpus']} x {about['model']}, Python {about['python']}"
+    def tables(self, title: str) -> list[Table]:
+        """Return the figures for people."""
         table = Table(title=title, title_justify="left")
         for heading in ("figure", "of", "value", "limit", "ratio"):
             table.add_column(heading, justify="right" if heading in {"value", "ratio"} else "left")
@@ -135,7 +130,17 @@ class Report:
             if figure.limit_value is not None:
                 limit += f" {_rounded(figure.limit_value):,}"
             table.add_row(figure.name, of, f"{_rounded(figure.value):,} {figure.unit}", limit, ratio)
-        console.print(table)
+        return [table]
+
+    def show(self, json_path: str | None) -> None:
+        """Print the tables, and write the JSON where it was asked for. Raises click.ClickException."""
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=FILE_COLUMNS)
+        about = machine()
+        title = f"kvpool-bench {self.bench} {__version__}: {about['cpus']} x {about['model']}, Python {about['python']}"
+        for table in self.tables(title):
+            console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
         if json_path is not None:
