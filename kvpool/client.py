@@ -157,6 +157,17 @@ class Client:
         lost = {self._own_id} if self._own_id and (self._node is None or not self._node.alive) else set()
         return lost | self._peers.unusable() if self._health.troubled else lost
 
+    def warnings(self) -> list[str]:
+        """Return what the master said about the namespaces registered here: other engines hash differently."""
+        return list(self._link.warnings) if self._link is not None else []
+
+    def report_residency(
+        self, namespace: Namespace | bytes, added: bytes = b"", removed: bytes = b"", cleared: bool = False
+    ) -> None:
+        """Say what the engine has in its own memory: cleared, then keys that went, and came. Never waits."""
+        if self._link is not None:
+            self._link.residency.report(namespace, added, removed, cleared=cleared)
+
     # ---- lookup ----------------------------------------------------------------------------------
 
     def lookup(

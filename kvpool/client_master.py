@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from kvpool.client_health import Health
+from kvpool.client_residency import ResidencyReporter
 from kvpool.config import split_address
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
 from kvpool.model import Namespace, NodeAddress
@@ -70,6 +71,8 @@ class MasterLink:
         self._slow_channel: grpc.Channel | None = None
         self._stub: master_pb2_grpc.MasterStub | None = None  # set where the data port cannot be reached
         self.nodes: list[NodeAddress] = []
+        self.residency = ResidencyReporter(self.ask, name)
+        self.warnings: list[str] = []  # what the master said about our namespaces, each once
         self._thread = threading.Thread(target=self._keep, name="kvpool-master-link", daemon=True)
         self._thread.start()
 
@@ -84,6 +87,7 @@ class MasterLink:
 
     def close(self) -> None:
         """End the thread and close all channels."""
+        self.residency.close()
         self._closed = True
         self._wake.set()
         self._drop()
@@ -132,11 +136,15 @@ class MasterLink:
                 return
         if self.up:
             try:
-                self._call("RegisterNamespace", namespace_to_proto(namespace), timeout_s)
-                self._announced.add(namespace.digest)
+                self._announce(namespace, timeout_s)
             except KVPoolError as exc:
                 log.debug("cannot announce namespace %s: %s", namespace.digest.hex(), exc)
                 self._wake.set()
+
+    def _announce(self, namespace: Namespace, timeout_s: float) -> None:
+        reply = self._call("RegisterNamespace", namespace_to_proto(namespace), timeout_s)
+        self._announced.add(namespace.digest)
+        self.warnings += [text for text in reply.warnings if text not in self.warnings]
 
     def place(self, size: int, timeout_s: float) -> NodeAddress | None:
         """Ask for a node that takes our blocks. Raises UnavailableError, at once when the master is away."""
@@ -188,8 +196,7 @@ class MasterLink:
         if not self.up or reply.data_port != self._data_port:
             self._connect(reply.data_port)
         for namespace in missing:
-            self._call("RegisterNamespace", namespace_to_proto(namespace), HANDSHAKE_S)
-            self._announced.add(namespace.digest)
+            self._announce(namespace, HANDSHAKE_S)
 
     def _connect(self, port: int) -> None:
         """Open the way for lookups: the data port, or gRPC where a firewall lets nothing else through."""
@@ -228,6 +235,9 @@ def _ask_by_grpc(
             return MasterFrameReply(lookup=stub.Lookup(frame.lookup, timeout=timeout_s))
         if body == "renew":
             return MasterFrameReply(lease=stub.RenewLeases(frame.renew, timeout=timeout_s))
+        if body == "residency":
+            frame.residency.keys = payload
+            return MasterFrameReply(residency=stub.ReportResidency(frame.residency, timeout=timeout_s))
         return MasterFrameReply(lease=stub.ReleaseLeases(frame.release, timeout=timeout_s))
     except grpc.RpcError as exc:
         raise error_of(exc) from exc

@@ -118,6 +118,7 @@ class MasterSettings(Settings):
     eviction_ratio: float = setting(0.01, RATIO, "Share of a node's bytes to free in one go.")
     default_kv_lease_ttl: int = setting("10s", DURATION, "How long a lookup keeps blocks from eviction.")
     client_ttl: int = setting("10s", DURATION, "A node unheard of for this long is dead.")
+    metrics_port: int = setting(0, PORT, "Serve Prometheus metrics on this port; 0 is off.")
     data_dir: str | None = setting(None, PATH, "Keep namespace descriptors here; without it they live in memory.")
     insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
     max_blocks: int = setting(16777216, count(1, 1 << 30), "Blocks the index may hold.")
@@ -149,6 +150,7 @@ class NodeSettings(Settings):
     )
     socket_mode: int = setting(0o600, MODE, "File mode of the socket: who may connect.", shown="0600")
     node_id: str | None = setting(None, TEXT, "Stable name of this node.", shown="kept from start to start")
+    metrics_port: int = setting(0, PORT, "Serve Prometheus metrics on this port; 0 is off.")
     data_dir: str | None = setting(None, PATH, "Directory for what outlives the process.")
     lock_memory: bool = setting(True, BOOL, "Lock the segment in memory where the limits allow it.")
     insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
@@ -194,6 +196,9 @@ class ConnectorSettings(ClientSettings):
     consumer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_consumer: load.")
     consumer_is_to_put: bool = setting(False, BOOL, "With kv_role kv_consumer: save too.")
     gate: str = setting("auto", choice("auto", "off"), "Skip loads slower than computing; off loads all.")
+    report_residency: bool = setting(
+        False, BOOL, "Tell the master what the engine's own cache holds, even where the engine's KV events are off."
+    )
     breaker_failures: int = setting(3, count(1, 1000), "Failures in a row after which a node or tier is left alone.")
     breaker_probe_interval: int = setting("1s", DURATION, "How often a node or tier that is left alone is tried again.")
     client_factory: str = setting(

@@ -53,6 +53,7 @@ ONLY_IN = {
     "grpc_reflection": {"server"},
     "lmdb": {"tiers"},
     "fsspec": {"tiers"},
+    "prometheus_client": {"server", "kvpool_vllm"},
     "uvloop": {"server", "transport", "bench"},
     "click": {"cli", "bench"},
     "rich": {"cli", "bench"},

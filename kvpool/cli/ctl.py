@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvpool.cli import ctl_blocks, ctl_pool
+from kvpool.cli import ctl_blocks, ctl_explain, ctl_pool
 from kvpool.cli.options import CONTEXT, version_option
 from kvpool.cli.remote import EXIT_CODES_HELP, remote_options
 
@@ -20,12 +20,16 @@ def command(ctx: click.Context, master: str | None, as_json: bool | None, timeou
     Examples:
       kvpoolctl status
       kvpoolctl --master 10.0.0.7:50088 --json nodes
+      kvpoolctl explain 9f86d081884c7d659a2feaa0c55ad015
       kvpoolctl evict --coldest 10GB
     """
     ctx.obj = {"master": master, "as_json": as_json, "timeout": timeout}
 
 
-for _command in (ctl_pool.status, ctl_pool.nodes, ctl_pool.namespaces, ctl_blocks.lookup, ctl_blocks.evict):
+_COMMANDS = (
+    ctl_pool.status, ctl_pool.nodes, ctl_pool.namespaces, ctl_blocks.lookup, ctl_explain.explain, ctl_blocks.evict,
+)  # fmt: skip
+for _command in _COMMANDS:
     command.add_command(_command)
 
 

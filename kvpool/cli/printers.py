@@ -23,7 +23,7 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
-def _plain(value: object) -> Text:
+def plain(value: object) -> Text:
     """Return text that came from elsewhere without markup or control characters."""
     return Text("".join(c if c.isprintable() else "?" for c in str(value)))
 
@@ -36,11 +36,12 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[obj
         numbers = bool(body) and all(isinstance(row[column], (int, float)) for row in body)
         table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for row in body:
-        table.add_row(*(_plain(value) for value in row))
+        table.add_row(*(plain(value) for value in row))
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """Return a duration for people."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if value >= size:
             return f"{value / size:.1f} {unit}"
@@ -70,6 +71,11 @@ def status_data(reply: admin_pb2.StatusResponse) -> dict[str, Any]:
         "warming": reply.warming,
         "counters": dict(sorted(reply.counters.items())),
         "settings": dict(sorted(reply.settings.items())),
+        "warnings": list(reply.warnings),
+        "removals": reply.removals,
+        "removals_max": reply.removals_max,
+        "engines": reply.engines,
+        "engine_blocks": reply.engine_blocks,
     }
 
 
@@ -78,13 +84,17 @@ def print_status(reply: admin_pb2.StatusResponse) -> None:
     warming = "  (warming: nodes are still reporting what they hold)" if reply.warming else ""
     rows = [
         ("version", reply.version),
-        ("uptime", _seconds(reply.uptime_s)),
+        ("uptime", seconds(reply.uptime_s)),
         ("nodes", f"{reply.nodes_live} live of {reply.nodes_known} known"),
         ("blocks", f"{reply.blocks}{warming}"),
         ("memory", _share(reply.used_bytes, reply.capacity_bytes)),
         ("leases", f"{reply.leases} on {reply.leased_blocks} blocks"),
+        ("engines", f"{reply.engines} report {reply.engine_blocks} blocks of their own (hbm)"),
+        ("removals kept", f"{reply.removals} of {reply.removals_max}"),
     ]
     print_table("Pool", ("", ""), rows)
+    for warning in reply.warnings:
+        click.echo(plain(f"warning: {warning}").plain)
     if reply.counters:
         print_table("Counters since start", ("counter", "value"), sorted(reply.counters.items()))
     if reply.settings:
@@ -125,7 +135,7 @@ def print_nodes(reply: admin_pb2.NodesResponse) -> None:
             f"{node.address.host}:{node.address.port}",
             _share(node.used_bytes, node.capacity_bytes),
             node.blocks,
-            f"{_seconds(node.last_seen_s)} ago",
+            f"{seconds(node.last_seen_s)} ago",
         )
         for node in sorted(reply.nodes, key=lambda node: node.address.node_id)
     ]
@@ -139,6 +149,10 @@ def _descriptor_data(descriptor: types_pb2.NamespaceDescriptor) -> dict[str, Any
     return {item.name: getattr(descriptor, item.name) for item in descriptor.DESCRIPTOR.fields}
 
 
+def _hexes(digests: Any) -> list[str]:
+    return [digest.hex() for digest in digests]
+
+
 def namespaces_data(reply: admin_pb2.NamespacesResponse) -> dict[str, Any]:
     """Return all namespaces as plain data."""
     return {
@@ -148,6 +162,7 @@ def namespaces_data(reply: admin_pb2.NamespacesResponse) -> dict[str, Any]:
                 "blocks": item.blocks,
                 "bytes": item.bytes,
                 "descriptor": _descriptor_data(item.descriptor),
+                "disagrees_with": _hexes(item.disagrees_with),
             }
             for item in sorted(reply.namespaces, key=lambda item: (item.descriptor.model, item.digest))
         ]
@@ -173,6 +188,10 @@ def print_namespaces(reply: admin_pb2.NamespacesResponse) -> None:
             )
         )
     print_table("Namespaces", ("namespace", "model", "revision", "dtype", "shape", "blocks", "memory"), rows)
+    for item in reply.namespaces:
+        if item.disagrees_with:
+            others = ", ".join(_hexes(item.disagrees_with))
+            click.echo(f"warning: {item.digest.hex()} shares nothing with {others}: only their hashing differs")
 
 
 # ---- lookup and evict ------------------------------------------------------------------------------
@@ -200,6 +219,14 @@ def lookup_data(reply: master_pb2.LookupResponse, digest: bytes, asked: int) -> 
         "reason": _reason(reply),
         "detail": reply.detail,
         "runs": runs,
+        "residents": [
+            {
+                "engine": resident.engine,
+                "tier": resident.tier,
+                "ranges": [{"first": part.first, "blocks": part.blocks} for part in resident.ranges],
+            }
+            for resident in reply.residents
+        ],
     }
 
 
@@ -222,11 +249,15 @@ def print_lookup(reply: master_pb2.LookupResponse, digest: bytes, asked: int) ->
             for owner in run["owners"]
         )
         rows.append((f"{run['first']} to {run['first'] + run['blocks'] - 1}", run["blocks"], where))
+    for resident in data["residents"]:
+        for part in resident["ranges"]:
+            where = f"{resident['engine']} ({resident['tier']}, its own)"
+            rows.append((f"{part['first']} to {part['first'] + part['blocks'] - 1}", part["blocks"], where))
     if rows:
         print_table("", ("blocks", "count", "held by"), rows)
     ends = "" if data["reason"] == "complete" else f"; it ends there because: {data['reason'].replace('_', ' ')}"
     detail = f" ({data['detail']})" if data["detail"] else ""
-    click.echo(_plain(f"{reply.prefix} of {asked} blocks are in the pool{ends}{detail}").plain)
+    click.echo(plain(f"{reply.prefix} of {asked} blocks are in the pool{ends}{detail}").plain)
 
 
 def evict_data(reply: admin_pb2.EvictBlocksResponse) -> dict[str, Any]:

@@ -6,9 +6,10 @@ use and never have to be copied to grow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +36,20 @@ class Space:
     descriptor: Namespace | None = None
     stored_bytes: int = 0
     siblings: list[Space] = field(default_factory=list)  # other descriptors of the same model
+    announced: float | None = None  # by an engine, when last
 
     @property
     def full(self) -> int:
         """Mask of a whole block."""
         return (1 << self.descriptor.shards) - 1 if self.descriptor else 0
+
+
+class Lost(NamedTuple):
+    """What an incarnation had of one namespace (its number), among the rows of a slice."""
+
+    incarnation: int
+    space: int
+    rows: Rows
 
 
 class Index:
@@ -53,6 +63,7 @@ class Index:
         self.leased: NDArray[np.int32] = zeros(rows_max, np.int32)
         self.space_of: NDArray[np.int16] = zeros(rows_max, np.int16)
         self.listed: NDArray[np.bool_] = zeros(rows_max, bool)  # on some node's victim list
+        self.asked: NDArray[np.uint8] = zeros(rows_max, np.uint8)  # why the master last asked for its eviction
         self.recency = Recency(zeros(rows_max, np.int64))
         self.placements = PlacementTable()
         self.spaces: dict[bytes, Space] = {}
@@ -104,6 +115,7 @@ class Index:
             self.placement[fresh] = NOWHERE
             self.leased[fresh] = 0
             self.listed[fresh] = False
+            self.asked[fresh] = 0
         if (rows < 0).any():
             self.refused += int(np.count_nonzero(rows < 0))
             rows = rows[rows >= 0]
@@ -119,27 +131,29 @@ class Index:
         after = self.placements.added(before, space.full, owner)
         self._replace(space, rows, before, after, incarnation)
 
-    def remove(self, run: BlockRun, incarnation: int, tier: str) -> Rows:
-        """Record that these shards are gone; returns the rows of blocks that are whole no more.
+    def remove(self, run: BlockRun, incarnation: int, tier: str) -> tuple[Rows, Rows]:
+        """Record that these shards are gone; returns the rows that had been there, and those that are whole no more.
 
-        What is left of those lies at other incarnations and can never be a hit again.
+        What is left of those lies at other incarnations and can never be a hit again. Rows that are free
+        now still have their columns, until the next call.
         """
         space = self.spaces.get(run.namespace)
         if space is None:
-            return np.empty(0, np.int64)
+            return np.empty(0, np.int64), np.empty(0, np.int64)
         rows = space.table.find(as_words(run.keys))
         rows = np.unique(rows[rows >= 0])
         before = self.placement.take(rows)
+        held = self.placements.held_by(incarnation).take(before)
         after = self.placements.removed(before, Owner(incarnation, tier, run.shards))
         broken = self.placements.complete.take(before) & ~self.placements.complete.take(after) & (after != NOWHERE)
         self._replace(space, rows, before, after, incarnation)
-        rest: Rows = rows[broken]
-        return rest
+        return rows[held], rows[broken]
 
-    def drop_slice(self, incarnations: frozenset[int], start: int) -> tuple[int, Rows]:
+    def drop_slice(self, incarnations: Collection[int], start: int) -> tuple[int, Rows, list[Lost]]:
         """Take dead incarnations out of the rows from ``start`` on.
 
-        Returns where to go on (at or past ``rows_used``: done) and the rows of blocks that are whole no more.
+        Returns where to go on (at or past ``rows_used``: done), the rows of blocks that are whole no more,
+        and what each incarnation had. Rows that are free now still have their columns, until the next call.
         """
         end = min(start + 16 * ROWS_PER_SLICE, self.rows_used)
         numbers = self.placement[start:end]
@@ -150,13 +164,14 @@ class Index:
         if len(hit) > ROWS_PER_SLICE:
             hit = hit[:ROWS_PER_SLICE]
             end = start + int(hit[-1]) + 1
-        broken_rows = []
+        broken_rows, lost = [], []
         rows = hit + start
         for number in np.unique(self.space_of.take(rows)).tolist():
             space = self._by_number[number]
             mine = rows[self.space_of.take(rows) == number]
             for incarnation in incarnations:
                 before = self.placement.take(mine)
+                lost.append(Lost(incarnation, number, mine[self.placements.held_by(incarnation).take(before)]))
                 after = before
                 for tier in self._tiers(before, incarnation):
                     after = self.placements.removed(after, Owner(incarnation, tier, -1))
@@ -168,7 +183,7 @@ class Index:
                 broken_rows.append(mine[broken])
                 self._replace(space, mine, before, after, incarnation)
                 mine = mine[after != NOWHERE]
-        return end, np.concatenate(broken_rows) if broken_rows else np.empty(0, np.int64)
+        return end, np.concatenate(broken_rows) if broken_rows else np.empty(0, np.int64), lost
 
     def _tiers(self, numbers: NDArray[np.int32], incarnation: int) -> set[str]:
         return {

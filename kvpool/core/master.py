@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvpool.core.ages import Ages
+from kvpool.core.agreement import disagreeing, warning
 from kvpool.core.effects import Close, Closed, Effect, Event, NodeChanged, Received, Remember, Send
 from kvpool.core.eviction import pick_victims, slices_for_eviction
 from kvpool.core.index import NAMESPACES_MAX, ROWS_PER_SLICE, Index
@@ -30,13 +31,19 @@ from kvpool.core.messages import (
     Heartbeat,
     Hello,
     Inventory,
+    Probed,
     SendInventory,
     Superseded,
     Victims,
     Welcome,
 )
+from kvpool.core.nodes import MasterLimits, Node, Retired, bounded, slices_of
+from kvpool.core.removals import Removals, Why
+from kvpool.core.residency import Residency
 from kvpool.errors import OverloadedError, UnknownNamespaceError
-from kvpool.model import KEY_BYTES, Namespace, NodeAddress, Reason
+from kvpool.model import Namespace, Reason
+
+__all__ = ["MasterLimits", "MasterState", "Node"]
 
 TIER = "dram"
 STALL_S = 1.0
@@ -51,47 +58,6 @@ VICTIMS_SHARE = 0.05
 FORGET_DEAD_S = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class MasterLimits:
-    """The operator's settings; times in seconds, shares of a node's capacity."""
-
-    eviction_high_watermark_ratio: float = 0.99
-    eviction_ratio: float = 0.01
-    lease_ttl_s: float = 10.0
-    client_ttl_s: float = 10.0
-    blocks_max: int = 1 << 24
-
-
-@dataclass(slots=True)
-class Node:
-    """What the master knows of one node."""
-
-    address: NodeAddress
-    epoch: int
-    capacity_bytes: int = 0
-    used_bytes: int = 0
-    session: int | None = None
-    last_seen: float = 0.0
-    incarnation: int = 0  # 0: none yet
-    sequence: int = 0  # newest delta applied
-    applying: bool = False  # ... and not all of it is in the index yet
-    heard_sequence: int = 0  # newest delta the node says it has sent
-    awaiting: bool = True  # for an inventory
-    asked_at: float = 0.0
-    pending: int = 0  # incarnation that the running inventory fills
-    pending_sequence: int = 0
-    next_chunk: int = 0
-    state: str = "warming"
-    superseded: set[int] = field(default_factory=set)  # epochs of processes that this one replaced
-    evict_sent: int = 0
-    evict_done: int = 0
-    evict_at: float = -1e9
-    victims_at: float = -1e9
-    victims_stale: bool = True
-    listed: Rows = field(default_factory=lambda: np.empty(0, np.int64))
-    job: bool = False  # a search for victims is under way
-
-
 class MasterState:
     """Everything the master decides. Drive it with ``ingest`` (or ``handle``), ``lookup`` and ``work``."""
 
@@ -102,13 +68,16 @@ class MasterState:
         self.leases = Leases(self.index, limits.lease_ttl_s, (epoch & 0x7FFFFFFF) << 32 | 1, 4 * limits.blocks_max)
         self.nodes: dict[str, Node] = {}
         self.counters: Counter[str] = Counter()
+        self.removals = Removals(now, limits.removals_max)
+        self.ages = Ages()
+        self.residency = Residency(limits.client_ttl_s)
         self.started = now
         self._last_now = now
         self._stalled = 0.0
         self._sessions: dict[int, Node] = {}
         self._incarnations: dict[int, Node] = {}
         self._next_incarnation = 1
-        self._dropped: list[int] = []
+        self._dropped: dict[int, Retired] = {}
         self._sweeping = False
         self._tidying = False
         self._jobs: deque[Iterator[list[Effect]]] = deque()
@@ -151,7 +120,7 @@ class MasterState:
             yield self._tick(up)
 
     def _received(
-        self, session: int, message: Hello | Inventory | Delta | Heartbeat, up: float
+        self, session: int, message: Hello | Inventory | Delta | Heartbeat | Probed, up: float
     ) -> Iterator[list[Effect]]:
         if isinstance(message, Hello):
             yield self._hello(session, message, up)
@@ -172,6 +141,8 @@ class MasterState:
                 yield effects
         elif isinstance(message, Delta):
             yield from self._delta(session, node, message, up, effects)
+        elif isinstance(message, Probed):
+            yield effects  # its answer is for whoever asked
         else:
             node.used_bytes = message.used_bytes
             node.heard_sequence = message.sequence
@@ -201,7 +172,7 @@ class MasterState:
             effects.append(Close(older, "a newer session of this node"))
         if node.epoch != hello.epoch:
             node.superseded.add(node.epoch)
-            self._drop(node)
+            self._drop(node, Why.NODE_RESTARTED)
             node.epoch, node.sequence, node.awaiting = hello.epoch, 0, True
         node.address, node.session, node.last_seen = hello.address, session, up
         node.capacity_bytes, node.used_bytes = hello.capacity_bytes, hello.used_bytes
@@ -231,7 +202,7 @@ class MasterState:
                 return False  # a duplicate of one that is done
             self._await_inventory(node, up)
             if node.pending:
-                self._retire(node.pending)
+                self._retire(node.pending, Why.NOT_REPORTED)
             node.pending = self._new_incarnation(node)
             node.pending_sequence = message.sequence
         elif not node.awaiting or message.chunk != node.next_chunk or message.sequence != node.pending_sequence:
@@ -242,7 +213,7 @@ class MasterState:
     def _inventory(
         self, session: int, node: Node, message: Inventory, incarnation: int, up: float
     ) -> Iterator[list[Effect]]:
-        for piece in _slices(message.added):
+        for piece in slices_of(message.added):
             if node.pending != incarnation or self._sessions.get(session) is not node:
                 return
             if not self._add(piece, incarnation):
@@ -252,7 +223,7 @@ class MasterState:
         if not message.last or node.pending != incarnation:
             return
         if node.incarnation:
-            self._retire(node.incarnation)
+            self._retire(node.incarnation, Why.NOT_REPORTED)
         node.incarnation, node.pending, node.awaiting, node.applying = incarnation, 0, False, False
         node.sequence = node.pending_sequence
         node.heard_sequence = max(node.heard_sequence, node.sequence)
@@ -276,14 +247,15 @@ class MasterState:
         node.evict_done = max(node.evict_done, delta.evictions_done)
         incarnation = node.incarnation
         yield effects
-        for piece in _slices(delta.removed):
+        for piece in slices_of(delta.removed):
             if node.incarnation != incarnation:
                 return
-            broken = self.index.remove(piece, incarnation, TIER)
+            rows, broken = self.index.remove(piece, incarnation, TIER)
+            self._note_removed(node, piece, rows)
             self.counters["blocks_removed"] += len(piece)
             node.victims_stale = True
             yield self._drop_rest(broken)
-        for piece in _slices(delta.added):
+        for piece in slices_of(delta.added):
             if node.incarnation != incarnation:
                 return
             if not self._add(piece, incarnation):
@@ -292,6 +264,13 @@ class MasterState:
             yield []
         node.applying = False
         yield [Send(session, Ack(delta.sequence)), *self._relieve(node, up)]
+
+    def _note_removed(self, node: Node, piece: BlockRun, rows: Rows) -> None:
+        if len(rows):
+            why = self.index.asked.take(rows) if piece.commanded else int(Why.ROOM)
+            keys = self.index.keys.take(rows, axis=0)
+            number = self.index.spaces[piece.namespace].number
+            self.removals.push(keys, number, why, node.address.node_id, self._last_now)
 
     def _add(self, piece: BlockRun, incarnation: int) -> bool:
         """Add blocks; returns False if their namespace is not known, so that the node must say it again."""
@@ -321,7 +300,7 @@ class MasterState:
         before = node.state
         if silent > self.limits.client_ttl_s:
             node.state = "dead"
-            self._drop(node)
+            self._drop(node, Why.NODE_LOST)
         elif node.session is None or silent > SUSPECT_AFTER_S:
             node.state = "suspect"
         else:
@@ -339,46 +318,57 @@ class MasterState:
         self._incarnations[number] = node
         return number
 
-    def _retire(self, incarnation: int) -> None:
+    def _retire(self, incarnation: int, why: Why) -> None:
         """Take an incarnation out of every lookup now, out of the rows in slices."""
         self.index.placements.set_live(incarnation, live=False)
-        self._incarnations.pop(incarnation, None)
-        self._dropped.append(incarnation)
+        self._dropped[incarnation] = Retired(self._incarnations.pop(incarnation), why, self._last_now)
         if not self._sweeping:
             self._sweeping = True
             self._jobs.append(self._sweep())
 
-    def _drop(self, node: Node) -> None:
+    def _drop(self, node: Node, why: Why) -> None:
         for incarnation in (node.incarnation, node.pending):
             if incarnation:
-                self._retire(incarnation)
+                self._retire(incarnation, why)
         node.incarnation = node.pending = 0
         node.applying = False
         self._await_inventory(node, node.last_seen)
 
     def _sweep(self) -> Iterator[list[Effect]]:
         while self._dropped:
-            batch, self._dropped = frozenset(self._dropped), []
+            batch, self._dropped = self._dropped, {}
             position = 0
             while position < self.index.rows_used:
-                position, broken = self.index.drop_slice(batch, position)
+                position, broken, lost = self.index.drop_slice(batch.keys(), position)
+                for incarnation, space, rows in lost:
+                    self._note_lost(batch[incarnation], space, rows)
                 yield self._drop_rest(broken)
             for incarnation in batch:
                 self.index.placements.purge(incarnation)
                 self.index.blocks_on.pop(incarnation, None)
         self._sweeping = False
 
+    def _note_lost(self, retired: Retired, space: int, rows: Rows) -> None:
+        node = retired.node
+        if retired.why is Why.NOT_REPORTED:  # what the node's newer inventory has is not lost
+            for newer in (node.incarnation, node.pending):
+                rows = rows[~self.index.placements.held_by(newer).take(self.index.placement.take(rows))]
+        keys = self.index.keys.take(rows, axis=0)
+        self.removals.push(keys, space, int(retired.why), node.address.node_id, retired.at)
+
     def _drop_rest(self, broken: Rows) -> list[Effect]:
         """Ask the other owners of blocks that are whole no more to drop what they have."""
         effects: list[Effect] = []
         if len(broken):
             for incarnation in self.index.owners(broken):
-                effects += self._evict(incarnation, broken)
+                effects += self._evict(incarnation, broken, Why.INCOMPLETE)
         return effects
 
     def _tick(self, up: float) -> list[Effect]:
         effects: list[Effect] = []
         self.leases.expire(up, at_most=256)
+        self.residency.expire(up)
+        self.ages.note(self.index.recency.clock, self._last_now)
         for node_id, node in list(self.nodes.items()):
             effects += self._judge(node, up, "silent")
             if node.state == "dead":
@@ -426,17 +416,18 @@ class MasterState:
             for rows, leased in slices_for_eviction(self.index, incarnation, target, least):
                 if leased:
                     self.counters["leased_blocks_evicted"] += len(rows)
-                yield self._evict(incarnation, rows)
+                yield self._evict(incarnation, rows, Why.WATERMARK)
         finally:
             node.job = False
             node.victims_stale = True
 
-    def _evict(self, incarnation: int, rows: Rows) -> list[Effect]:
+    def _evict(self, incarnation: int, rows: Rows, why: Why) -> list[Effect]:
         node = self._incarnations.get(incarnation)
         if node is None or node.session is None or not len(rows):
             return []
+        self.index.asked[rows] = why
         effects: list[Effect] = []
-        for blocks in _bounded(self.index.runs_on(rows, incarnation)):
+        for blocks in bounded(self.index.runs_on(rows, incarnation)):
             number = self._next_evict
             self._next_evict += 1
             node.evict_sent = number
@@ -463,6 +454,11 @@ class MasterState:
             yield [Send(node.session, Victims(tuple(self.index.runs_on(rows, incarnation))))]
         finally:
             node.job = False
+
+    @property
+    def evictions_asked(self) -> int:
+        """How many Evict messages were sent."""
+        return self._next_evict - 1
 
     @property
     def busy(self) -> bool:
@@ -498,6 +494,13 @@ class MasterState:
             raise OverloadedError(f"the master knows {NAMESPACES_MAX} namespaces already")
         self.index.describe(namespace)
         return [Remember(namespace)]
+
+    def announce(self, namespace: Namespace, now: float) -> tuple[str, list[Effect]]:
+        """Make an engine's namespace known; returns a warning if others hash differently. Raises OverloadedError."""
+        effects = self.register(namespace)
+        space = self.index.spaces[namespace.digest]
+        space.announced = now
+        return warning(space, disagreeing(space, now)), effects
 
     def lookup(self, query: Query) -> Answer:
         """Answer a query; the caller sends the answer, then calls ``settle`` before anything else.
@@ -554,6 +557,10 @@ class MasterState:
         """Return the node of an incarnation that lookups count on, None for others."""
         return self._incarnations.get(incarnation) if self.index.placements.is_live(incarnation) else None
 
+    def owner_of(self, incarnation: int) -> Node | None:
+        """Return the node of an incarnation, None for one that is over."""
+        return self._incarnations.get(incarnation)
+
     # ---- operators -----------------------------------------------------------------------------
 
     def evict_keys(self, namespace: bytes, keys: bytes) -> tuple[int, int, list[Effect]]:
@@ -601,30 +608,5 @@ class MasterState:
         sizes = self.index.placements.copies.take(self.index.placement.take(rows)) * self.index.shard_bytes.take(rows)
         effects: list[Effect] = []
         for incarnation in self.index.owners(rows):
-            effects += self._evict(incarnation, rows)
+            effects += self._evict(incarnation, rows, Why.OPERATOR)
         return len(rows), int(sizes.sum()), effects
-
-
-def _slices(runs: tuple[BlockRun, ...]) -> Iterator[BlockRun]:
-    """Cut runs into pieces of at most one slice."""
-    step = ROWS_PER_SLICE * KEY_BYTES
-    for run in runs:
-        if len(run.keys) <= step:
-            yield run
-        else:
-            for start in range(0, len(run.keys), step):
-                yield BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[start : start + step])
-
-
-def _bounded(runs: Iterator[BlockRun]) -> Iterator[tuple[BlockRun, ...]]:
-    """Group runs into messages of a few thousand blocks."""
-    batch: list[BlockRun] = []
-    blocks = 0
-    for run in runs:
-        batch.append(run)
-        blocks += len(run)
-        if blocks >= 4 * ROWS_PER_SLICE:
-            yield tuple(batch)
-            batch, blocks = [], 0
-    if batch:
-        yield tuple(batch)

@@ -13,12 +13,16 @@ from kvpool.model import KEY_BYTES, Namespace, NodeAddress
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """Blocks of one namespace that share shards and size, in order. ``keys`` has 16 bytes a block."""
+    """Blocks of one namespace that share shards and size, in order. ``keys`` has 16 bytes a block.
+
+    ``commanded`` is about removed ones: the master had asked for it; otherwise room was made for a put.
+    """
 
     namespace: bytes
     shards: int
     shard_bytes: int
     keys: bytes
+    commanded: bool = False
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -71,7 +75,17 @@ class Heartbeat:
     sequence: int
 
 
-NodeMessage = Hello | Inventory | Delta | Heartbeat
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Answer to Probe: a byte a key, with the bits ``BEING_WRITTEN`` (some shard) and ``COMMITTED`` (some shard)."""
+
+    id: int
+    states: bytes
+
+
+BEING_WRITTEN, COMMITTED = 1, 2
+
+NodeMessage = Hello | Inventory | Delta | Heartbeat | Probed
 
 
 # ---- master to node --------------------------------------------------------------------------------
@@ -118,4 +132,13 @@ class Ack:
     sequence: int
 
 
-MasterMessage = Welcome | Victims | Evict | Superseded | SendInventory | Ack
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Asks what the node knows of these blocks (16 bytes a key), reported or not."""
+
+    id: int
+    namespace: bytes
+    keys: bytes
+
+
+MasterMessage = Welcome | Victims | Evict | Superseded | SendInventory | Ack | Probe

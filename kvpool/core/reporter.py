@@ -21,6 +21,8 @@ from kvpool.core.messages import (
     Inventory,
     MasterMessage,
     NodeMessage,
+    Probe,
+    Probed,
     SendInventory,
     Superseded,
     Victims,
@@ -126,6 +128,8 @@ class Reporter:
             return self._inventory() if self.welcomed else []
         elif isinstance(message, Ack):
             self._acknowledged(message.sequence)
+        elif isinstance(message, Probe):
+            return [Probed(message.id, self._segment.states(message.namespace, message.keys))]
         elif isinstance(message, Superseded):
             self.superseded = True
             self.disconnected()
@@ -231,7 +235,7 @@ def _batches(runs: Iterable[BlockRun], keys_max: int) -> Iterator[tuple[BlockRun
                 batch, keys_left, bytes_left = [], keys_max, _MESSAGE_BYTES_MAX
                 continue
             keys = run.keys[at : at + room * KEY_BYTES]
-            batch.append(BlockRun(run.namespace, run.shards, run.shard_bytes, keys))
+            batch.append(BlockRun(run.namespace, run.shards, run.shard_bytes, keys, run.commanded))
             at += len(keys)
             keys_left -= len(keys) // KEY_BYTES
             bytes_left -= len(keys) + _RUN_BYTES

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
+from kvpool.core import messages
 from kvpool.core.allocator import UNIT_BYTES, ExtentAllocator, round_up
 from kvpool.core.invariants import check_segment
 from kvpool.core.messages import BlockRun
@@ -74,6 +75,7 @@ class SegmentState:
         self._infeasible_bytes = self.capacity_bytes + 1  # known to find no room until a pin or write ends
         self._added: dict[Slot, None] = {}
         self._removed: list[tuple[bytes, int, int]] = []  # key, shard, shard_bytes
+        self._commanded: list[tuple[bytes, int, int]] = []  # removed too, because the master said so
 
     def __repr__(self) -> str:
         return (
@@ -98,7 +100,7 @@ class SegmentState:
     @property
     def has_changes(self) -> bool:
         """Whether ``take_changes`` would return anything."""
-        return bool(self._added or self._removed)
+        return bool(self._added or self._removed or self._commanded)
 
     def register(self, namespace: Namespace) -> bytes:
         """Make a namespace known, so that its blocks can be stored; return its digest."""
@@ -289,6 +291,18 @@ class SegmentState:
                 return at // KEY_BYTES
         return len(keys) // KEY_BYTES
 
+    def states(self, namespace: bytes, keys: bytes) -> bytes:
+        """Return a byte a key: whether some shard of it is being written, and whether some is committed."""
+        found = bytearray()
+        for at in range(0, len(keys), KEY_BYTES):
+            block = self._blocks.get(namespace + keys[at : at + KEY_BYTES])
+            state = 0
+            if block is not None:
+                state |= messages.COMMITTED if block.committed else 0
+                state |= messages.BEING_WRITTEN if len(block.shards) > block.committed.bit_count() else 0
+            found.append(state)
+        return bytes(found)
+
     # ---- connections ---------------------------------------------------------------------------------
 
     def disconnect(self, owner: int, quarantine: bool = False) -> None:
@@ -334,7 +348,7 @@ class SegmentState:
                 if block is not None and not block.busy:
                     freed += block.bytes
                     self.counters["commanded_evictions"] += 1
-                    self._drop(block)
+                    self._drop(block, self._commanded)
         return freed
 
     # ---- what changed --------------------------------------------------------------------------------
@@ -346,8 +360,10 @@ class SegmentState:
         """
         added = group_runs((slot.block.key, slot.shard, slot.shard_bytes) for slot in self._added)
         removed = group_runs(self._removed)
+        if self._commanded:
+            removed += group_runs(self._commanded, commanded=True)
         self._added = {}
-        self._removed = []
+        self._removed, self._commanded = [], []
         return added, removed
 
     def snapshot(self) -> tuple[BlockRun, ...]:
@@ -393,7 +409,7 @@ class SegmentState:
         if slot.extent_bytes != size:
             return None
         self._count_eviction(block)
-        self._forget(slot)
+        self._forget(slot, self._removed)
         del self._blocks[block.key]
         if slot.shard != shard:
             block.shards = {shard: slot}
@@ -417,7 +433,7 @@ class SegmentState:
         if coldest is None:
             return None
         if any(self._allocator.span_if_freed(slot.start) >= size for slot in coldest.shards.values()):
-            self._drop(coldest)
+            self._drop(coldest, self._removed)
             return self._allocator.allocate(size)
         cold = list(islice(self._coldest_first(keep), _CANDIDATES_MAX))
         oldest = next(iter(self._blocks.values())).stamp
@@ -471,14 +487,14 @@ class SegmentState:
                 blocks[slot.block] = None
                 low += slot.extent_bytes
         for block in blocks:
-            self._drop(block)
+            self._drop(block, self._removed)
 
-    def _drop(self, block: Block) -> None:
-        """Evict a block with all its shards."""
+    def _drop(self, block: Block, removed: list[tuple[bytes, int, int]]) -> None:
+        """Evict a block with all its shards, to be told in ``removed``."""
         self._count_eviction(block)
         del self._blocks[block.key]
         for slot in block.shards.values():
-            self._forget(slot)
+            self._forget(slot, removed)
             del self._slot_at[slot.start]
             self._allocator.free(slot.start)
         block.shards.clear()  # slots point back: without this only the garbage collector could free them
@@ -492,13 +508,13 @@ class SegmentState:
         counters["evictions"] += 1
         counters["evicted_bytes"] += block.bytes
 
-    def _forget(self, slot: Slot) -> None:
+    def _forget(self, slot: Slot, removed: list[tuple[bytes, int, int]]) -> None:
         """Note that a committed slot is gone."""
         self.payload_bytes -= slot.shard_bytes
         if slot in self._added:
             del self._added[slot]
         else:
-            self._removed.append((slot.block.key, slot.shard, slot.shard_bytes))
+            removed.append((slot.block.key, slot.shard, slot.shard_bytes))
 
     # ---- helpers -------------------------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ def block_keys(run: BlockRun) -> list[bytes]:
     return [run.namespace + run.keys[at : at + KEY_BYTES] for at in range(0, len(run.keys), KEY_BYTES)]
 
 
-def group_runs(slots: Iterable[tuple[bytes, int, int]]) -> tuple[BlockRun, ...]:
+def group_runs(slots: Iterable[tuple[bytes, int, int]], *, commanded: bool = False) -> tuple[BlockRun, ...]:
     """Return (block key, shard, shard_bytes) of slots as runs: one for each namespace, set of shards and size.
 
     The order is kept within each run.
@@ -197,6 +197,6 @@ def group_runs(slots: Iterable[tuple[bytes, int, int]]) -> tuple[BlockRun, ...]:
     for (key, shard_bytes), mask in masks.items():
         groups.setdefault((key[:DIGEST_BYTES], mask, shard_bytes), []).append(key[DIGEST_BYTES:])
     return tuple(
-        BlockRun(namespace, mask, shard_bytes, b"".join(keys))
+        BlockRun(namespace, mask, shard_bytes, b"".join(keys), commanded)
         for (namespace, mask, shard_bytes), keys in groups.items()
     )

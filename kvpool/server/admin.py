@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvpool import __version__
+from kvpool.core.agreement import disagreeing, in_use, warnings
+from kvpool.core.keytable import Rows, as_words
+from kvpool.core.residency import TIER as HBM
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
-from kvpool.server import wire
+from kvpool.server import explain, wire
 from kvpool.server.peers import rpc
 
 if TYPE_CHECKING:
     from kvpool.server.master import Pool
+
+RESIDENTS_SLICE = 4096
+
 
 class AdminService(admin_pb2_grpc.AdminServicer):
     """Reads the state, changes nothing but by EvictBlocks."""
@@ -47,6 +56,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             warming=state.warming,
             counters=counters,
             settings={name: str(getattr(settings, name)) for name in settings.__dataclass_fields__},
+            warnings=warnings(state.index.spaces.values(), now),
+            removals=len(state.removals),
+            removals_max=state.removals.entries_max,
+            engines=len(state.residency.engines),
+            engine_blocks=len(state.residency),
         )
 
     @rpc
@@ -72,6 +86,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     @rpc
     async def Namespaces(self, request: admin_pb2.NamespacesRequest, context: Any) -> admin_pb2.NamespacesResponse:
         """Return every namespace."""
+        now = time.monotonic()
         return admin_pb2.NamespacesResponse(
             namespaces=[
                 admin_pb2.NamespaceStatus(
@@ -79,6 +94,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                     descriptor=convert.namespace_to_proto(space.descriptor),
                     blocks=len(space.table),
                     bytes=space.stored_bytes,
+                    disagrees_with=[other.digest for other in disagreeing(space, now)] if in_use(space, now) else [],
                 )
                 for space in self.pool.state.index.spaces.values()
                 if space.descriptor is not None
@@ -90,7 +106,31 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Look up without touching or leasing."""
         request.lease = False
         answer = self.pool.state.lookup(wire.query_from_proto(request, request.hashes))
-        return wire.answer_to_proto(answer, self.pool.address_of)
+        response = wire.answer_to_proto(answer, self.pool.address_of)
+        await self._add_residents(request, response)
+        return response
+
+    async def _add_residents(self, request: master_pb2.LookupRequest, response: master_pb2.LookupResponse) -> None:
+        """Say which of the blocks engines hold themselves, a slice at a time."""
+        keys = as_words(request.hashes)
+        namespaces = {request.namespace, *(group.namespace for group in request.groups)}
+        found: dict[str, list[Rows]] = {}
+        for start in range(0, len(keys), RESIDENTS_SLICE):
+            part = keys[start : start + RESIDENTS_SLICE]
+            for engine, _, at in self.pool.state.residency.holders(part, namespaces):
+                if len(at):
+                    found.setdefault(engine, []).append(at + start)
+                await asyncio.sleep(0)
+        for engine, parts in found.items():
+            positions = np.unique(np.concatenate(parts))
+            resident = response.residents.add(engine=engine, tier=HBM)
+            for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
+                resident.ranges.add(first=int(run[0]), blocks=len(run))
+
+    @rpc
+    async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:
+        """Say why blocks are not there."""
+        return await explain.answer(self.pool, request)
 
     @rpc
     async def EvictBlocks(self, request: admin_pb2.EvictBlocksRequest, context: Any) -> admin_pb2.EvictBlocksResponse:

@@ -25,7 +25,7 @@ from kvpool import __version__
 from kvpool.config import MasterSettings
 from kvpool.core.effects import Close, Closed, Effect, NodeChanged, Received, Remember, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
-from kvpool.core.messages import MasterMessage
+from kvpool.core.messages import MasterMessage, Probe, Probed
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, TooLargeError
 from kvpool.model import NodeAddress
 from kvpool.rpc import convert
@@ -39,7 +39,7 @@ from kvpool.rpc.v1 import (
     node_pb2,
     node_pb2_grpc,
 )
-from kvpool.server import wire
+from kvpool.server import metrics, wire
 from kvpool.server.admin import AdminService
 from kvpool.server.daemon import run_daemon
 from kvpool.server.peers import Guard, grpc_peer_host, rpc
@@ -75,6 +75,7 @@ class Pool:
         self._queues: dict[int, asyncio.Queue[MasterMessage | None]] = {}
         self._numbers = itertools.count(1)
         self._work = asyncio.Event()
+        self._probes: dict[tuple[int, int], asyncio.Future[bytes]] = {}
         if catalog is not None:
             for namespace in catalog.namespaces():
                 self.state.register(namespace)
@@ -111,9 +112,21 @@ class Pool:
     async def take(self, session: int, message: node_pb2.NodeMessage) -> None:
         """Take in a node's message, letting others have a turn between slices."""
         event = Received(session, wire.node_message_from_proto(message))
+        if isinstance(event.message, Probed):
+            waiting = self._probes.get((session, event.message.id))
+            if waiting is not None and not waiting.done():
+                waiting.set_result(event.message.states)
         for effects in self.state.ingest(event, time.monotonic()):
             self.perform(effects)
             await asyncio.sleep(0)
+
+    def probe(self, session: int, namespace: bytes, keys: bytes) -> asyncio.Future[bytes]:
+        """Ask a node what it knows of these blocks; cancel the future when its answer is awaited no more."""
+        place = (session, next(self._numbers))
+        future = self._probes[place] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._probes.pop(place))
+        self._put(session, Probe(place[1], namespace, keys))
+        return future
 
     @contextlib.contextmanager
     def session(self) -> Iterator[tuple[int, asyncio.Queue[MasterMessage | None]]]:
@@ -175,9 +188,17 @@ class Pool:
             unknown = self.state.renew(list(request.renew.leases), time.monotonic())
         elif body == "release":
             unknown = self.state.release(list(request.release.leases))
+        elif body == "residency":
+            return master_pb2.MasterFrameReply(residency=self.report(request.residency, payload)), None
         else:
-            raise InvalidArgumentError("body", "must be lookup, renew or release")
+            raise InvalidArgumentError("body", "must be lookup, renew, release or residency")
         return master_pb2.MasterFrameReply(lease=master_pb2.LeaseResponse(unknown=unknown)), None
+
+
+    def report(self, request: master_pb2.ResidencyRequest, keys: bytes | memoryview) -> master_pb2.ResidencyResponse:
+        """Take in what an engine holds."""
+        again = self.state.residency.report(wire.report_from_proto(request, keys), self.state.uptime(time.monotonic()))
+        return master_pb2.ResidencyResponse(again=again)
 
 
 class MasterService(master_pb2_grpc.MasterServicer):
@@ -205,8 +226,11 @@ class MasterService(master_pb2_grpc.MasterServicer):
     async def RegisterNamespace(self, request: Any, context: Any) -> master_pb2.RegisterNamespaceResponse:
         """Make a namespace known."""
         namespace = convert.namespace_from_proto(request)
-        self.pool.perform(self.pool.state.register(namespace))
-        return master_pb2.RegisterNamespaceResponse(digest=namespace.digest)
+        warning, effects = self.pool.state.announce(namespace, time.monotonic())
+        self.pool.perform(effects)
+        if warning:
+            log.warning("%s", warning)
+        return master_pb2.RegisterNamespaceResponse(digest=namespace.digest, warnings=[warning] if warning else [])
 
     @rpc
     async def Lookup(self, request: master_pb2.LookupRequest, context: Any) -> master_pb2.LookupResponse:
@@ -235,6 +259,13 @@ class MasterService(master_pb2_grpc.MasterServicer):
                 raise TooLargeError(f"a block of {request.bytes} bytes is larger than every live node's segment")
             return master_pb2.PlaceResponse()
         return master_pb2.PlaceResponse(node=convert.address_to_proto(node.address))
+
+    @rpc
+    async def ReportResidency(
+        self, request: master_pb2.ResidencyRequest, context: Any
+    ) -> master_pb2.ResidencyResponse:
+        """Take in what an engine holds, as the frames do."""
+        return self.pool.report(request, request.keys)
 
 
 class NodeSessionService(node_pb2_grpc.NodeSessionServicer):
@@ -328,6 +359,8 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
         port = server.add_insecure_port(f"{host}:{settings.port}")
     except RuntimeError as exc:
         raise InvalidArgumentError("port", f"cannot listen on {host}:{settings.port}: it is in use") from exc
+    read = functools.partial(metrics.master_values, pool.state, time.monotonic)
+    stop_metrics = metrics.serve(settings.metrics_port, settings.host, read, insecure=settings.insecure)
     await server.start()
     for name in ("", *names):
         await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -343,6 +376,7 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     await healths.enter_graceful_shutdown()
     data_server.close()
     frames.close()
+    stop_metrics()
     await server.stop(SHUTDOWN_GRACE_S)
     if catalog is not None:
         catalog.close()

@@ -21,7 +21,7 @@ from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import NodeAddress, format_size
 from kvpool.rpc.v1 import node_pb2, node_pb2_grpc
-from kvpool.server import wire
+from kvpool.server import metrics, wire
 from kvpool.server.daemon import run_daemon
 from kvpool.server.dataplane import DataPlane
 from kvpool.server.peers import Guard, is_loopback
@@ -233,6 +233,8 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     try:
         _, port = server.listen_tcp(settings.host, settings.port)
         server.listen_unix(settings.socket_path, settings.socket_mode)
+        read = functools.partial(metrics.node_values, state, plane)
+        stop_metrics = metrics.serve(settings.metrics_port, settings.host, read, insecure=settings.insecure)
     except KVPoolError:
         await server.close()
         raise
@@ -253,6 +255,7 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     running.cancel()
     stopped.cancel()
     await asyncio.gather(running, stopped, return_exceptions=True)
+    stop_metrics()
     await server.close()
     segment.close()
     return code

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from kvpool.core import messages as core
 from kvpool.core.lookup import Answer, Group, Query, Rule
+from kvpool.core.residency import Report
 from kvpool.errors import FrameError, InvalidArgumentError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, SHARD_BYTES_MAX, NodeAddress
 from kvpool.rpc.convert import (
@@ -23,7 +24,11 @@ from kvpool.rpc.v1 import master_pb2, node_pb2, types_pb2
 def run_to_proto(run: core.BlockRun) -> types_pb2.BlockRun:
     """Return a run as a message."""
     return types_pb2.BlockRun(
-        namespace=run.namespace, shards=mask_to_bytes(run.shards), shard_bytes=run.shard_bytes, keys=run.keys
+        namespace=run.namespace,
+        shards=mask_to_bytes(run.shards),
+        shard_bytes=run.shard_bytes,
+        keys=run.keys,
+        commanded=run.commanded,
     )
 
 
@@ -35,7 +40,8 @@ def run_from_proto(message: types_pb2.BlockRun) -> core.BlockRun:
         raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(message.keys)}")
     if not 0 <= message.shard_bytes <= SHARD_BYTES_MAX:
         raise InvalidArgumentError("shard_bytes", f"must be from 0 to {SHARD_BYTES_MAX}")
-    return core.BlockRun(message.namespace, mask_from_bytes(message.shards), message.shard_bytes, message.keys)
+    shards = mask_from_bytes(message.shards)
+    return core.BlockRun(message.namespace, shards, message.shard_bytes, message.keys, message.commanded)
 
 
 def runs_to_proto(runs: Iterable[core.BlockRun]) -> list[types_pb2.BlockRun]:
@@ -85,6 +91,8 @@ def node_message_to_proto(message: core.NodeMessage) -> node_pb2.NodeMessage:
                 namespaces=[namespace_to_proto(n) for n in message.namespaces],
             )
         )
+    if isinstance(message, core.Probed):
+        return node_pb2.NodeMessage(probed=node_pb2.Probed(id=message.id, states=message.states))
     return node_pb2.NodeMessage(
         heartbeat=node_pb2.Heartbeat(used_bytes=message.used_bytes, sequence=message.sequence)
     )
@@ -121,6 +129,8 @@ def node_message_from_proto(message: node_pb2.NodeMessage) -> core.NodeMessage:
         )
     if body == "heartbeat":
         return core.Heartbeat(message.heartbeat.used_bytes, message.heartbeat.sequence)
+    if body == "probed":
+        return core.Probed(message.probed.id, message.probed.states)
     raise FrameError("a node message without a body")
 
 
@@ -140,6 +150,9 @@ def master_message_to_proto(message: core.MasterMessage) -> node_pb2.MasterMessa
         return node_pb2.MasterMessage(superseded=node_pb2.Superseded())
     if isinstance(message, core.SendInventory):
         return node_pb2.MasterMessage(send_inventory=node_pb2.SendInventory())
+    if isinstance(message, core.Probe):
+        probe = node_pb2.Probe(id=message.id, namespace=message.namespace, keys=message.keys)
+        return node_pb2.MasterMessage(probe=probe)
     return node_pb2.MasterMessage(ack=node_pb2.Ack(sequence=message.sequence))
 
 
@@ -159,6 +172,8 @@ def master_message_from_proto(message: node_pb2.MasterMessage) -> core.MasterMes
         return core.SendInventory()
     if body == "ack":
         return core.Ack(message.ack.sequence)
+    if body == "probe":
+        return core.Probe(message.probe.id, message.probe.namespace, message.probe.keys)
     raise FrameError("a master message without a body")
 
 
@@ -197,3 +212,18 @@ def answer_to_proto(
                 response.nodes.append(address_to_proto(address))
             run.owners.add(node=number, tier=owner.tier, shards=mask_to_bytes(owner.shards))
     return response
+
+
+def report_from_proto(request: master_pb2.ResidencyRequest, keys: bytes | memoryview) -> Report:
+    """Return an engine's report."""
+    return Report(
+        request.owner,
+        request.engine,
+        request.sequence,
+        request.first,
+        request.namespace,
+        request.cleared,
+        request.removed,
+        request.bye,
+        keys,
+    )

@@ -88,21 +88,27 @@ class Twin:
 
     def remove(self, space: int, keys: list[int], incarnation: int, mask: int) -> None:
         mask = mask & self.full(space) or 1
-        broken = self.index.remove(self.run(space, keys, mask), incarnation, "dram")
+        had = {name for name in self.names(space, keys) if incarnation in self.held.get(name, {})}
+        rows, broken = self.index.remove(self.run(space, keys, mask), incarnation, "dram")
+        assert {(space, self.index.keys[row].tobytes()) for row in rows.tolist()} == had
         expected = {name for name in self.names(space, keys) if self.lose(name, incarnation, mask)}
         assert {self.name_of(row) for row in broken.tolist()} == expected
 
     def sweep(self, dead: frozenset[int]) -> None:
         before = {name for name in self.held if self.complete(name)}
         broken: set[tuple[int, bytes]] = set()
+        had = {(i, *name) for name, held in self.held.items() for i in held if i in dead}
+        lost: list[tuple[int, int, bytes]] = []
         position = 0
         while position < self.index.rows_used:
-            position, rows = self.index.drop_slice(dead, position)
+            position, rows, parts = self.index.drop_slice(dead, position)
+            lost += [(i, space, self.index.keys[row].tobytes()) for i, space, part in parts for row in part.tolist()]
             broken |= {self.name_of(row) for row in rows.tolist() if self.index.space_of[row] >= 0}
         for incarnation in dead:
             for name in list(self.held):
                 self.lose(name, incarnation, self.full(name[0]))
             self.index.placements.purge(incarnation)
+        assert sorted(lost) == sorted(had)
         assert broken == {name for name in before if name in self.held and not self.complete(name)}
 
     def lease(self, space: int, keys: list[int]) -> None:

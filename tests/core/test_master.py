@@ -8,6 +8,7 @@ import pytest
 
 from kvpool.core import index as index_module
 from kvpool.core import master as master_module
+from kvpool.core import nodes as nodes_module
 from kvpool.core.effects import Close, Closed, NodeChanged, Received, Remember, Send, Tick
 from kvpool.core.lookup import Group, Query
 from kvpool.core.master import FORGET_DEAD_S, MasterLimits, MasterState
@@ -195,7 +196,7 @@ def test_what_cannot_be_resumed_is_reported_anew(pool, about):
 
 def test_a_delta_cut_short_is_never_taken_for_applied(pool, monkeypatch):
     """A session that ends between two slices of a delta leads to an inventory, not to a resumed session."""
-    monkeypatch.setattr(master_module, "ROWS_PER_SLICE", 1)
+    monkeypatch.setattr(nodes_module, "ROWS_PER_SLICE", 1)
     pool.join(1)
     taking = pool.master.ingest(Received(1, Delta(1, (run(1, 2, 3),), (), 300)), pool.clock())
     for _ in range(3):

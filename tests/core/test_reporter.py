@@ -45,6 +45,11 @@ def run(*numbers: int) -> BlockRun:
     return BlockRun(SPACE.digest, 1, 512, b"".join(map(key, numbers)))
 
 
+def gone(*numbers):
+    """Blocks that went because the master said so."""
+    return BlockRun(SPACE.digest, 1, 512, b"".join(map(key, numbers)), commanded=True)
+
+
 def new(slots: int = 64) -> tuple[SegmentState, Reporter]:
     segment = SegmentState(slots * 1024)
     segment.register(SPACE)
@@ -110,7 +115,7 @@ def test_deltas_are_numbered_and_follow_the_inventory():
     put(segment, 1, 2)
     assert reporter.flush() == [Delta(start + 1, (run(1, 2),), (), 2048)]
     segment.evict([run(1)])
-    assert reporter.flush() == [Delta(start + 2, (), (run(1),), 1024)]
+    assert reporter.flush() == [Delta(start + 2, (), (gone(1),), 1024)]
     assert reporter.flush() == []
     assert reporter.heartbeat() == Heartbeat(1024, start + 2)
 
@@ -198,7 +203,7 @@ def test_an_eviction_is_confirmed_in_the_next_delta():
     reporter.flush()
     assert reporter.handle(Evict(7, (run(1),))) == []
     start = reporter.sequence
-    assert reporter.flush() == [Delta(start + 1, (), (run(1),), 1024, evictions_done=7)]
+    assert reporter.flush() == [Delta(start + 1, (), (gone(1),), 1024, evictions_done=7)]
     reporter.handle(Evict(7, (run(1),)))
     assert reporter.flush() == []
     reporter.handle(Evict(8, (run(9),)))

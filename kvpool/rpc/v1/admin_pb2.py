@@ -26,7 +26,7 @@ from kvpool.rpc.v1 import types_pb2 as kvpool_dot_v1_dot_types__pb2
 from kvpool.rpc.v1 import master_pb2 as kvpool_dot_v1_dot_master__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvpool/v1/admin.proto\x12\tkvpool.v1\x1a\x15kvpool/v1/types.proto\x1a\x16kvpool/v1/master.proto\"\x0f\n\rStatusRequest\"\xbe\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmaster_epoch\x18\x02 \x01(\x06\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x0e\n\x06leases\x18\x05 \x01(\x04\x12\x15\n\rleased_blocks\x18\x06 \x01(\x04\x12\x12\n\nnodes_live\x18\x07 \x01(\r\x12\x13\n\x0bnodes_known\x18\x08 \x01(\r\x12\x16\n\x0e\x63\x61pacity_bytes\x18\t \x01(\x04\x12\x12\n\nused_bytes\x18\n \x01(\x04\x12\x0f\n\x07warming\x18\x0b \x01(\x08\x12\x39\n\x08\x63ounters\x18\x0c \x03(\x0b\x32\'.kvpool.v1.StatusResponse.CountersEntry\x12\x39\n\x08settings\x18\r \x03(\x0b\x32\'.kvpool.v1.StatusResponse.SettingsEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0e\n\x0cNodesRequest\"\xa4\x01\n\nNodeStatus\x12\'\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x16.kvpool.v1.NodeAddress\x12\r\n\x05state\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x05 \x01(\x04\x12\x13\n\x0blast_seen_s\x18\x06 \x01(\x01\x12\r\n\x05\x65poch\x18\x07 \x01(\x06\"5\n\rNodesResponse\x12$\n\x05nodes\x18\x01 \x03(\x0b\x32\x15.kvpool.v1.NodeStatus\"\x13\n\x11NamespacesRequest\"t\n\x0fNamespaceStatus\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x32\n\ndescriptor\x18\x02 \x01(\x0b\x32\x1e.kvpool.v1.NamespaceDescriptor\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"D\n\x12NamespacesResponse\x12.\n\nnamespaces\x18\x01 \x03(\x0b\x32\x1a.kvpool.v1.NamespaceStatus\"L\n\x12\x45victBlocksRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x15\n\rcoldest_bytes\x18\x03 \x01(\x04\"4\n\x13\x45victBlocksResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x32\xdb\x02\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.kvpool.v1.StatusRequest\x1a\x19.kvpool.v1.StatusResponse\x12:\n\x05Nodes\x12\x17.kvpool.v1.NodesRequest\x1a\x18.kvpool.v1.NodesResponse\x12I\n\nNamespaces\x12\x1c.kvpool.v1.NamespacesRequest\x1a\x1d.kvpool.v1.NamespacesResponse\x12>\n\x07Inspect\x12\x18.kvpool.v1.LookupRequest\x1a\x19.kvpool.v1.LookupResponse\x12L\n\x0b\x45victBlocks\x12\x1d.kvpool.v1.EvictBlocksRequest\x1a\x1e.kvpool.v1.EvictBlocksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvpool/v1/admin.proto\x12\tkvpool.v1\x1a\x15kvpool/v1/types.proto\x1a\x16kvpool/v1/master.proto\"\x0f\n\rStatusRequest\"\xa0\x04\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmaster_epoch\x18\x02 \x01(\x06\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x0e\n\x06leases\x18\x05 \x01(\x04\x12\x15\n\rleased_blocks\x18\x06 \x01(\x04\x12\x12\n\nnodes_live\x18\x07 \x01(\r\x12\x13\n\x0bnodes_known\x18\x08 \x01(\r\x12\x16\n\x0e\x63\x61pacity_bytes\x18\t \x01(\x04\x12\x12\n\nused_bytes\x18\n \x01(\x04\x12\x0f\n\x07warming\x18\x0b \x01(\x08\x12\x39\n\x08\x63ounters\x18\x0c \x03(\x0b\x32\'.kvpool.v1.StatusResponse.CountersEntry\x12\x39\n\x08settings\x18\r \x03(\x0b\x32\'.kvpool.v1.StatusResponse.SettingsEntry\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12\x10\n\x08removals\x18\x0f \x01(\x04\x12\x14\n\x0cremovals_max\x18\x10 \x01(\x04\x12\x0f\n\x07\x65ngines\x18\x11 \x01(\r\x12\x15\n\rengine_blocks\x18\x12 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0e\n\x0cNodesRequest\"\xa4\x01\n\nNodeStatus\x12\'\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x16.kvpool.v1.NodeAddress\x12\r\n\x05state\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x05 \x01(\x04\x12\x13\n\x0blast_seen_s\x18\x06 \x01(\x01\x12\r\n\x05\x65poch\x18\x07 \x01(\x06\"5\n\rNodesResponse\x12$\n\x05nodes\x18\x01 \x03(\x0b\x32\x15.kvpool.v1.NodeStatus\"\x13\n\x11NamespacesRequest\"\x8c\x01\n\x0fNamespaceStatus\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x32\n\ndescriptor\x18\x02 \x01(\x0b\x32\x1e.kvpool.v1.NamespaceDescriptor\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x64isagrees_with\x18\x05 \x03(\x0c\"D\n\x12NamespacesResponse\x12.\n\nnamespaces\x18\x01 \x03(\x0b\x32\x1a.kvpool.v1.NamespaceStatus\"L\n\x12\x45victBlocksRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x15\n\rcoldest_bytes\x18\x03 \x01(\x04\"4\n\x13\x45victBlocksResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"1\n\x0e\x45xplainRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\xeb\x06\n\x0e\x45xplainedBlock\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.kvpool.v1.ExplainedBlock.Verdict\x12\x11\n\tnamespace\x18\x02 \x01(\x0c\x12\x31\n\x07holders\x18\x03 \x03(\x0b\x32 .kvpool.v1.ExplainedBlock.Holder\x12\x0f\n\x07missing\x18\x04 \x03(\r\x12\x0e\n\x06leases\x18\x05 \x01(\r\x12\x17\n\nlast_use_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x33\n\x08removals\x18\x07 \x03(\x0b\x32!.kvpool.v1.ExplainedBlock.Removal\x12\r\n\x05other\x18\x08 \x01(\x0c\x12\x39\n\x0b\x64ifferences\x18\t \x03(\x0b\x32$.kvpool.v1.ExplainedBlock.Difference\x1a\x43\n\x06Holder\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06shards\x18\x04 \x03(\r\x1a\xd9\x01\n\x07Removal\x12\x32\n\x03why\x18\x01 \x01(\x0e\x32%.kvpool.v1.ExplainedBlock.Removal.Why\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"}\n\x03Why\x12\n\n\x06MASTER\x10\x00\x12\x08\n\x04ROOM\x10\x01\x12\r\n\tWATERMARK\x10\x02\x12\x0c\n\x08OPERATOR\x10\x03\x12\x0e\n\nINCOMPLETE\x10\x04\x12\r\n\tNODE_LOST\x10\x05\x12\x12\n\x0eNODE_RESTARTED\x10\x06\x12\x10\n\x0cNOT_REPORTED\x10\x07\x1a\x38\n\nDifference\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0c\n\x04here\x18\x02 \x01(\t\x12\r\n\x05there\x18\x03 \x01(\t\"\xbb\x01\n\x07Verdict\x12\x0b\n\x07PRESENT\x10\x00\x12\x11\n\rOWNER_SUSPECT\x10\x01\x12\x0b\n\x07WARMING\x10\x02\x12\r\n\tNOT_WHOLE\x10\x03\x12\x11\n\rBEING_WRITTEN\x10\x04\x12\x0e\n\nUNREPORTED\x10\x05\x12\x0b\n\x07\x45VICTED\x10\x06\x12\x0e\n\nOWNER_LOST\x10\x07\x12\x15\n\x11NAMESPACE_DIFFERS\x10\x08\x12\x10\n\x0cNEVER_STORED\x10\t\x12\x0b\n\x07UNKNOWN\x10\nB\r\n\x0b_last_use_s\"r\n\x0f\x45xplainResponse\x12)\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x19.kvpool.v1.ExplainedBlock\x12\x10\n\x08memory_s\x18\x02 \x01(\x01\x12\x12\n\noverflowed\x18\x03 \x01(\x08\x12\x0e\n\x06silent\x18\x04 \x03(\t2\x9d\x03\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.kvpool.v1.StatusRequest\x1a\x19.kvpool.v1.StatusResponse\x12:\n\x05Nodes\x12\x17.kvpool.v1.NodesRequest\x1a\x18.kvpool.v1.NodesResponse\x12I\n\nNamespaces\x12\x1c.kvpool.v1.NamespacesRequest\x1a\x1d.kvpool.v1.NamespacesResponse\x12>\n\x07Inspect\x12\x18.kvpool.v1.LookupRequest\x1a\x19.kvpool.v1.LookupResponse\x12L\n\x0b\x45victBlocks\x12\x1d.kvpool.v1.EvictBlocksRequest\x1a\x1e.kvpool.v1.EvictBlocksResponse\x12@\n\x07\x45xplain\x12\x19.kvpool.v1.ExplainRequest\x1a\x1a.kvpool.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,27 +40,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=83
   _globals['_STATUSREQUEST']._serialized_end=98
   _globals['_STATUSRESPONSE']._serialized_start=101
-  _globals['_STATUSRESPONSE']._serialized_end=547
-  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_start=451
-  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_end=498
-  _globals['_STATUSRESPONSE_SETTINGSENTRY']._serialized_start=500
-  _globals['_STATUSRESPONSE_SETTINGSENTRY']._serialized_end=547
-  _globals['_NODESREQUEST']._serialized_start=549
-  _globals['_NODESREQUEST']._serialized_end=563
-  _globals['_NODESTATUS']._serialized_start=566
-  _globals['_NODESTATUS']._serialized_end=730
-  _globals['_NODESRESPONSE']._serialized_start=732
-  _globals['_NODESRESPONSE']._serialized_end=785
-  _globals['_NAMESPACESREQUEST']._serialized_start=787
-  _globals['_NAMESPACESREQUEST']._serialized_end=806
-  _globals['_NAMESPACESTATUS']._serialized_start=808
-  _globals['_NAMESPACESTATUS']._serialized_end=924
-  _globals['_NAMESPACESRESPONSE']._serialized_start=926
-  _globals['_NAMESPACESRESPONSE']._serialized_end=994
-  _globals['_EVICTBLOCKSREQUEST']._serialized_start=996
-  _globals['_EVICTBLOCKSREQUEST']._serialized_end=1072
-  _globals['_EVICTBLOCKSRESPONSE']._serialized_start=1074
-  _globals['_EVICTBLOCKSRESPONSE']._serialized_end=1126
-  _globals['_ADMIN']._serialized_start=1129
-  _globals['_ADMIN']._serialized_end=1476
+  _globals['_STATUSRESPONSE']._serialized_end=645
+  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_start=549
+  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_end=596
+  _globals['_STATUSRESPONSE_SETTINGSENTRY']._serialized_start=598
+  _globals['_STATUSRESPONSE_SETTINGSENTRY']._serialized_end=645
+  _globals['_NODESREQUEST']._serialized_start=647
+  _globals['_NODESREQUEST']._serialized_end=661
+  _globals['_NODESTATUS']._serialized_start=664
+  _globals['_NODESTATUS']._serialized_end=828
+  _globals['_NODESRESPONSE']._serialized_start=830
+  _globals['_NODESRESPONSE']._serialized_end=883
+  _globals['_NAMESPACESREQUEST']._serialized_start=885
+  _globals['_NAMESPACESREQUEST']._serialized_end=904
+  _globals['_NAMESPACESTATUS']._serialized_start=907
+  _globals['_NAMESPACESTATUS']._serialized_end=1047
+  _globals['_NAMESPACESRESPONSE']._serialized_start=1049
+  _globals['_NAMESPACESRESPONSE']._serialized_end=1117
+  _globals['_EVICTBLOCKSREQUEST']._serialized_start=1119
+  _globals['_EVICTBLOCKSREQUEST']._serialized_end=1195
+  _globals['_EVICTBLOCKSRESPONSE']._serialized_start=1197
+  _globals['_EVICTBLOCKSRESPONSE']._serialized_end=1249
+  _globals['_EXPLAINREQUEST']._serialized_start=1251
+  _globals['_EXPLAINREQUEST']._serialized_end=1300
+  _globals['_EXPLAINEDBLOCK']._serialized_start=1303
+  _globals['_EXPLAINEDBLOCK']._serialized_end=2178
+  _globals['_EXPLAINEDBLOCK_HOLDER']._serialized_start=1628
+  _globals['_EXPLAINEDBLOCK_HOLDER']._serialized_end=1695
+  _globals['_EXPLAINEDBLOCK_REMOVAL']._serialized_start=1698
+  _globals['_EXPLAINEDBLOCK_REMOVAL']._serialized_end=1915
+  _globals['_EXPLAINEDBLOCK_REMOVAL_WHY']._serialized_start=1790
+  _globals['_EXPLAINEDBLOCK_REMOVAL_WHY']._serialized_end=1915
+  _globals['_EXPLAINEDBLOCK_DIFFERENCE']._serialized_start=1917
+  _globals['_EXPLAINEDBLOCK_DIFFERENCE']._serialized_end=1973
+  _globals['_EXPLAINEDBLOCK_VERDICT']._serialized_start=1976
+  _globals['_EXPLAINEDBLOCK_VERDICT']._serialized_end=2163
+  _globals['_EXPLAINRESPONSE']._serialized_start=2180
+  _globals['_EXPLAINRESPONSE']._serialized_end=2294
+  _globals['_ADMIN']._serialized_start=2297
+  _globals['_ADMIN']._serialized_end=2710
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 from kvpool.rpc.v1 import types_pb2 as _types_pb2
 from kvpool.rpc.v1 import master_pb2 as _master_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
@@ -12,7 +13,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "master_epoch", "uptime_s", "blocks", "leases", "leased_blocks", "nodes_live", "nodes_known", "capacity_bytes", "used_bytes", "warming", "counters", "settings")
+    __slots__ = ("version", "master_epoch", "uptime_s", "blocks", "leases", "leased_blocks", "nodes_live", "nodes_known", "capacity_bytes", "used_bytes", "warming", "counters", "settings", "warnings", "removals", "removals_max", "engines", "engine_blocks")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +41,11 @@ class StatusResponse(_message.Message):
     WARMING_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    REMOVALS_FIELD_NUMBER: _ClassVar[int]
+    REMOVALS_MAX_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     version: str
     master_epoch: int
     uptime_s: float
@@ -53,7 +59,12 @@ class StatusResponse(_message.Message):
     warming: bool
     counters: _containers.ScalarMap[str, int]
     settings: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., uptime_s: _Optional[float] = ..., blocks: _Optional[int] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., nodes_live: _Optional[int] = ..., nodes_known: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., warming: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    removals: int
+    removals_max: int
+    engines: int
+    engine_blocks: int
+    def __init__(self, version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., uptime_s: _Optional[float] = ..., blocks: _Optional[int] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., nodes_live: _Optional[int] = ..., nodes_known: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., warming: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., settings: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[str]] = ..., removals: _Optional[int] = ..., removals_max: _Optional[int] = ..., engines: _Optional[int] = ..., engine_blocks: _Optional[int] = ...) -> None: ...
 
 class NodesRequest(_message.Message):
     __slots__ = ()
@@ -88,16 +99,18 @@ class NamespacesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NamespaceStatus(_message.Message):
-    __slots__ = ("digest", "descriptor", "blocks", "bytes")
+    __slots__ = ("digest", "descriptor", "blocks", "bytes", "disagrees_with")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISAGREES_WITH_FIELD_NUMBER: _ClassVar[int]
     digest: bytes
     descriptor: _types_pb2.NamespaceDescriptor
     blocks: int
     bytes: int
-    def __init__(self, digest: _Optional[bytes] = ..., descriptor: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    disagrees_with: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, digest: _Optional[bytes] = ..., descriptor: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., disagrees_with: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class NamespacesResponse(_message.Message):
     __slots__ = ("namespaces",)
@@ -122,3 +135,116 @@ class EvictBlocksResponse(_message.Message):
     blocks: int
     bytes: int
     def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("namespace", "keys")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class ExplainedBlock(_message.Message):
+    __slots__ = ("verdict", "namespace", "holders", "missing", "leases", "last_use_s", "removals", "other", "differences")
+    class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PRESENT: _ClassVar[ExplainedBlock.Verdict]
+        OWNER_SUSPECT: _ClassVar[ExplainedBlock.Verdict]
+        WARMING: _ClassVar[ExplainedBlock.Verdict]
+        NOT_WHOLE: _ClassVar[ExplainedBlock.Verdict]
+        BEING_WRITTEN: _ClassVar[ExplainedBlock.Verdict]
+        UNREPORTED: _ClassVar[ExplainedBlock.Verdict]
+        EVICTED: _ClassVar[ExplainedBlock.Verdict]
+        OWNER_LOST: _ClassVar[ExplainedBlock.Verdict]
+        NAMESPACE_DIFFERS: _ClassVar[ExplainedBlock.Verdict]
+        NEVER_STORED: _ClassVar[ExplainedBlock.Verdict]
+        UNKNOWN: _ClassVar[ExplainedBlock.Verdict]
+    PRESENT: ExplainedBlock.Verdict
+    OWNER_SUSPECT: ExplainedBlock.Verdict
+    WARMING: ExplainedBlock.Verdict
+    NOT_WHOLE: ExplainedBlock.Verdict
+    BEING_WRITTEN: ExplainedBlock.Verdict
+    UNREPORTED: ExplainedBlock.Verdict
+    EVICTED: ExplainedBlock.Verdict
+    OWNER_LOST: ExplainedBlock.Verdict
+    NAMESPACE_DIFFERS: ExplainedBlock.Verdict
+    NEVER_STORED: ExplainedBlock.Verdict
+    UNKNOWN: ExplainedBlock.Verdict
+    class Holder(_message.Message):
+        __slots__ = ("name", "tier", "state", "shards")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        TIER_FIELD_NUMBER: _ClassVar[int]
+        STATE_FIELD_NUMBER: _ClassVar[int]
+        SHARDS_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        tier: str
+        state: str
+        shards: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, name: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., shards: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Removal(_message.Message):
+        __slots__ = ("why", "node", "age_s")
+        class Why(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+            __slots__ = ()
+            MASTER: _ClassVar[ExplainedBlock.Removal.Why]
+            ROOM: _ClassVar[ExplainedBlock.Removal.Why]
+            WATERMARK: _ClassVar[ExplainedBlock.Removal.Why]
+            OPERATOR: _ClassVar[ExplainedBlock.Removal.Why]
+            INCOMPLETE: _ClassVar[ExplainedBlock.Removal.Why]
+            NODE_LOST: _ClassVar[ExplainedBlock.Removal.Why]
+            NODE_RESTARTED: _ClassVar[ExplainedBlock.Removal.Why]
+            NOT_REPORTED: _ClassVar[ExplainedBlock.Removal.Why]
+        MASTER: ExplainedBlock.Removal.Why
+        ROOM: ExplainedBlock.Removal.Why
+        WATERMARK: ExplainedBlock.Removal.Why
+        OPERATOR: ExplainedBlock.Removal.Why
+        INCOMPLETE: ExplainedBlock.Removal.Why
+        NODE_LOST: ExplainedBlock.Removal.Why
+        NODE_RESTARTED: ExplainedBlock.Removal.Why
+        NOT_REPORTED: ExplainedBlock.Removal.Why
+        WHY_FIELD_NUMBER: _ClassVar[int]
+        NODE_FIELD_NUMBER: _ClassVar[int]
+        AGE_S_FIELD_NUMBER: _ClassVar[int]
+        why: ExplainedBlock.Removal.Why
+        node: str
+        age_s: float
+        def __init__(self, why: _Optional[_Union[ExplainedBlock.Removal.Why, str]] = ..., node: _Optional[str] = ..., age_s: _Optional[float] = ...) -> None: ...
+    class Difference(_message.Message):
+        __slots__ = ("field", "here", "there")
+        FIELD_FIELD_NUMBER: _ClassVar[int]
+        HERE_FIELD_NUMBER: _ClassVar[int]
+        THERE_FIELD_NUMBER: _ClassVar[int]
+        field: str
+        here: str
+        there: str
+        def __init__(self, field: _Optional[str] = ..., here: _Optional[str] = ..., there: _Optional[str] = ...) -> None: ...
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    LAST_USE_S_FIELD_NUMBER: _ClassVar[int]
+    REMOVALS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    verdict: ExplainedBlock.Verdict
+    namespace: bytes
+    holders: _containers.RepeatedCompositeFieldContainer[ExplainedBlock.Holder]
+    missing: _containers.RepeatedScalarFieldContainer[int]
+    leases: int
+    last_use_s: float
+    removals: _containers.RepeatedCompositeFieldContainer[ExplainedBlock.Removal]
+    other: bytes
+    differences: _containers.RepeatedCompositeFieldContainer[ExplainedBlock.Difference]
+    def __init__(self, verdict: _Optional[_Union[ExplainedBlock.Verdict, str]] = ..., namespace: _Optional[bytes] = ..., holders: _Optional[_Iterable[_Union[ExplainedBlock.Holder, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ..., leases: _Optional[int] = ..., last_use_s: _Optional[float] = ..., removals: _Optional[_Iterable[_Union[ExplainedBlock.Removal, _Mapping]]] = ..., other: _Optional[bytes] = ..., differences: _Optional[_Iterable[_Union[ExplainedBlock.Difference, _Mapping]]] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("blocks", "memory_s", "overflowed", "silent")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_S_FIELD_NUMBER: _ClassVar[int]
+    OVERFLOWED_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[ExplainedBlock]
+    memory_s: float
+    overflowed: bool
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[ExplainedBlock, _Mapping]]] = ..., memory_s: _Optional[float] = ..., overflowed: bool = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...

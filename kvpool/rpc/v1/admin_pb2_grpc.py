@@ -60,6 +60,11 @@ class AdminStub(object):
                 request_serializer=kvpool_dot_v1_dot_admin__pb2.EvictBlocksRequest.SerializeToString,
                 response_deserializer=kvpool_dot_v1_dot_admin__pb2.EvictBlocksResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvpool.v1.Admin/Explain',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -100,6 +105,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why blocks are not there, or where they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +139,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.EvictBlocks,
                     request_deserializer=kvpool_dot_v1_dot_admin__pb2.EvictBlocksRequest.FromString,
                     response_serializer=kvpool_dot_v1_dot_admin__pb2.EvictBlocksResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +281,33 @@ class Admin(object):
             '/kvpool.v1.Admin/EvictBlocks',
             kvpool_dot_v1_dot_admin__pb2.EvictBlocksRequest.SerializeToString,
             kvpool_dot_v1_dot_admin__pb2.EvictBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/Explain',
+            kvpool_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,10 +32,12 @@ class HandshakeResponse(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., data_port: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ...) -> None: ...
 
 class RegisterNamespaceResponse(_message.Message):
-    __slots__ = ("digest",)
+    __slots__ = ("digest", "warnings")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     digest: bytes
-    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, digest: _Optional[bytes] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("namespace", "hashes", "known_prefix", "lease", "groups")
@@ -69,7 +71,7 @@ class LookupRequest(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., known_prefix: _Optional[int] = ..., lease: bool = ..., groups: _Optional[_Iterable[_Union[LookupRequest.Group, _Mapping]]] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("prefix", "runs", "nodes", "lease", "reason", "detail")
+    __slots__ = ("prefix", "runs", "nodes", "lease", "reason", "detail", "residents")
     class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         COMPLETE: _ClassVar[LookupResponse.Reason]
@@ -104,19 +106,37 @@ class LookupResponse(_message.Message):
         blocks: int
         owners: _containers.RepeatedCompositeFieldContainer[LookupResponse.Owner]
         def __init__(self, blocks: _Optional[int] = ..., owners: _Optional[_Iterable[_Union[LookupResponse.Owner, _Mapping]]] = ...) -> None: ...
+    class Resident(_message.Message):
+        __slots__ = ("engine", "tier", "ranges")
+        ENGINE_FIELD_NUMBER: _ClassVar[int]
+        TIER_FIELD_NUMBER: _ClassVar[int]
+        RANGES_FIELD_NUMBER: _ClassVar[int]
+        engine: str
+        tier: str
+        ranges: _containers.RepeatedCompositeFieldContainer[LookupResponse.Range]
+        def __init__(self, engine: _Optional[str] = ..., tier: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[LookupResponse.Range, _Mapping]]] = ...) -> None: ...
+    class Range(_message.Message):
+        __slots__ = ("first", "blocks")
+        FIRST_FIELD_NUMBER: _ClassVar[int]
+        BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        first: int
+        blocks: int
+        def __init__(self, first: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    RESIDENTS_FIELD_NUMBER: _ClassVar[int]
     prefix: int
     runs: _containers.RepeatedCompositeFieldContainer[LookupResponse.Run]
     nodes: _containers.RepeatedCompositeFieldContainer[_types_pb2.NodeAddress]
     lease: int
     reason: LookupResponse.Reason
     detail: str
-    def __init__(self, prefix: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[LookupResponse.Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ..., lease: _Optional[int] = ..., reason: _Optional[_Union[LookupResponse.Reason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
+    residents: _containers.RepeatedCompositeFieldContainer[LookupResponse.Resident]
+    def __init__(self, prefix: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[LookupResponse.Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ..., lease: _Optional[int] = ..., reason: _Optional[_Union[LookupResponse.Reason, str]] = ..., detail: _Optional[str] = ..., residents: _Optional[_Iterable[_Union[LookupResponse.Resident, _Mapping]]] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("leases",)
@@ -142,26 +162,58 @@ class PlaceResponse(_message.Message):
     node: _types_pb2.NodeAddress
     def __init__(self, node: _Optional[_Union[_types_pb2.NodeAddress, _Mapping]] = ...) -> None: ...
 
+class ResidencyRequest(_message.Message):
+    __slots__ = ("owner", "engine", "sequence", "first", "namespace", "cleared", "removed", "bye", "keys")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    BYE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    owner: int
+    engine: str
+    sequence: int
+    first: bool
+    namespace: bytes
+    cleared: bool
+    removed: int
+    bye: bool
+    keys: bytes
+    def __init__(self, owner: _Optional[int] = ..., engine: _Optional[str] = ..., sequence: _Optional[int] = ..., first: bool = ..., namespace: _Optional[bytes] = ..., cleared: bool = ..., removed: _Optional[int] = ..., bye: bool = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class ResidencyResponse(_message.Message):
+    __slots__ = ("again",)
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    again: bool
+    def __init__(self, again: bool = ...) -> None: ...
+
 class MasterFrame(_message.Message):
-    __slots__ = ("id", "lookup", "renew", "release")
+    __slots__ = ("id", "lookup", "renew", "release", "residency")
     ID_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     id: int
     lookup: LookupRequest
     renew: LeaseRequest
     release: LeaseRequest
-    def __init__(self, id: _Optional[int] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., renew: _Optional[_Union[LeaseRequest, _Mapping]] = ..., release: _Optional[_Union[LeaseRequest, _Mapping]] = ...) -> None: ...
+    residency: ResidencyRequest
+    def __init__(self, id: _Optional[int] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., renew: _Optional[_Union[LeaseRequest, _Mapping]] = ..., release: _Optional[_Union[LeaseRequest, _Mapping]] = ..., residency: _Optional[_Union[ResidencyRequest, _Mapping]] = ...) -> None: ...
 
 class MasterFrameReply(_message.Message):
-    __slots__ = ("id", "error", "lookup", "lease")
+    __slots__ = ("id", "error", "lookup", "lease", "residency")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     id: int
     error: _types_pb2.Error
     lookup: LookupResponse
     lease: LeaseResponse
-    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., lease: _Optional[_Union[LeaseResponse, _Mapping]] = ...) -> None: ...
+    residency: ResidencyResponse
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., lease: _Optional[_Union[LeaseResponse, _Mapping]] = ..., residency: _Optional[_Union[ResidencyResponse, _Mapping]] = ...) -> None: ...

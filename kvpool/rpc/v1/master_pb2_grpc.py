@@ -65,6 +65,11 @@ class MasterStub(object):
                 request_serializer=kvpool_dot_v1_dot_master__pb2.PlaceRequest.SerializeToString,
                 response_deserializer=kvpool_dot_v1_dot_master__pb2.PlaceResponse.FromString,
                 _registered_method=True)
+        self.ReportResidency = channel.unary_unary(
+                '/kvpool.v1.Master/ReportResidency',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.ResidencyRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.ResidencyResponse.FromString,
+                _registered_method=True)
 
 
 class MasterServicer(object):
@@ -112,6 +117,13 @@ class MasterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportResidency(self, request, context):
+        """What an engine holds in its own memory (tier hbm), for people and routers: never a hit for others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MasterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +156,11 @@ def add_MasterServicer_to_server(servicer, server):
                     servicer.Place,
                     request_deserializer=kvpool_dot_v1_dot_master__pb2.PlaceRequest.FromString,
                     response_serializer=kvpool_dot_v1_dot_master__pb2.PlaceResponse.SerializeToString,
+            ),
+            'ReportResidency': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportResidency,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.ResidencyRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.ResidencyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -308,6 +325,33 @@ class Master(object):
             '/kvpool.v1.Master/Place',
             kvpool_dot_v1_dot_master__pb2.PlaceRequest.SerializeToString,
             kvpool_dot_v1_dot_master__pb2.PlaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportResidency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/ReportResidency',
+            kvpool_dot_v1_dot_master__pb2.ResidencyRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.ResidencyResponse.FromString,
             options,
             channel_credentials,
             insecure,

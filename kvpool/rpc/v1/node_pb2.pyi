@@ -7,16 +7,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NodeMessage(_message.Message):
-    __slots__ = ("hello", "inventory", "delta", "heartbeat")
+    __slots__ = ("hello", "inventory", "delta", "heartbeat", "probed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     INVENTORY_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    PROBED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     inventory: Inventory
     delta: Delta
     heartbeat: Heartbeat
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    probed: Probed
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("address", "epoch", "capacity_bytes", "used_bytes", "sequence", "master_epoch", "namespaces")
@@ -72,21 +74,31 @@ class Heartbeat(_message.Message):
     sequence: int
     def __init__(self, used_bytes: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
 
+class Probed(_message.Message):
+    __slots__ = ("id", "states")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    states: bytes
+    def __init__(self, id: _Optional[int] = ..., states: _Optional[bytes] = ...) -> None: ...
+
 class MasterMessage(_message.Message):
-    __slots__ = ("welcome", "victims", "evict", "superseded", "send_inventory", "ack")
+    __slots__ = ("welcome", "victims", "evict", "superseded", "send_inventory", "ack", "probe")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     VICTIMS_FIELD_NUMBER: _ClassVar[int]
     EVICT_FIELD_NUMBER: _ClassVar[int]
     SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     SEND_INVENTORY_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     victims: Victims
     evict: Evict
     superseded: Superseded
     send_inventory: SendInventory
     ack: Ack
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., victims: _Optional[_Union[Victims, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., send_inventory: _Optional[_Union[SendInventory, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ...) -> None: ...
+    probe: Probe
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., victims: _Optional[_Union[Victims, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., send_inventory: _Optional[_Union[SendInventory, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("master_epoch", "resume_after", "inventory")
@@ -125,6 +137,16 @@ class Ack(_message.Message):
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("id", "namespace", "keys")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    namespace: bytes
+    keys: bytes
+    def __init__(self, id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
     __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon")

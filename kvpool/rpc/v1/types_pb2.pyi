@@ -63,16 +63,18 @@ class NamespaceDescriptor(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_quant: _Optional[str] = ..., block_tokens: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., layout: _Optional[str] = ..., isa: _Optional[str] = ..., kv_group: _Optional[str] = ..., layer_groups: _Optional[int] = ..., head_groups: _Optional[int] = ..., hash_algorithm: _Optional[str] = ..., hash_fingerprint: _Optional[str] = ..., format_version: _Optional[int] = ...) -> None: ...
 
 class BlockRun(_message.Message):
-    __slots__ = ("namespace", "shards", "shard_bytes", "keys")
+    __slots__ = ("namespace", "shards", "shard_bytes", "keys", "commanded")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    COMMANDED_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: bytes
     shard_bytes: int
     keys: bytes
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[bytes] = ..., shard_bytes: _Optional[int] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    commanded: bool
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[bytes] = ..., shard_bytes: _Optional[int] = ..., keys: _Optional[bytes] = ..., commanded: bool = ...) -> None: ...
 
 class NodeAddress(_message.Message):
     __slots__ = ("node_id", "host", "port", "socket_path", "boot_id")
