@@ -22,6 +22,7 @@ from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.device import KVBlocks
+from kvpool_vllm.events import PoolEvents, vllm_events
 from kvpool_vllm.metadata import RankFacts, StepMeta, WorkerMeta
 from kvpool_vllm.namespace import (
     check_supported,
@@ -32,6 +33,7 @@ from kvpool_vllm.namespace import (
 )
 from kvpool_vllm.scheduler import SchedulerSide
 from kvpool_vllm.settings import autostart, connect, read_settings, role_of
+from kvpool_vllm.stats import KVPoolPromMetrics, KVPoolStats
 from kvpool_vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -158,8 +160,15 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         return namespace
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
-        """Take the block pool, in whose blocks saves hold references."""
+        """Take the block pool, in whose blocks saves hold references, and whose events tell what the engine holds."""
         self.scheduler.bind_block_pool(gpu_block_pool)
+        watch, config = self.scheduler.watch, self._vllm_config.kv_events_config
+        if config is not None and config.enable_kv_cache_events:
+            watch.events = PoolEvents(vllm_events(), self._block_tokens)
+        if self._settings.report_residency:
+            gpu_block_pool.enable_kv_cache_events = True  # where nobody listens, vLLM throws them away each step
+        if gpu_block_pool.enable_kv_cache_events:
+            watch.report_residency()
 
     def on_new_request(self, request: Request) -> None:
         """Begin a request."""
@@ -199,6 +208,10 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         self.scheduler.finished(request, (block_ids,))
         return False, None
 
+    def take_events(self) -> list[Any]:
+        """Return what was stored in the pool, or found gone, since the last call."""
+        return self.scheduler.watch.take_events()
+
     def has_pending_push_work(self) -> bool:
         """Whether the engine has to keep stepping so that saved blocks are let go of."""
         return self.scheduler.saving
@@ -209,6 +222,30 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
             self._fields["revision"] = f"{self._fields['revision'].partition('+reset-')[0]}+reset-{uuid.uuid4().hex}"
             self.scheduler.forget_namespace()
         return True
+
+    # ---- both ----
+
+    def get_kv_connector_stats(self) -> KVPoolStats | None:
+        """Return what was counted since the last call; the scheduler's side is asked at the end of each step."""
+        scheduler = self._role == KVConnectorRole.SCHEDULER
+        data = self.scheduler.step_ended() if scheduler else self.worker.stats()
+        return None if data is None else KVPoolStats(data=data)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVPoolStats:
+        """Return stats, in the process that logs."""
+        return KVPoolStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVPoolPromMetrics:
+        """Return what the stats are to vLLM's ``/metrics``."""
+        return KVPoolPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- worker ----
 

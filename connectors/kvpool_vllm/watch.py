@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvpool.config import boot_id
+from kvpool_vllm.events import Residency
 from kvpool_vllm.gate import Gate
 from kvpool_vllm.tally import Tally
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from kvpool.client import Client, Lookup
     from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace, NodeAddress
-    from kvpool_vllm.events import PoolEvents, Residency
+    from kvpool_vllm.events import PoolEvents
     from kvpool_vllm.metadata import LoadJob, LoadSeen, WorkerMeta
     from kvpool_vllm.tally import Data
 
@@ -41,13 +42,10 @@ class Watch:
         settings: ConnectorSettings,
         counters: Counter[str],
         block_tokens: int,
-        *,
-        events: PoolEvents | None = None,
-        residency: Residency | None = None,
     ) -> None:
-        """``events``, ``residency``: None where nobody wants to know."""
-        self.events = events
-        self.residency = residency
+        self.events: PoolEvents | None = None
+        """Set where somebody listens."""
+        self.residency: Residency | None = None
         self._client = client
         self._counters = counters
         self._block_tokens = block_tokens
@@ -71,7 +69,8 @@ class Watch:
             if self.events is not None and lookup.reason in GONE:
                 self.events.missing(chain[lookup.prefix])
         prefix, tier = self._reachable(lookup)
-        self._counters["miss.breaker_open"] += lookup.prefix - prefix
+        if prefix < lookup.prefix:
+            self._counters["miss.breaker_open"] += lookup.prefix - prefix
         blocks = prefix - lookup.known_prefix
         if blocks > 0 and not self._gate.allows(tier, blocks * self._block_tokens):
             return lookup.known_prefix
@@ -116,6 +115,10 @@ class Watch:
             self._counters[f"hit_tokens.{tier}"] += round(tokens * count / total)
         if arrived == job.blocks:
             self._gate.loaded(farthest(counts), tokens, seen.seconds)
+
+    def report_residency(self) -> None:
+        """Tell the pool from now on what the engine holds; its block pool makes events."""
+        self.residency = Residency(self._client)
 
     def saving(self, job_id: int, request: Any, hashes: Sequence[bytes], first: int, parent: bytes | None) -> None:
         """A save begins of the request's blocks from number ``first`` on."""
