@@ -13,7 +13,7 @@ from kvpool.cli.remote import ExitCode, Remote, asks_master
 from kvpool.model import KEY_BYTES
 from kvpool.rpc.v1 import admin_pb2
 
-KEYS_PER_CALL = 4096
+KEYS_PER_CALL = 1024
 ROWS_SHOWN = 200
 
 ExplainedBlock = admin_pb2.ExplainedBlock

@@ -21,8 +21,8 @@ from kvpool.core.residency import TIER as HBM
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, mask_shards
 
-KEYS_MAX = 4096
-KEYS_SLICE = 32
+KEYS_MAX = 1024
+KEYS_SLICE = 16
 
 WRITING = "writing"
 """What a node holds of a block that it has not committed: no tier yet."""
@@ -96,8 +96,11 @@ def explain(state: MasterState, namespace: bytes, keys: bytes, now: float) -> Ge
         raise InvalidArgumentError("keys", f"must be 1 to {KEYS_MAX} keys of {KEY_BYTES} bytes")
     words = as_words(keys)
     blocks = [Explained(keys[at : at + KEY_BYTES], namespace=namespace) for at in range(0, len(keys), KEY_BYTES)]
-    removals = yield from state.removals.search(words)
     spaces = list(state.index.spaces.values())
+    asked = state.index.spaces.get(namespace)
+    # A namespace that was never heard of has lost nothing, and has no number.
+    number = asked.number if asked is not None else -1
+    removals = yield from state.removals.search(words, number if namespace else None)
     for block, found in zip(blocks, removals, strict=True):
         _take_removals(block, found, spaces)
     yield from _elsewhere(state.index, namespace, blocks, words)

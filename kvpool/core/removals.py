@@ -7,9 +7,10 @@ entries, a slice at a time.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from kvpool.core.keytable import Rows, Words
 REMOVALS_MAX = 1 << 20
 NODES_MAX = 1 << 15
 SEARCH_SLICE = 8192
-MATCHES_SLICE = 256
+MATCHES_SLICE = 64
 FOUND_MAX = 4
 """Removals told of one key, the newest ones."""
 
@@ -91,6 +92,7 @@ class Removals:
         if not count:
             return
         if count > self.entries_max:
+            self.pushed += count - self.entries_max
             keys, count = keys[-self.entries_max :], self.entries_max
             why = why if isinstance(why, int) else why[-self.entries_max :]
         number = self._number(node_id)
@@ -113,8 +115,8 @@ class Removals:
             self._nodes.append(node_id)
         return number
 
-    def search(self, keys: Words) -> Generator[None, None, list[list[Removal]]]:
-        """Yield between slices; return the newest removals of each key, newest first, of all namespaces.
+    def search(self, keys: Words, space: int | None = None) -> Generator[None, None, list[list[Removal]]]:
+        """Yield between slices; return the newest removals of each key, newest first, of one or of all namespaces.
 
         More may be pushed between two slices: that is not looked at, and what it overwrites is left out.
         """
@@ -124,31 +126,52 @@ class Removals:
         missing = len(found)
         end = self.pushed
         while missing and (begin := max(0, self.pushed - self.entries_max, end - SEARCH_SLICE)) < end:
-            places = np.arange(begin, end) % self.entries_max
-            column = self._keys[:, 0].take(places)
+            # In one piece: a slice ends where the ring does.
+            begin = max(begin, end - 1 - (end - 1) % self.entries_max)
+            part = slice(begin % self.entries_max, (end - 1) % self.entries_max + 1)
+            column = self._keys[part, 0]
             at = np.minimum(np.searchsorted(low, column), len(low) - 1)
-            matches = np.flatnonzero(low.take(at) == column)[::-1]
-            entries = self._entries(places.take(matches))
-            for done, (match, (key, removal)) in enumerate(zip(matches.tolist(), entries, strict=True), 1):
-                first = int(at[match])
-                for i in order[first : first + int(np.searchsorted(low[first:], low[first], side="right"))].tolist():
-                    if len(found[i]) < FOUND_MAX and keys[i].tobytes() == key:
-                        found[i].append(removal)
-                        missing -= len(found[i]) == FOUND_MAX
-                if not done % MATCHES_SLICE:
-                    yield
+            matched = low.take(at) == column
+            if space is not None:
+                matched &= self._space[part] == space
+            matches = np.flatnonzero(matched)[::-1]
+            entries = self._entries(part, matches)
+            for start in range(0, len(matches), MATCHES_SLICE):
+                chunk = at.take(matches[start : start + MATCHES_SLICE]).tolist()
+                for first, entry in zip(chunk, islice(entries, MATCHES_SLICE), strict=True):
+                    missing -= _put(found, keys, order[first:], low[first:], entry)
+                yield
             end = begin
             yield
         return found
 
-    def _entries(self, places: Rows) -> list[tuple[bytes, Removal]]:
-        packed = self._keys.take(places, axis=0).tobytes()
-        columns = (self._space, self._why, self._node, self._at)
-        spaces, whys, nodes, ticks = (column.take(places).tolist() for column in columns)
-        return [
+    def _entries(self, part: slice, matches: Rows) -> Iterator[tuple[bytes, Removal]]:
+        """Copy these entries of a part now; what they mean is put together one by one."""
+        packed = self._keys[part].take(matches, axis=0).tobytes()
+        spaces, whys, nodes, ticks = (
+            column[part].take(matches) for column in (self._space, self._why, self._node, self._at)
+        )
+        return (
             (
                 packed[16 * i : 16 * i + 16],
-                Removal(spaces[i], Why(whys[i]), self._nodes[nodes[i]], self._since + ticks[i] / _TICKS_S),
+                Removal(
+                    int(spaces[i]), Why(int(whys[i])), self._nodes[nodes[i]], self._since + int(ticks[i]) / _TICKS_S
+                ),
             )
-            for i in range(len(places))
-        ]
+            for i in range(len(matches))
+        )
+
+
+def _put(
+    found: list[list[Removal]], keys: Words, order: Rows, low: Words, entry: tuple[bytes, Removal]
+) -> int:
+    """Add an entry to those of the keys that begin alike (the first ones of ``low``) which are the entry's."""
+    key, removal = entry
+    filled = 0
+    for i, half in zip(order, low, strict=True):
+        if half != low[0]:
+            break
+        if len(found[i]) < FOUND_MAX and keys[i].tobytes() == key:
+            found[i].append(removal)
+            filled += len(found[i]) == FOUND_MAX
+    return filled

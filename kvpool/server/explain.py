@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvpool.server.master import Pool
 
 PROBE_S = 0.5
+WRITTEN_SLICE = 64
 
 ExplainedBlock = admin_pb2.ExplainedBlock
 
@@ -31,12 +32,15 @@ async def answer(pool: Pool, request: admin_pb2.ExplainRequest) -> admin_pb2.Exp
         await asyncio.sleep(0)
     silent = await _probe(pool, to_probe(blocks))
     removals = pool.state.removals
-    return admin_pb2.ExplainResponse(
-        blocks=[_to_proto(block, now) for block in blocks],
+    response = admin_pb2.ExplainResponse(
         memory_s=now - removals.since,
         overflowed=removals.overflowed,
         silent=silent,
     )
+    for start in range(0, len(blocks), WRITTEN_SLICE):
+        response.blocks.extend(_to_proto(block, now) for block in blocks[start : start + WRITTEN_SLICE])
+        await asyncio.sleep(0)
+    return response
 
 
 async def _probe(pool: Pool, blocks: list[Explained]) -> list[str]:

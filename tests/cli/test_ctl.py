@@ -15,6 +15,7 @@ ONE, TWO = Namespace(model="one"), Namespace(model="two", layers=2)
 KEYS = [bytes([n]) * 32 for n in range(4)]
 HEX = ",".join(key.hex() for key in KEYS)
 PACKED = b"".join(key[:16] for key in KEYS)
+Block = admin_pb2.ExplainedBlock
 
 
 class FakeMaster(admin_pb2_grpc.AdminServicer):
@@ -70,6 +71,28 @@ class FakeMaster(admin_pb2_grpc.AdminServicer):
             ],
         )
         self.evicted = admin_pb2.EvictBlocksResponse(blocks=4, bytes=4096)
+        self.explained = [
+            Block(
+                verdict=Block.PRESENT,
+                namespace=ONE.digest,
+                holders=[Block.Holder(name="b", tier="dram", state="live", shards=[0, 1])],
+                leases=2,
+                last_use_s=90,
+            ),
+            Block(
+                verdict=Block.EVICTED,
+                namespace=ONE.digest,
+                removals=[Block.Removal(why=Block.Removal.ROOM, node="b", age_s=7)],
+                holders=[Block.Holder(name="engine[red]", tier="hbm")],
+            ),
+            Block(
+                verdict=Block.NAMESPACE_DIFFERS,
+                namespace=ONE.digest,
+                other=TWO.digest,
+                differences=[Block.Difference(field="dtype", here="float16", there="bfloat16")],
+            ),
+            Block(verdict=Block.NEVER_STORED, namespace=ONE.digest),
+        ]
 
     def _answer(self, request, context, reply):
         self.asked.append(request)
@@ -88,6 +111,10 @@ class FakeMaster(admin_pb2_grpc.AdminServicer):
 
     def Inspect(self, request, context):  # noqa: N802
         return self._answer(request, context, self.lookup)
+
+    def Explain(self, request, context):  # noqa: N802
+        blocks = self.explained[: len(request.keys) // 16]
+        return self._answer(request, context, admin_pb2.ExplainResponse(blocks=blocks, memory_s=60, silent=["c"]))
 
     def EvictBlocks(self, request, context):  # noqa: N802
         return self._answer(request, context, self.evicted)
@@ -287,6 +314,79 @@ class TestEvict:
         """Nothing is dropped by guessing."""
         assert ctl("evict", *arguments).exit_code == 2
         assert master.asked == []
+
+
+class TestExplain:
+    def test_as_json(self, ctl, master):
+        """Names, not numbers; a block that was never used has no last use."""
+        result = ctl("--json", "explain", "--namespace", "one", *(key.hex() for key in KEYS))
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout)
+        assert [b["verdict"] for b in data["blocks"]] == ["present", "evicted", "namespace_differs", "never_stored"]
+        assert [b["key"] for b in data["blocks"]] == [key[:16].hex() for key in KEYS]
+        assert data["blocks"][1]["removals"] == [{"why": "room", "node": "b", "age_s": 7.0}]
+        assert data["blocks"][2]["differences"] == [{"field": "dtype", "here": "float16", "there": "bfloat16"}]
+        assert (data["blocks"][0]["last_use_s"], data["blocks"][1]["last_use_s"]) == (90, None)
+        assert (data["silent"], data["overflowed"]) == (["c"], False)
+        assert master.asked[-1] == admin_pb2.ExplainRequest(namespace=ONE.digest, keys=PACKED)
+
+    def test_for_people(self, ctl):
+        """A row a block; what came from clients is text."""
+        text = ctl("explain", *(key.hex() for key in KEYS)).stdout
+        for said in (
+            "b (dram, shards 0,1); leased 2 times; last used 1.5 min ago or before",
+            "engine[red] (hbm); evicted from b 7.0 s ago to make room for a put",
+            "dtype is 'bfloat16' there, 'float16' here",
+            "not since the master started, 1.0 min ago",
+            "1 of 4 blocks are in the pool",
+            "do not answer: c",
+        ):
+            assert said in text, text
+
+    def test_from_a_file_and_from_standard_input(self, ctl, master, tmp_path):
+        """Without --namespace any will do."""
+        path = tmp_path / "hashes.txt"
+        path.write_text(HEX.replace(",", "\n"))
+        assert ctl("explain", "--hashes-file", str(path)).exit_code == 0
+        assert ctl("explain", "--hashes_file", "-", stdin=HEX).exit_code == 0
+        assert master.asked == [admin_pb2.ExplainRequest(keys=PACKED)] * 2
+
+    def test_many_keys_are_several_questions(self, ctl, master, tmp_path):
+        """Each within the master's limit; the answers are one list."""
+        master.explained = [Block(verdict=Block.UNKNOWN)] * 1024
+        path = tmp_path / "hashes.txt"
+        path.write_text("\n".join(f"{n:032x}" for n in range(2500)))
+        result = ctl("--json", "explain", "--hashes-file", str(path))
+        assert result.exit_code == 1
+        assert [len(request.keys) // 16 for request in master.asked] == [1024, 1024, 452]
+        assert len(json.loads(result.stdout)["blocks"]) == 2500
+        assert "2300 more are not shown" in ctl("explain", "--hashes-file", str(path)).stdout
+
+    @pytest.mark.parametrize("arguments", [[], ["ab" * 16, "--hashes-file", "-"], ["xyz"], ["--hashes-file", "/none"]])
+    def test_unclear_questions_are_exit_code_2(self, ctl, master, arguments):
+        """Before the master is asked."""
+        assert ctl("explain", *arguments).exit_code == 2
+        assert master.asked == []
+
+
+class TestWarnings:
+    def test_status_and_namespaces_say_who_hashes_differently(self, ctl, master):
+        """In the table and for scripts."""
+        master.status.warnings.append("they differ")
+        master.namespaces[0].disagrees_with.append(TWO.digest)
+        assert "warning: they differ" in ctl("status").stdout
+        assert json.loads(ctl("status", "--json").stdout)["warnings"] == ["they differ"]
+        assert f"{ONE.digest.hex()} shares nothing with {TWO.digest.hex()}" in ctl("namespaces").stdout
+        data = json.loads(ctl("namespaces", "--json").stdout)["namespaces"]
+        assert [item["disagrees_with"] for item in data] == [[TWO.digest.hex()], []]
+
+    def test_lookup_shows_what_engines_hold(self, ctl, master):
+        """Apart from the pool's own: nobody else can read it."""
+        ranges = [master_pb2.LookupResponse.Range(first=1, blocks=2)]
+        master.lookup.residents.add(engine="vllm", tier="hbm", ranges=ranges)
+        assert "vllm (hbm, its own)" in ctl("lookup", "--namespace", "one", "--hashes", HEX).stdout
+        data = json.loads(ctl("--json", "lookup", "--namespace", "one", "--hashes", HEX).stdout)
+        assert data["residents"] == [{"engine": "vllm", "tier": "hbm", "ranges": [{"first": 1, "blocks": 2}]}]
 
 
 class TestTrouble:

@@ -48,7 +48,7 @@ def newest(entries, number, at_most=FOUND_MAX):
 
 
 pushes = st.tuples(
-    st.lists(st.integers(0, len(KEYS) - 1), max_size=2 * SIZE),
+    st.integers(0, 2 * SIZE).flatmap(lambda n: st.lists(st.integers(0, len(KEYS) - 1), min_size=n, max_size=n)),
     st.integers(0, 3),
     st.sampled_from(list(Why)),
     st.sampled_from(["a", "b", "c"]),
@@ -74,14 +74,19 @@ class Twin:
         return self.all[-SIZE:]
 
 
-@given(st.lists(pushes, max_size=12), st.lists(st.integers(0, len(KEYS) - 1), min_size=1, max_size=8))
+@given(
+    st.lists(pushes, max_size=12),
+    st.lists(st.integers(0, len(KEYS) - 1), min_size=1, max_size=8),
+    st.none() | st.integers(0, 3),
+)
 @settings(max_examples=200, deadline=None)
-def test_a_search_finds_the_newest_removals_that_are_kept(batches, asked):
+def test_a_search_finds_the_newest_removals_that_are_kept(batches, asked, space):
     """Of every key asked for, however often, in whatever order; never of another key that looks like it."""
     twin = Twin()
     for batch in batches:
         twin.push(*batch)
-    assert finish(twin.ring.search(packed(asked))) == [newest(twin.kept(), n) for n in asked]
+    kept = [entry for entry in twin.kept() if space in {None, entry[1].space}]
+    assert finish(twin.ring.search(packed(asked), space)) == [newest(kept, n) for n in asked]
     assert len(twin.ring) == len(twin.kept())
     assert twin.ring.overflowed == (len(twin.all) > SIZE)
     if twin.ring.overflowed:

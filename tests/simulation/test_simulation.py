@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvpool.core.explain import Verdict, explain
+from kvpool.core.index import Index
+from kvpool.core.removals import Why
+from kvpool.model import split_keys
+from kvpool.testing.checks import held_by_index
 from kvpool.testing.cluster import Cluster, simulate, small_slices
 
 CHUNKS = 40
@@ -46,6 +51,46 @@ def test_the_simulation_reaches_what_it_is_for():
         *("evictions", "commanded_evictions", "victim_hits", "window_evictions", "quarantined", "read_units"),
     }
     assert {name for name in wanted if not totals.get(name)} == set()
+
+
+def test_every_block_that_is_gone_can_be_explained(monkeypatch):
+    """Whatever happened: what the index has had and lost has a removal, what it has is where it says."""
+    had: dict[Index, set[tuple[bytes, bytes]]] = {}
+    add = Index.add
+
+    def spied(index, run, incarnation, tier):
+        had.setdefault(index, set()).update((run.namespace, key) for key in split_keys(run.keys))
+        return add(index, run, incarnation, tier)
+
+    monkeypatch.setattr(Index, "add", spied)
+    seen: set[Verdict] = set()
+    whys: set[Why] = set()
+    for seed in range(40):
+        cluster = simulate(seed, STEPS)
+        state = cluster.master.state
+        held = held_by_index(state)
+        for namespace, key in had.pop(state.index):
+            (block,) = explained(state, namespace, key, cluster.clock())
+            seen.add(block.verdict)
+            whys.update(removal.why for removal in block.removals)
+            if (namespace, key) in held:
+                assert {holder.name for holder in block.holders} == set(held[namespace, key]), seed
+                assert block.verdict in {Verdict.PRESENT, Verdict.NOT_WHOLE}, seed
+            else:
+                assert block.verdict in {Verdict.EVICTED, Verdict.OWNER_LOST}, (seed, block)
+        had.clear()
+    assert {Verdict.PRESENT, Verdict.EVICTED, Verdict.OWNER_LOST} <= seen
+    assert whys >= {Why.ROOM, Why.OPERATOR, Why.WATERMARK, Why.INCOMPLETE, Why.NODE_LOST, Why.NODE_RESTARTED}
+
+
+def explained(state, namespace, key, now):
+    """Explain one key at once."""
+    steps = explain(state, namespace, key, now)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def test_a_failure_names_its_seed(monkeypatch):
