@@ -9,7 +9,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 VENV := .venv
 VENV_VLLM := .venv-vllm
+VENV_MOONCAKE := .venv-mooncake
 VLLM_VERSION := 0.32.0
+MOONCAKE := mooncake-transfer-engine-non-cuda==0.3.13.post1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -18,7 +20,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 TRACE ?=
 
-.PHONY: help serve test lint e2e bench ttft proto setup setup-vllm clean check-python
+.PHONY: help serve test lint e2e bench ttft proto setup setup-vllm setup-mooncake clean check-python
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,7 +44,7 @@ bench: setup ## Measure: store, lookup, and a trace if TRACE=FILE is given
 	@if [ -n "$(TRACE)" ]; then $(VENV)/bin/kvpool-bench trace "$(TRACE)" $(ARGS); fi
 
 ttft: setup-vllm ## Measure the time to first token with a real vLLM (ARGS="--model tiny")
-	$(VENV_VLLM)/bin/python tests/e2e/ttft.py $(ARGS)
+	$(VENV_VLLM)/bin/kvpool-bench ttft $(ARGS)
 
 proto: check-python ## Regenerate kvpool/rpc/v1 from proto/
 	PYTHON="$(PYTHON)" sh proto/generate.sh
@@ -51,8 +53,10 @@ setup: $(VENV)/.kvpool-installed ## Only set up the virtual environment
 
 setup-vllm: $(VENV_VLLM)/.kvpool-installed ## Only set up the virtual environment with vLLM (2.5 GB)
 
+setup-mooncake: $(VENV_MOONCAKE)/.installed ## Only set up what ARGS="--peer mooncake" needs (apt-get install libibverbs1)
+
 clean: ## Remove environments, caches and build output
-	rm -rf $(VENV) $(VENV_VLLM) .venv-proto build dist *.egg-info connectors/*.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_MOONCAKE) .venv-proto build dist *.egg-info connectors/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kvpool connectors tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -82,5 +86,13 @@ $(VENV_VLLM)/.vllm-$(VLLM_VERSION): | check-python
 	@touch $@
 
 $(VENV_VLLM)/.kvpool-installed: pyproject.toml $(VENV_VLLM)/.vllm-$(VLLM_VERSION)
-	$(VENV_VLLM)/bin/python -m pip install -q -e . pytest pytest-timeout hypothesis
+	$(VENV_VLLM)/bin/python -m pip install -q -e '.[plot]' pytest pytest-timeout hypothesis
+	@touch $@
+
+# The very same vLLM with one package more: the environment beside it is read through, not installed again.
+$(VENV_MOONCAKE)/.installed: $(VENV_VLLM)/.kvpool-installed
+	[ -x $(VENV_MOONCAKE)/bin/python ] || $(VENV_VLLM)/bin/python -m venv $(VENV_MOONCAKE)
+	site=$$($(VENV_MOONCAKE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	$(VENV_VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/vllm.pth"
+	$(VENV_MOONCAKE)/bin/python -m pip install -q $(MOONCAKE)
 	@touch $@

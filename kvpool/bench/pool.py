@@ -43,6 +43,11 @@ class BenchPool:
         """Whether it is ours alone."""
         return self.master_pid > 0
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Every process of a private pool."""
+        return (self.master_pid, *self.node_pids) if self.private else ()
+
     def status(self) -> admin_pb2.StatusResponse:
         """Ask the master for its page of numbers. Raises BenchError."""
         try:
@@ -52,6 +57,11 @@ class BenchPool:
         except grpc.RpcError as error:
             raise BenchError(f"the master at {self.master} does not answer: {error}") from None
         return reply
+
+    def node_blocks(self) -> dict[str, int]:
+        """Return how many blocks each node holds, by its socket."""
+        reply = admin_pb2_grpc.AdminStub(self.channel).Nodes(admin_pb2.NodesRequest(), timeout=ASK_S)
+        return {node.address.socket_path: int(node.blocks) for node in reply.nodes}
 
     def node_state(self, node_id: str) -> str:
         """Return what the master thinks of a node."""

@@ -7,6 +7,7 @@ cache (the limit), from the pool through their own node, and the other engine th
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -69,6 +70,8 @@ class Plan:
     block_tokens: int
     segment_size: int
     engine_arguments: tuple[str, ...]
+    connector: Mapping[str, Any]
+    """More keys of our connector's ``kv_connector_extra_config``."""
 
     @property
     def prompts(self) -> Prompts:
@@ -128,7 +131,7 @@ class TTFTBench:
         return replace(self._plan.spec(name, python or self._python, self._model), **changes)
 
     def _pooled(self, name: str, pool: BenchPool, node: int, socket_path: str = "", **changes: Any) -> EngineSpec:
-        transfer = kvpool_transfer(pool.master, socket_path or pool.sockets[node])
+        transfer = kvpool_transfer(pool.master, socket_path or pool.sockets[node], self._plan.connector)
         return self._engine(name, transfer=transfer, **changes)
 
     def _start(self, engines: Engines, specs: Sequence[EngineSpec]) -> list[Engine]:
@@ -156,22 +159,31 @@ class TTFTBench:
             phases = Phases(systems, plan.prompts, self._report, plan.timeout_s)
             for shape in plan.shapes:
                 self._report.add_timings(phases.measure(shape))
+            self._say_where(pool)
             if peer is not None:
                 engines.stop(started[1::2])
-                arms = [Arm(name, started[2 * i]) for i, name in enumerate((KVPOOL, MOONCAKE))]
-                self._misses(engines, arms)
+                pool_pids = [pool.pids, (theirs.pid,)]
+                arms = [Arm(s.name, e, (e.pid, *p)) for s, e, p in zip(systems, started[::2], pool_pids, strict=True)]
+                off = self._start(engines, [self._engine(OFF), self._engine(OFF_AGAIN)])
+                self._measure_misses([*_arms(off), *arms])
+
+    def _say_where(self, pool: BenchPool) -> None:
+        """Say which node holds the blocks: a hit of the second engine came from the first one's node or did not."""
+        blocks = pool.node_blocks()
+        first, second = (blocks.get(path, 0) for path in pool.sockets)
+        held = f"{second:,} blocks" if second else "none"
+        self._report.note(f"{KVPOOL}: the first node holds {first:,} blocks, the second node holds {held}")
 
     def misses(self) -> None:
         """Measure throughput on prompts that nobody has seen."""
         with bench_pool(None, segment_size=self._segment) as pool, running_engines(self._folder) as engines:
-            self._misses(engines, [], [self._pooled(KVPOOL, pool, 0)])
+            specs = [self._engine(OFF), self._engine(OFF_AGAIN), self._pooled(KVPOOL, pool, 0)]
+            started = self._start(engines, specs)
+            self._measure_misses([*_arms(started[:2]), Arm(KVPOOL, started[2], (started[2].pid, *pool.pids))])
 
-    def _misses(self, engines: Engines, arms: Sequence[Arm], more: Sequence[EngineSpec] = ()) -> None:
-        specs = [self._engine(OFF), self._engine(OFF_AGAIN), *more]
-        started = [Arm(engine.name, engine) for engine in self._start(engines, specs)]
+    def _measure_misses(self, arms: Sequence[Arm]) -> None:
         plan = self._plan
-        everyone = [*started[:2], *arms, *started[2:]]
-        measure_misses(everyone, plan.shape, plan.prompts, self._report, plan.pairs, plan.timeout_s)
+        measure_misses(arms, plan.shape, plan.prompts, self._report, plan.pairs, plan.timeout_s)
 
     def fault(self, name: str) -> None:
         """Measure throughput while the pool is broken."""
@@ -183,7 +195,8 @@ class TTFTBench:
         ):
             pooled = self._pooled(KVPOOL, pool, 0, socket_path, resettable=True)
             started = self._start(engines, [self._engine(OFF), self._engine(OFF_AGAIN), pooled])
-            pairs = Pairs([Arm(engine.name, engine) for engine in started], plan.shape, self._report, plan.timeout_s)
+            arms = [*_arms(started[:2]), Arm(KVPOOL, started[2], (started[2].pid, *pool.pids))]
+            pairs = Pairs(arms, plan.shape, self._report, plan.timeout_s)
             FaultRun(pairs, plan.shape, plan.prompts, self._report, fault).measure(plan.pairs)
             engines.check()
 
@@ -202,6 +215,10 @@ class TTFTBench:
         finally:
             if number == signal.SIGSTOP:
                 os.kill(pid, signal.SIGCONT)  # it has to hear that it shall end
+
+
+def _arms(engines: Sequence[Engine]) -> list[Arm]:
+    return [Arm(engine.name, engine, (engine.pid,)) for engine in engines]
 
 
 def measure_urls(servers: Sequence[Server], plan: Plan, report: TTFTReport) -> None:
@@ -254,7 +271,18 @@ def _make_plan(options: Mapping[str, Any], *, throughput: bool) -> Plan:
         block,
         parse_size(size, "segment_size") if size else 0,
         tuple(shlex.split(options["engine_args"])),
+        _connector(options["connector_config"]),
     )
+
+
+def _connector(text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidArgumentError("connector_config", f"must be a JSON object, not {text!r}")
+    return found
 
 
 def _check_together(options: Mapping[str, Any]) -> None:
@@ -328,6 +356,7 @@ def _run(options: Mapping[str, Any], report: TTFTReport) -> None:
 @click.option("--block_size", default=128, type=click.IntRange(1, 4096), show_default=True, help="Tokens of a block.")
 @click.option("--segment_size", default="", metavar="SIZE", help="Memory of each node; what both data sets need.")
 @click.option("--engine_args", default="", metavar="TEXT", help="More arguments for vllm serve, in one text.")
+@click.option("--connector_config", default="", metavar="JSON", help="More of our kv_connector_extra_config.")
 @click.option("--vocabulary", default="3:4096", show_default=True, help="Token ids that prompts are made of.")
 @click.option(
     "--seed", type=int, help="Of the prompts; another one each time, or a pool that lives on would know them."
@@ -349,7 +378,13 @@ def command(json_path: str | None, **options: Any) -> None:
     """
     report = TTFTReport()
     with one_command():
-        _run(options, report)
+        try:
+            _run(options, report)
+        except KeyboardInterrupt:
+            if report.figures:  # minutes of measuring went into them
+                report.note("INTERRUPTED: this is not all that was asked for")
+                report.show(json_path)
+            raise
     report.note("load average at the end: {:.1f}, {:.1f}, {:.1f}".format(*os.getloadavg()))
     report.show(json_path)
     if options["plot"]:

@@ -185,13 +185,13 @@ class EngineSpec:
         return [*command, *self.arguments]
 
 
-def kvpool_transfer(master: str, socket_path: str) -> dict[str, Any]:
-    """Return the transfer configuration of an engine beside one of our nodes."""
+def kvpool_transfer(master: str, socket_path: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the transfer configuration of an engine beside one of our nodes; ``more`` of our own keys."""
     return {
         "kv_connector": "KVPoolConnector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"master": master, "node": socket_path},
+        "kv_connector_extra_config": {"master": master, "node": socket_path, **more},
     }
 
 

@@ -6,9 +6,12 @@ time. Two engines have no connector: how far they are apart is what the machine'
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import psutil
 
 from kvpool.bench.harness import BenchError
 from kvpool.bench.report import Figure, Report
@@ -29,17 +32,37 @@ class Arm:
 
     name: str
     server: Server
+    pids: tuple[int, ...] = ()
+    """Its processes, the pool's included; their children count too."""
     tokens_per_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     requests: int = 0
 
-    def take(self, load: Load, shape: Shape) -> None:
+    def take(self, load: Load, shape: Shape, cpu_s: float) -> None:
         """Count a round."""
+        self.cpu_s.append(cpu_s)
         self.requests += len(load.answers)
         self.failed += [answer.error for answer in load.failed]
         answered = len(load.answers) - len(load.failed)
         tokens = answered * (shape.input_tokens + shape.output_tokens)
         self.tokens_per_s.append(max(tokens, 1) / load.wall_s)
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Return what these processes and their children have used of the CPUs; those that are gone count nothing."""
+    total = 0.0
+    for pid in pids:
+        try:
+            parent = psutil.Process(pid)
+            family = [parent, *parent.children(recursive=True)]
+        except psutil.Error:
+            continue
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
 
 
 class Pairs:
@@ -71,12 +94,21 @@ class Pairs:
             first = number % len(self.arms)
             for arm in self.arms[first:] + self.arms[:first]:
                 self._report.step(f"round {number + 1}: {arm.name}")
-                arm.take(self.send(arm.server, data), self._shape)
+                before = cpu_seconds(arm.pids)
+                load = self.send(arm.server, data)
+                arm.take(load, self._shape, cpu_seconds(arm.pids) - before)
 
     def against_off(self) -> dict[str, Ratios]:
         """Return each engine's throughput over that of the first, by its name."""
         off = self.arms[0]
         return {arm.name: ratios(arm.tokens_per_s, off.tokens_per_s) for arm in self.arms[1:]}
+
+    def cpu_of_off(self, arm: Arm) -> float | None:
+        """Return the middle of CPU time over that of the first engine; None where it is not known."""
+        off = self.arms[0]
+        if not (min(off.cpu_s, default=0.0) > 0 and min(arm.cpu_s, default=0.0) > 0):
+            return None
+        return ratios(arm.cpu_s, off.cpu_s).median
 
     def report(self, name: str) -> None:
         """Add the figures."""
@@ -94,6 +126,7 @@ class Pairs:
                 "quartiles": [round(found.low, 4), round(found.high, 4)],
                 "range": [round(found.least, 4), round(found.most, 4)],
                 "sure": [round(found.sure_from, 4), round(found.sure_to, 4)],
+                "cpu_over_off": self.cpu_of_off(arm),
                 "tokens_per_s": [round(value, 1) for value in arm.tokens_per_s],
                 "off_tokens_per_s": [round(value, 1) for value in self.arms[0].tokens_per_s],
             }

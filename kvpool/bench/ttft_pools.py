@@ -53,6 +53,7 @@ class Mooncake:
 
     config: str
     metrics_port: int
+    pid: int
 
     def keys_stored(self) -> int:
         """Return how many keys were ever stored. Raises BenchError."""
@@ -106,7 +107,7 @@ def mooncake_pool(python: Python, folder: Path, segment_bytes: int) -> Iterator[
     config.write_text(json.dumps(settings), encoding="utf-8")
     children = Children()
     try:
-        children.start(
+        master = children.start(
             "mooncake master",
             "kvpool.bench.ttft_exec",
             [
@@ -114,7 +115,7 @@ def mooncake_pool(python: Python, folder: Path, segment_bytes: int) -> Iterator[
                 *("--metrics_host", HOST, "--metrics_port", str(metrics_port)),
             ],
         )
-        found = Mooncake(str(config), metrics_port)
+        found = Mooncake(str(config), metrics_port, master.process.pid)
         children.wait_until(lambda: _answers(found), "mooncake_master was not ready", time.monotonic() + START_S)
         yield found
     finally:

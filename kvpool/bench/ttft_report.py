@@ -95,7 +95,7 @@ class TTFTReport(Report):
 
     def _ratios(self, figures: Sequence[Figure], title: str) -> Table:
         table = Table(title=title, title_justify="left")
-        for heading in ("figure", "connector", "of no connector", "95 % sure", "range", "pairs", "failed"):
+        for heading in ("figure", "connector", "of no connector", "95 % sure", "range", "CPU time", "pairs", "failed"):
             left = heading in {"figure", "connector"}
             table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
         for figure in figures:
@@ -105,6 +105,7 @@ class TTFTReport(Report):
                 of["engine"],
                 f"{figure.value:.3f}",
                 *("{:.3f} to {:.3f}".format(*of[name]) for name in ("sure", "range")),
+                "" if of["cpu_over_off"] is None else f"{of['cpu_over_off']:.3f}",
                 str(of["pairs"]),
                 f"{of['failed']} of {of['requests']}",
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 
@@ -17,13 +19,13 @@ from kvpool.bench.harness import BenchError
 from kvpool.bench.ttft_data import Prompts, Shape, percentile, ratios
 from kvpool.bench.ttft_engines import EngineSpec, Model, Python, engine_python, kvpool_transfer, read_model
 from kvpool.bench.ttft_http import Server, parse_metrics
-from kvpool.bench.ttft_pairs import OFF, OFF_AGAIN, Arm, Fault, FaultRun, Pairs, measure_misses
+from kvpool.bench.ttft_pairs import OFF, OFF_AGAIN, Arm, Fault, FaultRun, Pairs, cpu_seconds, measure_misses
 from kvpool.bench.ttft_phases import COLD, HBM, LOCAL, OTHER, Phases, System, Timing
 from kvpool.bench.ttft_relay import Relay
 from kvpool.bench.ttft_report import TTFTReport, check_plot, draw
 from kvpool.cli.bench import command
 from kvpool.errors import InvalidArgumentError
-from tests.bench.fake_engine import FakeEngine, FakePool, begin_stream, send_chunk, send_event, serving
+from tests.bench.fake_engine import FakeEngine, FakePool, begin_stream, send_chunk, send_event, serving, wait_until
 
 SHAPE = Shape(input_tokens=17, output_tokens=3, concurrency=2, prompts=4)
 LIMIT_S = 20.0
@@ -363,6 +365,20 @@ def test_rounds_send_everybody_the_same_and_begin_elsewhere(engines):
     assert all(len(arm.tokens_per_s) == 10 for arm in arms)
 
 
+def test_cpu_time_counts_children_and_not_the_dead():
+    """An engine is more than its first process; a master that was killed counts nothing and harms nothing."""
+    spin = "while True: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spin!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], start_new_session=True) as process:
+        try:
+            wait_until(lambda: cpu_seconds([process.pid]) > 0.3)
+            with subprocess.Popen(["true"]) as dead:
+                dead.wait(LIMIT_S)
+            assert cpu_seconds([dead.pid]) == 0.0
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_fault_is_measured_on_prefixes_that_the_pool_holds(engines, monkeypatch):
     """Stored before, gone from the engine, asked for after; failures are counted, in the first seconds too."""
     first, second = engines
@@ -449,7 +465,9 @@ def test_the_environment_of_an_engine_is_looked_into():
 def test_an_engine_is_started_with_what_was_asked_for(tmp_path):
     """Its settings come from the command line, never from the shell that the benchmark runs in."""
     python = Python("py", vllm="1", kvpool="1", torch="1", transformers="1", mooncake="", cpu=True)
-    spec = EngineSpec("a", python, Model("m", 1), 20, 128, 300, kvpool_transfer("h:1", "/s"), resettable=True)
+    spec = EngineSpec(
+        "a", python, Model("m", 1), 20, 128, 300, kvpool_transfer("h:1", "/s", {"gate": "off"}), resettable=True
+    )
     command = spec.command(8123, tmp_path)
     at = command.index("py")
     unset = {command[i + 1] for i, part in enumerate(command[:at]) if part == "-u"}
@@ -457,7 +475,8 @@ def test_an_engine_is_started_with_what_was_asked_for(tmp_path):
     assert {"HF_HUB_OFFLINE=1", "VLLM_SERVER_DEV_MODE=1", f"TMPDIR={tmp_path}"} <= set(command[:at])
     flags = dict(zip(command[at:], command[at + 1 :], strict=False))
     assert flags["--num-gpu-blocks-override"] == "20"
-    assert json.loads(flags["--kv-transfer-config"])["kv_connector_extra_config"] == {"master": "h:1", "node": "/s"}
+    extra = json.loads(flags["--kv-transfer-config"])["kv_connector_extra_config"]
+    assert extra == {"master": "h:1", "node": "/s", "gate": "off"}
     assert "--kv-transfer-config" not in EngineSpec("a", python, Model("m", 1), 20, 128, 300).command(1, tmp_path)
     peer = EngineSpec("p", python, Model("m", 1), 20, 128, 300, environment={"MOONCAKE_CONFIG_PATH": "f"})
     before = peer.command(1, tmp_path)[: peer.command(1, tmp_path).index("py")]
@@ -510,6 +529,7 @@ def test_servers_by_url_from_end_to_end(engines, tmp_path):
         (("--plot", "a.jpg"), "plot: must end in .png"),
         (("--miss_only", "--plot", "a.png"), "plot: shows times"),
         (("--segment_size", "many"), "segment_size"),
+        (("--connector_config", "[1]"), "connector_config: must be a JSON object"),
         (("--engine_python", sys.executable), "engine_python: "),
     ],
 )
