@@ -81,7 +81,7 @@ def _adapt_transfer_config() -> None:
         KVTransferConfig.__pydantic_validator__ = SchemaValidator(schema)
         KVTransferConfig.__kvpool__ = True
     except Exception as error:  # vLLM's class is not what it was: its defaults are worse, and they work
-        logger.warning("vLLM's KVTransferConfig is left as it is: %r", error)
+        logger.warning("kvpool: vLLM's KVTransferConfig is left as it is: %r", error)
 
 
 def _adapt(given: Any) -> Any:
@@ -98,7 +98,7 @@ def _adapted(config: Mapping[str, Any]) -> dict[str, Any]:
     if not concerned(config):
         return result
     for key in TOP_LEVEL_REMOVED.keys() & result.keys():
-        logger.info("kv-transfer-config: %s is not used: %s", key, TOP_LEVEL_REMOVED[key])
+        logger.info("kvpool: kv-transfer-config: %s is not used: %s", key, TOP_LEVEL_REMOVED[key])
         del result[key]
     result.setdefault("kv_load_failure_policy", "recompute")
     return result

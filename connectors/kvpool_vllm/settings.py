@@ -50,11 +50,11 @@ def read_settings(transfer_config: Any, *, tell: bool = True) -> ConnectorSettin
     role = role_of(transfer_config.kv_role, loaded.settings)
     if tell:
         for note in (*translated.notes, *loaded.notes):
-            logger.info("%s", note)
+            logger.info("kvpool: %s", note)
         if not role.loads:
             flag = "producer_is_to_load" if transfer_config.kv_role == "kv_producer" else "consumer_is_to_load"
             does = "saves, and does not load" if role.saves else "neither loads nor saves"
-            logger.warning("this %s %s; to load: %s", transfer_config.kv_role, does, flag)
+            logger.warning("kvpool: this %s %s; to load: %s", transfer_config.kv_role, does, flag)
     return loaded.settings
 
 

@@ -88,7 +88,7 @@ def test_keys_that_vllm_no_longer_has(caplog: pytest.LogCaptureFixture) -> None:
         "kv_load_failure_policy": "recompute",
     }
     assert [record.message for record in caplog.records] == [
-        "kv-transfer-config: kv_parallel_size is not used: engines join and leave the pool as they like"
+        "kvpool: kv-transfer-config: kv_parallel_size is not used: engines join and leave the pool as they like"
     ]
     others = {"kv_connector": "NixlConnector", "kv_parallel_size": 1}
     assert plugin._adapted(others) == others

@@ -40,7 +40,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.INFO, LOGGER_NAME)
-    return lambda: [record.message for record in caplog.records if record.name == LOGGER_NAME]
+    return lambda: [record.message.removeprefix("kvpool: ") for record in caplog.records if record.name == LOGGER_NAME]
 
 
 @pytest.mark.parametrize(

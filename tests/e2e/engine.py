@@ -52,6 +52,12 @@ class Answer:
     """Prompt tokens that were not computed."""
 
 
+def _ours(connector: Any) -> list[Any]:
+    """Return our connectors, out of a ``MultiConnector`` too; the first one is asked for counters."""
+    children = getattr(connector, "sub_connectors", [connector])
+    return [child for child in children if type(child).__name__ == "KVPoolConnector"]
+
+
 class Engine:
     """One engine with the connector; the test steps it, so nothing happens behind its back."""
 
@@ -75,9 +81,18 @@ class Engine:
         self.llm = LLM(model=str(model), **(options | arguments))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.vllm_scheduler = self.core.scheduler
-        self.scheduler = self.vllm_scheduler.connector.scheduler
-        self.worker: Any = get_kv_transfer_group().worker if has_kv_transfer_group() else None  # ranks are processes
-        self._count = 0
+        self.schedulers = [connector.scheduler for connector in _ours(self.vllm_scheduler.connector)]
+        self.scheduler = self.schedulers[0]
+        # Ranks may be processes.
+        self.worker: Any = _ours(get_kv_transfer_group())[0].worker if has_kv_transfer_group() else None
+        self._count = self.preemptions = 0
+        preempt = self.vllm_scheduler._preempt_request
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.preemptions += 1
+            return preempt(*arguments, **named)
+
+        self.vllm_scheduler._preempt_request = counted
 
     def submit(self, prompt: list[int], tokens: int = 8) -> str:
         """Add a request; nothing runs until somebody steps."""
@@ -162,6 +177,27 @@ def _abort_during_load(engine: Engine, prompt: list[int]) -> dict[str, Any]:
     return {"held": held, "leaked": free - engine.free_blocks(), "tracked": len(engine.scheduler._requests)}
 
 
+def _abort_after_load(engine: Engine, prompt: list[int]) -> None:
+    """Abort a request right after the step that a load was for."""
+    from kvpool_vllm.testing import FAULTS
+
+    gets = FAULTS.gets
+    request = engine.submit(prompt)
+    engine.step_until(lambda: FAULTS.gets > gets)
+    engine.abort(request)
+    engine.drain()
+
+
+def _set_faults(values: dict[str, Any]) -> int:
+    """Do nothing wrong but what is given; return how many blocks the pool in this process holds."""
+    from kvpool_vllm.testing import FAULTS, POOL
+
+    FAULTS.reset()
+    for name, value in values.items():
+        setattr(FAULTS, name, value)
+    return len(POOL.shards)
+
+
 def _generate_killing(engine: Engine, prompt: list[int], pid: int) -> Answer:
     """Answer a prompt whose node is killed after the lookup, when its load begins."""
     from kvpool_vllm.testing import FAULTS
@@ -193,8 +229,21 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
             return _generate_killing(engine, prompt, request["pid"]).__dict__
         case "generate_partly":
             return _generate_partly(engine, prompt, request["blocks"]).__dict__
+        case "generate_all":
+            return [answer.__dict__ for answer in engine.generate_all(request["prompts"], request["tokens"])]
         case "abort_during_load":
             return _abort_during_load(engine, prompt)
+        case "abort_after_load":
+            return _abort_after_load(engine, prompt)
+        case "faults":
+            return _set_faults(request["values"])
+        case "settle":
+            engine.drain()
+            engine.step_until(lambda: not any(side.leases for side in engine.schedulers))
+            return None
+        case "reset_all":
+            assert engine.vllm_scheduler.reset_prefix_cache(reset_connector=True)
+            return None
         case "forget":
             return engine.forget()
         case "state":
@@ -202,7 +251,10 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
             return {
                 "counters": engine.counters(),
                 "free_blocks": engine.free_blocks(),
-                "leases": engine.scheduler.leases,
+                "leases": sum(side.leases for side in engine.schedulers),
+                "tracked": sum(len(side._requests) for side in engine.schedulers),
+                "held_for_saving": sum(side._saves.blocks for side in engine.schedulers),
+                "preemptions": engine.preemptions,
                 "client": {name: side._client.stats() for name, side in sides.items() if side},
             }
     raise ValueError(request["do"])
