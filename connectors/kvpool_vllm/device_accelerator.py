@@ -91,6 +91,11 @@ class Accelerator:
         self.counters: Counter[str] = Counter()
         """Blocks that went ``direct`` and ``buffered``, by direction."""
 
+    @property
+    def stuck(self) -> bool:
+        """Whether some copies are overdue: no job is begun then."""
+        return self._overdue > 0
+
     def fence(self) -> Any:
         """Return an event on the engine's stream; call on the engine's thread."""
         return self._copies.fence()
@@ -117,12 +122,12 @@ class Accelerator:
         """Fill the blocks of ``part``; stop at the first that cannot be had."""
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
         wanted = len(part.block_ids)
-        if self._overdue:
+        if self.stuck:
             return GetResult(0, [False] * wanted, {"device_stuck": wanted}, {})
         direct = self._load_direct(client, part, kv, shard, layers, after)
         result = self._load_buffered(client, _rest(part, direct), kv, shard, layers, deadline, after)
-        self.counters["load.direct"] += direct
-        self.counters["load.buffered"] += result.prefix
+        self._count("load.direct", direct)
+        self._count("load.buffered", result.prefix)
         tiers = Counter(result.tiers)
         tiers["local"] += direct
         arrived = direct + result.prefix
@@ -211,14 +216,14 @@ class Accelerator:
     def save(self, client: Client, part: Part, kv: KVBlocks, *, shard: int = 0, after: Any = None) -> PutResult:
         """Store the blocks of ``part``."""
         wanted = len(part.block_ids)
-        if self._overdue:
+        if self.stuck:
             return PutResult(0, 0, wanted, {"device_stuck": wanted})
         result = self._save_direct(client, part, kv, shard, after)
         if result is not None:
-            self.counters["save.direct"] += result.stored
+            self._count("save.direct", result.stored)
             return result
         result = self._save_buffered(client, part, kv, shard, after)
-        self.counters["save.buffered"] += result.stored
+        self._count("save.buffered", result.stored)
         return result
 
     def _save_direct(self, client: Client, part: Part, kv: KVBlocks, shard: int, after: Any) -> PutResult | None:
@@ -264,6 +269,10 @@ class Accelerator:
         return total
 
     # ---- inside --------------------------------------------------------------------------------------
+
+    def _count(self, name: str, blocks: int) -> None:
+        with self._lock:
+            self.counters[name] += blocks
 
     def _finish(self, transfer: Transferring) -> None:
         """Wait until copies are done, however long that takes, for nobody may have their memory before.
