@@ -144,7 +144,10 @@ class MasterLink:
     def _announce(self, namespace: Namespace, timeout_s: float) -> None:
         reply = self._call("RegisterNamespace", namespace_to_proto(namespace), timeout_s)
         self._announced.add(namespace.digest)
-        self.warnings += [text for text in reply.warnings if text not in self.warnings]
+        for text in reply.warnings:
+            if text not in self.warnings:
+                self.warnings.append(text)
+                log.warning("%s", text)
 
     def place(self, size: int, timeout_s: float) -> NodeAddress | None:
         """Ask for a node that takes our blocks. Raises UnavailableError, at once when the master is away."""

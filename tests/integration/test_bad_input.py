@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import socket
 import struct
@@ -188,7 +189,7 @@ def test_node_names_the_field(one_node: Pool, frame: NodeFrame, payload: bytes, 
 def test_node_knows_only_the_reservations_of_a_connection(one_node: Pool, frame: NodeFrame, payload: bytes) -> None:
     """Another's number, or none at all, is no key to anything."""
     with one_node.raw("a") as node, one_node.raw("a") as other:
-        number, _ = other.reserve(SPACE, chain_of(5, 1), 64, 4)
+        number, _ = other.reserve(SPACE, chain_of(5, 1), 64)
         for reservation in (7, number):
             body = frame.WhichOneof("body")
             assert body is not None
@@ -201,7 +202,7 @@ def test_node_knows_only_the_reservations_of_a_connection(one_node: Pool, frame:
 def test_node_refuses_checksums_that_do_not_fit(one_node: Pool) -> None:
     """The reservation stays as it was, and can be committed rightly."""
     with one_node.raw("a") as node:
-        number, _ = node.reserve(SPACE, chain_of(6, 2), 64, 4)
+        number, _ = node.reserve(SPACE, chain_of(6, 2), 64)
         for checksums in (b"", bytes(63), bytes(65), bytes(1 << 16)):
             with pytest.raises(InvalidArgumentError, match=r"^checksums: "):
                 node.commit(number, checksums)
@@ -213,7 +214,7 @@ def test_unknown_namespace(one_node: Pool) -> None:
     other = Namespace(model="never registered")
     with one_node.raw("a") as node:
         with pytest.raises(UnknownNamespaceError, match=other.digest.hex()):
-            node.reserve(other, KEYS, 64, 1)
+            node.reserve(other, KEYS, 64)
         assert node.pin(other, KEYS) == (0, [-1, 0] * len(KEYS))
         assert node.local_prefix(other, KEYS) == 0
     with Client(one_node.address, node=one_node.socket_path("a")) as client:
@@ -305,6 +306,7 @@ def test_master_names_the_field(one_node: Pool) -> None:
     with one_node.channel() as channel:
         master, admin = master_pb2_grpc.MasterStub(channel), admin_pb2_grpc.AdminStub(channel)
         lookup, evict = master_pb2.LookupRequest, admin_pb2.EvictBlocksRequest
+        resident = functools.partial(master_pb2.ResidencyRequest, owner=1, sequence=2**64 - 1)
         digest = SPACE.digest
         cases: list[tuple[Any, Any, grpc.StatusCode, str]] = [
             (master.Handshake, master_pb2.HandshakeRequest(protocol=2**32 - 1), refused, "protocol"),
@@ -317,6 +319,15 @@ def test_master_names_the_field(one_node: Pool) -> None:
             (master.RegisterNamespace, types_pb2.NamespaceDescriptor(), refused, "namespace.model"),
             (master.RegisterNamespace, types_pb2.NamespaceDescriptor(model="m" * 2000), refused, "namespace."),
             (admin.Inspect, lookup(namespace=digest, hashes=b"odd"), refused, "hashes"),
+            (admin.Explain, admin_pb2.ExplainRequest(), refused, "keys"),
+            (admin.Explain, admin_pb2.ExplainRequest(keys=b"odd"), refused, "keys"),
+            (admin.Explain, admin_pb2.ExplainRequest(keys=bytes(16 * 1025)), refused, "keys"),
+            (admin.Explain, admin_pb2.ExplainRequest(keys=bytes(16), namespace=b"x"), refused, "namespace"),
+            (master.ReportResidency, master_pb2.ResidencyRequest(), refused, "owner"),
+            (master.ReportResidency, resident(), refused, "engine"),
+            (master.ReportResidency, resident(engine="e", keys=b"odd"), refused, "keys"),
+            (master.ReportResidency, resident(engine="e", keys=bytes(16)), refused, "namespace"),
+            (master.ReportResidency, resident(engine="e", removed=1), refused, "removed"),
             (admin.EvictBlocks, evict(), refused, "namespace"),
             (admin.EvictBlocks, evict(namespace=digest, keys=b"odd"), refused, "keys"),
             (admin.EvictBlocks, evict(namespace=digest, coldest_bytes=1), refused, "coldest_bytes"),

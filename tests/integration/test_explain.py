@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvpool import Namespace
-from kvpool.rpc.v1 import admin_pb2
+from kvpool.rpc.v1 import admin_pb2, master_pb2, master_pb2_grpc
 from tests.integration.pool import SPACE, Pool, T, chain_of, free_port, put_chain, wait_for
 from tests.integration.test_operators import ctl, ctl_json
 
@@ -73,7 +74,7 @@ def test_a_block_that_is_being_written_is_not_called_never_stored(pool: Pool) ->
     """The nodes are asked; a stopped one is named and does not hold up the answer."""
     with pool.raw("a") as node:
         node.register(SPACE)
-        reservation, _ = node.reserve(SPACE, KEYS[:1], SIZE, 4)
+        reservation, _ = node.reserve(SPACE, KEYS[:1], SIZE)
         (block,) = explain(pool, HEX[0], namespace=SPACE.digest.hex())
         assert block["verdict"] == "being_written"
         assert block["holders"] == [{"name": "a", "tier": "writing", "state": "live", "shards": []}]
@@ -169,6 +170,17 @@ def test_what_an_engine_holds_is_shown_and_never_a_hit(pool: Pool) -> None:
     wait_for(lambda: resident() == [{"first": 2, "blocks": 1}], "only what came after the reset is left")
     client.close()
     wait_for(lambda: pool.status().engines == 0, "the engine has said goodbye")
+
+
+def test_residency_is_taken_by_grpc_too(pool: Pool) -> None:
+    """For clients that reach nothing but the master's one port."""
+    report = functools.partial(master_pb2.ResidencyRequest, owner=7, engine="far", namespace=SPACE.digest)
+    with pool.channel() as channel:
+        master = master_pb2_grpc.MasterStub(channel)
+        assert master.ReportResidency(report(sequence=5, keys=KEYS[0]), timeout=T).again
+        assert not master.ReportResidency(report(sequence=6, first=True, keys=KEYS[0]), timeout=T).again
+    (block,) = explain(pool, HEX[0], namespace=SPACE.digest.hex())
+    assert block["holders"] == [{"name": "far", "tier": "hbm", "state": "", "shards": []}]
 
 
 def test_engines_that_hash_differently_are_told(pool: Pool) -> None:
