@@ -13,7 +13,6 @@ from kvpool.model import (
     DIGEST_BYTES,
     KEY_BYTES,
     KEYS_PER_CALL_MAX,
-    LAYERS_MAX,
     SHARD_BYTES_MAX,
     SHARDS_MAX,
     Namespace,
@@ -166,8 +165,8 @@ def check_shape(namespace: Namespace, shards: Sequence[int], shard_bytes: int, l
         raise InvalidArgumentError("shards", f"this namespace has shards 0 to {namespace.shards - 1}")
     if not 1 <= shard_bytes <= SHARD_BYTES_MAX:
         raise InvalidArgumentError("shard_bytes", f"must be from 1 to {SHARD_BYTES_MAX}, not {shard_bytes}")
-    if not 1 <= layers <= LAYERS_MAX:
-        raise InvalidArgumentError("layers", f"must be from 1 to {LAYERS_MAX}, not {layers}")
+    if layers != namespace.shard_layers:
+        raise InvalidArgumentError("layers", f"a shard of this namespace has {namespace.shard_layers}, not {layers}")
     if shard_bytes % layers:
         raise InvalidArgumentError("layers", f"must divide shard_bytes ({shard_bytes}), {layers} does not")
 

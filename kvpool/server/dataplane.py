@@ -16,7 +16,7 @@ import xxhash
 
 from kvpool.core.segment import SegmentState, Slot
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnknownIdError
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES
 from kvpool.rpc.convert import namespace_from_proto
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1 import node_pb2
@@ -136,7 +136,6 @@ class DataPlane:
 
     def _reserve(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.reserve
-        _check_keys(request.namespace, payload)
         reservation = self._state.reserve(
             conn.id, request.namespace, request.shards, bytes(payload), request.shard_bytes, request.layers
         )
@@ -184,7 +183,6 @@ class DataPlane:
 
     def _pin(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.pin
-        _check_keys(request.namespace, payload)
         pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
         places = array("q", [x for s in pin.slots for x in ((-1, 0) if s is None else (s.offset, s.shard_bytes))])
         here = [slot for slot in pin.slots if slot is not None]
@@ -200,7 +198,6 @@ class DataPlane:
 
     def _local_prefix(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.local_prefix
-        _check_keys(request.namespace, payload)
         prefix = self._state.local_prefix(request.namespace, request.shards, bytes(payload))
         conn.reply(NodeFrameReply(id=message.id, local_prefix=node_pb2.LocalPrefixReply(prefix=prefix)))
 
@@ -208,7 +205,6 @@ class DataPlane:
 
     def _get(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.get
-        _check_keys(request.namespace, payload)
         pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
         try:
             frame = self._get_frame(message, pin.slots)
@@ -295,13 +291,6 @@ class DataPlane:
         "local_prefix": _local_prefix,
         "abandon": _abandon,
     }
-
-
-def _check_keys(namespace: bytes, payload: memoryview) -> None:
-    if len(namespace) != DIGEST_BYTES:
-        raise InvalidArgumentError("namespace", f"must be {DIGEST_BYTES} bytes, not {len(namespace)}")
-    if len(payload) % KEY_BYTES:
-        raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(payload)}")
 
 
 def _receive_hashed(io: BlockingIO, target: memoryview) -> int:

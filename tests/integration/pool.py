@@ -265,7 +265,7 @@ class Pool:
 
             def whole_segment_is_free() -> bool:
                 try:
-                    reservation, _ = node.reserve(SPACE, [b"whole segment!!!"], segment_bytes - 4096, 1)
+                    reservation, _ = node.reserve(SPACE, [b"whole segment!!!"], segment_bytes - 4096)
                 except KVPoolError as exc:
                     refused.append(str(exc))
                     return False
@@ -324,10 +324,10 @@ class RawNode:
         """Make a namespace known."""
         self.call(NodeFrame(register=namespace_to_proto(space)))
 
-    def reserve(self, space: Namespace, keys: list[bytes], size: int, layers: int) -> tuple[int, list[int]]:
+    def reserve(self, space: Namespace, keys: list[bytes], size: int) -> tuple[int, list[int]]:
         """Reserve shard 0 of each key; returns the reservation and the offsets."""
-        frame = NodeFrame(reserve=Reserve(namespace=space.digest, shards=[0], shard_bytes=size, layers=layers))
-        reply, payload = self.call(frame, b"".join(keys))
+        shape = Reserve(namespace=space.digest, shards=[0], shard_bytes=size, layers=space.shard_layers)
+        reply, payload = self.call(NodeFrame(reserve=shape), b"".join(keys))
         return reply.reserved.reservation, np.frombuffer(payload, np.int64).tolist()
 
     def abort(self, reservation: int) -> None:

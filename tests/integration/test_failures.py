@@ -251,7 +251,7 @@ attach = NodeFrame(attach=Attach(client="writer"))
 reply, _, fds = node.channel.call_with_fds(attach, NodeFrameReply, timeout_s=T)
 memory = np.frombuffer(AttachedSegment.from_fd(fds[0], reply.attached.segment_bytes).view, np.uint8)
 keys = chain_of(7, blocks)
-_, offsets = node.reserve(SPACE, keys, size, 4)
+_, offsets = node.reserve(SPACE, keys, size)
 for key, offset in list(zip(keys, offsets))[: blocks // 2]:
     memory[offset : offset + size] = content_of(key, size)
 print("half done", flush=True)
@@ -299,7 +299,7 @@ def test_writer_killed_in_the_middle_of_a_put_leaves_nothing(pool: Pool) -> None
 
 def can_write(node: RawNode, keys: list[bytes], size: int) -> bool:
     """Reserve all of these keys, if nobody else does, and give them back."""
-    reservation, offsets = node.reserve(SPACE, keys, size, 4)
+    reservation, offsets = node.reserve(SPACE, keys, size)
     if reservation:
         node.abort(reservation)
     return min(offsets) >= 0
@@ -319,7 +319,7 @@ def test_live_writer_that_hangs_up_keeps_its_slots_from_everybody(pool: Pool) ->
         assert writer.stdout.readline() == "closed\n"
         begin = time.monotonic()
         while time.monotonic() - begin < 0.5:
-            assert node.reserve(SPACE, keys, SIZE, 4)[1] == [-2] * 4
+            assert node.reserve(SPACE, keys, SIZE)[1] == [-2] * 4
             assert node.local_prefix(SPACE, keys) == 0
         writer.kill()
         wait_for(lambda: can_write(node, keys, SIZE), "the keys can be written")

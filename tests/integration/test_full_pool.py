@@ -48,7 +48,7 @@ def test_put_fails_when_everything_is_pinned(pool: Pool) -> None:
         assert room <= 2 and result.errors == {"no_room": len(late) - room}
         assert client.stats()["put.failed.no_room"] == len(late) - room
         with pytest.raises(AllPinnedError, match="pinned or being written"):
-            node.reserve(SPACE, chain_of(3, 4), 4 * SIZE, 4)
+            node.reserve(SPACE, chain_of(3, 4), 4 * SIZE)
         node.release(held[0])
         wait_for(lambda: put_some(pool, 4) == 1, "the block that is pinned no more gives way")
         assert node.local_prefix(SPACE, keys[1:]) == len(keys) - 1
@@ -72,5 +72,5 @@ def test_block_larger_than_the_segment_is_refused(pool: Pool, node: str | None) 
     assert client.stats()["put.failed.too_large"] == 2
     with pool.raw("a") as raw:
         with pytest.raises(TooLargeError, match="larger than the segment"):
-            raw.reserve(SPACE, chain_of(3, 1), SEGMENT, 4)
+            raw.reserve(SPACE, chain_of(3, 1), SEGMENT)
         assert raw.local_prefix(SPACE, small) == len(small)
