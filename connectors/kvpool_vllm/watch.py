@@ -108,7 +108,7 @@ class Watch:
         seen = self._seen.pop(job.request_id, None)
         if seen is None or not arrived:
             return
-        tokens = len(job.parts[0].block_ids) * self._block_tokens * arrived // job.blocks
+        tokens = max(len(part.block_ids) for part in job.parts) * self._block_tokens * arrived // job.blocks
         counts = seen.tiers or {TIERS[0]: arrived}
         total = sum(counts.values())
         for tier, count in counts.items():
@@ -116,9 +116,9 @@ class Watch:
         if arrived == job.blocks:
             self._gate.loaded(farthest(counts), tokens, seen.seconds)
 
-    def report_residency(self) -> None:
-        """Tell the pool from now on what the engine holds; its block pool makes events."""
-        self.residency = Residency(self._client)
+    def report_residency(self, group: int = 0) -> None:
+        """Tell the pool from now on what the engine holds of a KV cache group; its block pool makes events."""
+        self.residency = Residency(self._client, group)
 
     def saving(self, job_id: int, request: Any, hashes: Sequence[bytes], first: int, parent: bytes | None) -> None:
         """A save begins of the request's blocks from number ``first`` on."""
