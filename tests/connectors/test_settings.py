@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvpool.config import MOONCAKE_IGNORED, MOONCAKE_TO_KVPOOL
 from kvpool.errors import ConfigError
-from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm import LOGGER_NAME, seeds
 from kvpool_vllm.settings import ConnectorSettings, Role, connect, read_settings, role_of
 
 FLAGS = ("producer_is_to_load", "consumer_is_to_load", "consumer_is_to_put")
@@ -299,6 +301,39 @@ def test_the_client_is_made_as_the_settings_say(monkeypatch: pytest.MonkeyPatch)
     }
     connect(ConnectorSettings(**values), "engine 7")
     assert {name.removesuffix("_ms"): value for name, value in made.items()} == values | {"name": "engine 7"}
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "connector.md").read_text()
+
+
+@pytest.mark.parametrize("item", fields(ConnectorSettings), ids=lambda item: item.name)
+def test_each_setting_is_documented(item: Field[Any]) -> None:
+    """With its default and what it does, as ``--help`` would say it."""
+    default = item.metadata["shown"] or "none"
+    default = default.lower() if default in {"True", "False"} else default
+    assert f"| `{item.name}` | {default} | {item.metadata['help']} |" in DOCUMENT
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(*seeds.EXTRA_IGNORED, *seeds.UCM_HONOURED, *seeds.UCM_IGNORED, seeds.UCM_FILE, seeds.UCM_STORES),
+        *(*seeds.ENVIRONMENT_HONOURED, *seeds.ENVIRONMENT_IGNORED, *MOONCAKE_TO_KVPOOL, *MOONCAKE_IGNORED),
+        *(*seeds.TOP_LEVEL_IGNORED, *seeds.TOP_LEVEL_REMOVED, *seeds.NAMES, *seeds.MODULES),
+    ],
+)
+def test_each_foreign_key_is_documented(key: str) -> None:
+    """Whoever brings a configuration finds its keys."""
+    assert f"`{key}`" in DOCUMENT
+
+
+@pytest.mark.parametrize("text", re.findall(r"--kv-transfer-config '(.*?)'", DOCUMENT, re.DOTALL))
+def test_documented_commands_are_understood(text: str) -> None:
+    """Each configuration in the document names the master that it shows."""
+    config = json.loads(text)
+    children = config["kv_connector_extra_config"].get("connectors", [config])
+    ours = [child for child in children if child["kv_connector"] == "KVPoolConnector"]
+    assert [read_settings(TransferConfig(**child)).master for child in ours] == ["10.0.0.1:50088"]
 
 
 @pytest.mark.parametrize("factory", ["nowhere", "no.such.module:f", "kvpool_vllm.settings:absent"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ BLOCKS = 6
 PROMPT = BLOCKS * BLOCK_TOKENS + 5
 UCM_MODULE = "ucm.integration.vllm.ucm_connector"
 ASCEND = {"ASCEND_BUFFER_POOL": "4:8", "ASCEND_CONNECT_TIMEOUT": "10000", "ASCEND_TRANSFER_TIMEOUT": "10000"}
+
+DOCUMENT = (ROOT / "docs" / "connector.md").read_text()
+DOCUMENTED = re.findall(r"--kv-transfer-config '(.*?)'", DOCUMENT, re.DOTALL)
 
 UCM_FILE = """
 ucm_connectors:
@@ -224,6 +228,15 @@ def test_own_module_path_gives_every_name(stage: Stage) -> None:
         "kv_connector_extra_config": {"consumer_is_to_load": True},
     }
     assert stage.check(config, loads=True, saves=False)["connector"] == "KVPoolConnector"
+
+
+@pytest.mark.parametrize("text", DOCUMENTED)
+def test_documented_commands(stage: Stage, tmp_path: Path, text: str) -> None:
+    """Each configuration of the document, with its folder and its master in other places."""
+    config = json.loads(text.replace("/mnt/example", str(tmp_path)).replace("10.0.0.1:50088", stage.pool.address))
+    children = config["kv_connector_extra_config"].get("connectors", [config])
+    mine = next(child for child in children if child["kv_connector"] == "KVPoolConnector")
+    stage.check(config, loads=True, saves=mine["kv_role"] != "kv_consumer")
 
 
 def test_keys_of_older_versions(stage: Stage) -> None:
