@@ -19,14 +19,14 @@ from typing import Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
 from kvpool.client_health import BreakerOpenError, Health
-from kvpool.client_master import MasterFrame, MasterLink, leases_frame
+from kvpool.client_lookup import Also, lookup_at_node, lookup_frame
+from kvpool.client_master import MasterLink, leases_frame
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peer, Peers, Want, Wanted
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason, pack_keys
-from kvpool.rpc.v1 import master_pb2
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, Reason, pack_keys
 
 __all__ = ["Client", "GetResult", "Lookup", "PutResult", "Run"]
 
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 1.5
 """How long a new client waits to know whether there is a pool."""
-
-LOCAL_LOOKUP_S = 0.008
-"""Of a lookup that the master did not answer, for the node of this host."""
 
 LEASE_S = 0.25
 """Of renewing and releasing, for which nobody waits: late is better than a channel given up."""
@@ -178,53 +175,50 @@ class Client:
         known_prefix: int = 0,
         lease: bool = False,
         timeout_ms: float | None = None,
+        also: Sequence[Also] = (),
     ) -> Lookup:
         """Return how much of a prompt the pool holds. ``hashes``: the chain, packed (16 bytes a block) or a list.
 
         The first ``known_prefix`` blocks are the engine's own: touched, not checked. With ``lease`` the
-        blocks found are protected from eviction until released, or for the master's lease TTL.
-        Raises InvalidArgumentError.
+        blocks found are protected from eviction until released, or for the master's lease TTL. ``also``: the
+        other KV cache groups of a hybrid model, which a prefix must satisfy too. Raises InvalidArgumentError.
         """
         digest = self._digest(namespace)
         keys = pack_keys(hashes)
         if not 0 <= known_prefix <= len(keys) // KEY_BYTES:
             raise InvalidArgumentError("known_prefix", f"must be from 0 to {len(keys) // KEY_BYTES}")
-        request = master_pb2.LookupRequest(namespace=digest, known_prefix=known_prefix, lease=lease)
+        for group in also:
+            self.register(group.namespace)
+        frame = lookup_frame(digest, also, known_prefix, lease=lease)
         timeout_s = self._lookup_s if timeout_ms is None else _seconds(timeout_ms, "timeout_ms")
         if self._link is not None:
             try:
-                reply = self._link.ask(MasterFrame(lookup=request), keys, timeout_s).lookup
+                reply = self._link.ask(frame, keys, timeout_s).lookup
             except InvalidArgumentError:
                 raise
             except BreakerOpenError:
                 self._counters["lookup.breaker_open"] += 1
-                return self._lookup_locally(digest, keys, known_prefix, Reason.BREAKER_OPEN.value)
+                return self._lookup_locally(digest, keys, known_prefix, Reason.BREAKER_OPEN.value, also)
             except KVPoolError as exc:
                 self._counters["lookup.failed"] += 1
                 log.debug("lookup: %s", exc)
             else:
                 return lookup_from_proto(reply, known_prefix)
-        return self._lookup_locally(digest, keys, known_prefix, Reason.MASTER_UNREACHABLE.value)
+        return self._lookup_locally(digest, keys, known_prefix, Reason.MASTER_UNREACHABLE.value, also)
 
-    def _lookup_locally(self, digest: bytes, keys: bytes, known_prefix: int, why: str) -> Lookup:
+    def _lookup_locally(
+        self, digest: bytes, keys: bytes, known_prefix: int, why: str, also: Sequence[Also]
+    ) -> Lookup:
         nothing = Lookup(known_prefix, why if why == "breaker_open" else "no_pool", known_prefix=known_prefix)
         node, namespace = self._local(), self._namespaces.get(digest)
         if node is None or namespace is None:
             return nothing
         try:
             with self._near.call():
-                prefix = node.local_prefix(namespace, keys[known_prefix * KEY_BYTES :], LOCAL_LOOKUP_S)
+                return lookup_at_node(node, namespace, also, keys, known_prefix, why)
         except KVPoolError as exc:
             log.debug("local lookup: %s", exc)
             return nothing
-        address = NodeAddress(node.node_id, socket_path=node.path)
-        run = Run(prefix, [(address, "dram", tuple(range(namespace.shards)))])
-        return Lookup(
-            known_prefix + prefix,
-            why,
-            known_prefix=known_prefix,
-            runs=[run] if prefix else [],
-        )
 
     def renew(self, leases: Sequence[int]) -> list[int]:
         """Start the TTL of leases anew; returns those that are over, all of them while the master is away."""
@@ -409,10 +403,11 @@ class Client:
         known_prefix: int = 0,
         lease: bool = False,
         timeout_ms: float | None = None,
+        also: Sequence[Also] = (),
     ) -> Future[Lookup]:
         """``lookup`` on a thread of the client's."""
         return self._executor().submit(
-            self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms
+            self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms, also=also
         )
 
     def put_async(

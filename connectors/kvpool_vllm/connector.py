@@ -5,6 +5,7 @@ Upstream contract: ``vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnect
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +16,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.device import KVBlocks
 from kvpool_vllm.events import PoolEvents, vllm_events
-from kvpool_vllm.metadata import RankFacts, StepMeta, WorkerMeta
+from kvpool_vllm.groups import read_groups
+from kvpool_vllm.metadata import GroupFacts, RankFacts, StepMeta, WorkerMeta
 from kvpool_vllm.namespace import (
     check_supported,
+    group_namespaces,
     hash_fingerprint,
     namespace_fields,
-    shard_of,
+    place_of,
+    total_kv_heads,
     whole_layers,
 )
 from kvpool_vllm.scheduler import SchedulerSide
@@ -37,6 +44,8 @@ from kvpool_vllm.stats import KVPoolPromMetrics, KVPoolStats
 from kvpool_vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.block_pool import BlockPool
@@ -58,10 +67,20 @@ def _recompute_on_failure(transfer_config: Any) -> None:
         return
     logger.warning(
         "kvpool: kv_load_failure_policy was %r, which ends a request in an error when a block cannot be loaded; "
-        "it is now 'recompute'. Inside MultiConnector set it in --kv-transfer-config yourself.",
+        "it is now 'recompute'",
         transfer_config.kv_load_failure_policy,
     )
     transfer_config.kv_load_failure_policy = "recompute"
+
+
+def _multi_connector_config(frame: FrameType | None) -> Any:
+    """Return the ``KVTransferConfig`` of the ``MultiConnector`` that makes this connector, or None.
+
+    vLLM reads the failure policy there, and shows its children a copy that it never reads again.
+    """
+    caller = frame.f_back if frame is not None else None
+    maker = caller.f_locals.get("self") if caller is not None else None
+    return maker._kv_transfer_config if isinstance(maker, MultiConnector) else None
 
 
 def _isa(vllm_config: Any, block_tokens: int) -> str:
@@ -77,7 +96,7 @@ def _isa(vllm_config: Any, block_tokens: int) -> str:
     return f"{arch}-{_get_attn_isa(model.dtype, block_tokens, model.get_head_size(), cache.cache_dtype)}"
 
 
-class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not installed where types are checked
+class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is not installed where types are checked
     """Loads a prompt's blocks from the pool instead of computing them, and stores what was computed."""
 
     # vLLM makes one object per role and calls only that role's methods; only that role's side is set.
@@ -88,14 +107,17 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
         """Raise InvalidArgumentError for settings and models that cannot work."""
         super().__init__(vllm_config, role, kv_cache_config)
         check_supported(vllm_config, kv_cache_config)
+        _, self._hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+        draft = vllm_config.speculative_config is not None and vllm_config.speculative_config.use_eagle()
+        self._groups = read_groups(kv_cache_config.kv_cache_groups, self._hash_tokens, draft=draft)
         self._settings = read_settings(self._kv_transfer_config, tell=role == KVConnectorRole.SCHEDULER)
-        self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._block_tokens = self._groups.block_tokens
         self._facts: RankFacts | None = None
         if role == KVConnectorRole.SCHEDULER:
-            _recompute_on_failure(self._kv_transfer_config)
+            _recompute_on_failure(_multi_connector_config(inspect.currentframe()) or self._kv_transfer_config)
             # Kept, because a dropped handle of a running process warns; the kernel ends it with this process.
             self._node_process = autostart(self._settings, vllm_config.parallel_config.local_world_size)
-            self.scheduler = self._make_scheduler(vllm_config, kv_cache_config)
+            self.scheduler = self._make_scheduler(vllm_config)
         else:
             self.worker = self._make_worker(vllm_config)
 
@@ -110,14 +132,14 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
 
     # ---- scheduler ----
 
-    def _loads_sync(self, vllm_config: Any, kv_cache_config: Any) -> bool:
+    def _loads_sync(self, vllm_config: Any) -> bool:
         """Whether loads are for the step that plans them; not where a failed one would be known too late."""
         if self._settings.load_async and not self._settings.use_layerwise:
             return False
         late = {
             "async_scheduling": vllm_config.scheduler_config.async_scheduling,
             "pipeline_parallel_size above 1": vllm_config.parallel_config.pipeline_parallel_size > 1,
-            "several KV cache groups": len(kv_cache_config.kv_cache_groups) > 1,
+            "sliding windows or chunks": not self._groups.prefixes_help,
         }
         reasons = [name for name, there in late.items() if there]
         if reasons:
@@ -128,36 +150,27 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
             )
         return not reasons
 
-    def _make_scheduler(self, vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
-        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
-
+    def _make_scheduler(self, vllm_config: Any) -> SchedulerSide:
         self._fields = namespace_fields(vllm_config)
-        _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
         return SchedulerSide(
             connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler"),
             self._settings,
-            self._namespace,
+            self._namespaces,
             role=role_of(self._kv_transfer_config.kv_role, self._settings),
-            block_tokens=self._block_tokens,
-            hashes_per_block=self._block_tokens // hash_tokens,
+            groups=self._groups,
             ranks=vllm_config.parallel_config.world_size,
-            sync=self._loads_sync(vllm_config, kv_cache_config),
+            sync=self._loads_sync(vllm_config),
         )
 
-    def _namespace(self) -> Namespace | None:
-        """Return the namespace; None until the workers have said how they hold KV."""
+    def _namespaces(self) -> list[Namespace] | None:
+        """Return the namespace of each KV cache group; None until the workers have said how they hold KV."""
         if self._facts is None:
             return None
-        namespace = Namespace(
-            **self._fields,
-            block_tokens=self._block_tokens,
-            layers=self._facts.layers * self._fields["layer_groups"],
-            layout=self._facts.layout,
-            isa=self._facts.isa,
-            hash_fingerprint=hash_fingerprint(self._vllm_config, self._block_tokens),
-        )
-        logger.info("kvpool: namespace %s: %s", namespace.digest.hex(), namespace)
-        return namespace
+        fingerprint = hash_fingerprint(self._vllm_config, self._hash_tokens)
+        namespaces = group_namespaces(self._fields, self._groups, self._facts, fingerprint)
+        for namespace in namespaces:
+            logger.info("kvpool: namespace %s: %s", namespace.digest.hex(), namespace)
+        return namespaces
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """Take the block pool, in whose blocks saves hold references, and whose events tell what the engine holds."""
@@ -199,13 +212,15 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
                 )
         self.scheduler.worker_report(meta, connector_output.finished_recving or ())
 
-    def request_finished(
-        self,
-        request: Request,
-        block_ids: list[int],
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """As below, where the engine does without groups."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End the request; saves hold blocks by reference, so the engine may free its own at once."""
-        self.scheduler.finished(request, (block_ids,))
+        self.scheduler.finished(request, block_ids)
         return False, None
 
     def take_events(self) -> list[Any]:
@@ -261,27 +276,27 @@ class KVPoolConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not 
             # A first forward of one or two tokens, as after a full hit, runs AMX tiles before the kernel
             # has been asked for permission, and dies of SIGILL.
             torch.cpu._init_amx()
-        shard, saves = shard_of(
-            vllm_config.model_config.get_total_num_kv_heads(),
+        place = place_of(
+            total_kv_heads(vllm_config.model_config),
             vllm_config.parallel_config.tensor_parallel_size,
             get_tp_group().rank_in_group,
             get_pp_group().rank_in_group,
         )
-        client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} worker {shard}")
-        return WorkerSide(client, self._settings, shard=shard, saves=saves)
+        client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} worker {place.shard}")
+        return WorkerSide(client, self._settings, place)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the KV tensors; raise InvalidArgumentError for layouts without whole blocks."""
-        kv = KVBlocks(kv_caches, self._kv_cache_config.num_blocks)
         layers = self._vllm_config.compilation_config.static_forward_context
-        backend = layers[kv.names[0]].get_attn_backend().get_name()
-        facts = RankFacts(
-            layers=len(kv),
-            layer_block_bytes=kv.layer_block_bytes,
-            layout=f"{backend}:{kv.layout}",
-            isa=_isa(self._vllm_config, self._block_tokens),
-        )
-        self.worker.attach(kv, facts)
+        memory, facts = [], []
+        for group in self._groups.all:
+            # Layers that share the cache of another one are named beside it.
+            own = {kv_caches[name].data_ptr(): name for name in reversed(group.layers)}
+            kv = KVBlocks({name: kv_caches[name] for name in own.values()}, self._kv_cache_config.num_blocks)
+            backend = layers[kv.names[0]].get_attn_backend().get_name()
+            memory.append(kv)
+            facts.append(GroupFacts(len(kv), kv.layer_block_bytes, f"{backend}:{kv.layout}"))
+        self.worker.attach(memory, RankFacts(tuple(facts), _isa(self._vllm_config, self._block_tokens)))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002 -- vLLM's
         """Start this step's loads; those that its forward needs are there, or failed, when their layer begins."""

@@ -7,7 +7,7 @@ Nothing here imports vLLM: its specifications are read by their names and attrib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class Group:
     span: int = 0
     """Tokens of the sliding window or of a chunk; 0 for full attention."""
     layers: tuple[str, ...] = ()
+    stored: str = ""
+    """Type of the stored numbers, with the way they are quantised; "" where that is not known."""
 
     @property
     def label(self) -> str:
@@ -91,14 +93,13 @@ class Groups:
         """Whether the leading blocks of a load are of use without the rest, so that it may fail in part."""
         return len(self.all) == 1 and not self.all[0].span
 
-    def usable_blocks(self, found: int, prompt_tokens: int) -> int:
-        """Return with how many of ``found`` leading blocks a request can go on.
+    def blocks_max(self, tokens: int) -> int:
+        """Return how many leading blocks a request of so many tokens may take from elsewhere.
 
         The engine steps back one token from a whole prompt. Where a window ends, the block before it, which
         was not loaded, would then be read: only full attention may offer the whole prompt.
         """
-        tokens = prompt_tokens if all(not g.span for g in self.all) else prompt_tokens - 1
-        return max(0, min(found, tokens // self.block_tokens) - self.drop_last)
+        return (tokens if all(not g.span for g in self.all) else tokens - 1) // self.block_tokens
 
     def load_ranges(self, first: int, end: int) -> list[tuple[int, int]]:
         """Return, for each group, the blocks [first, end) to load where the engine holds ``first`` blocks itself.
@@ -106,31 +107,6 @@ class Groups:
         What lies before a group's window is neither loaded nor, by the engine, given a block.
         """
         return [(min(end, max(first, g.first_needed(end))), end) for g in self.all]
-
-
-def longest_hit(groups: Groups, known: int, there: Callable[[int, int], bool], end: int) -> int:
-    """Return the longest prefix, in blocks from ``known`` to ``end``, that all groups can go on from.
-
-    ``there(group number, block)`` says whether a block is in the pool; the first ``known`` are the engine's own.
-    """
-    main, others = groups.main, groups.others
-    prefix = known
-    while prefix < end and there(main, prefix):
-        prefix += 1
-    while prefix > known:
-        first_gap = max(
-            (block for g in others for block in range(_floor(g, prefix, known), prefix) if not there(g.number, block)),
-            default=None,
-        )
-        if first_gap is None:
-            return prefix
-        prefix = first_gap  # windows only move forward: whatever ends behind the gap needs it too
-    return known
-
-
-def _floor(group: Group, blocks: int, known: int) -> int:
-    # As a master counts it: a window's length in blocks, which for chunks is sometimes more than is read.
-    return max(known, blocks - group.last_blocks if group.span else 0)
 
 
 def read_groups(kv_cache_groups: Sequence[Any], hash_tokens: int, *, draft: bool = False) -> Groups:
@@ -185,7 +161,13 @@ def _read_spec(number: int, spec: Any, layers: tuple[str, ...]) -> Group:
             raise InvalidArgumentError(
                 "block_size", f"of {spec.block_size} tokens must divide the model's attention chunks of {span}"
             )
-    return Group(number, kind, spec.block_size, span, layers)
+    return Group(number, kind, spec.block_size, span, layers, _stored(spec))
+
+
+def _stored(spec: Any) -> str:
+    quant: Any = getattr(spec, "kv_quant_mode", None)
+    dtype = str(getattr(spec, "dtype", "")).removeprefix("torch.")
+    return f"{dtype}:{quant.name.lower()}" if quant else dtype
 
 
 def _words(values: Iterable[Any]) -> str:

@@ -14,7 +14,10 @@ from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.leases import LeaseKeeper
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvpool.client import Client, Lookup
+    from kvpool.client_lookup import Also
     from kvpool.model import Namespace
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -78,12 +81,15 @@ class Lookups:
         self._left_s = STEP_S
         self._idle = idle
 
-    def ask(self, namespace: Namespace, chain: list[bytes], known: int) -> Ask | None:
-        """Ask, or return None where this step has no time left for it; ``chain`` must not change any more."""
+    def ask(self, namespace: Namespace, chain: list[bytes], known: int, also: Sequence[Also] = ()) -> Ask | None:
+        """Ask, or return None where this step has no time left for it; ``chain`` must not change any more.
+
+        ``also``: the groups of a hybrid model besides that of ``namespace``.
+        """
         if self._left_s <= 0:
             return None
         started = time.monotonic()
-        pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True)
+        pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True, also=also)
         self._left_s -= time.monotonic() - started
         self._counters["lookup.asked"] += 1
         return Ask(known, pending, started + self._give_up_s)

@@ -37,6 +37,8 @@ class LoadJob:
     parts: list[Part]
     sync: bool = False
     """Needed by this step's forward; else the request waits for the report."""
+    whole: bool = False
+    """Of no use unless all of it arrives: a window without its first blocks, a group without the others."""
 
     @property
     def blocks(self) -> int:
@@ -68,12 +70,19 @@ class StepMeta:
 
 
 @dataclass(frozen=True, slots=True)
-class RankFacts:
-    """What only a worker knows, sent to the scheduler in its first report; equal on all ranks of an engine."""
+class GroupFacts:
+    """How a rank holds the KV of one group."""
 
     layers: int
     layer_block_bytes: int
     layout: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What only a worker knows, sent to the scheduler in its first report; equal on all ranks of an engine."""
+
+    groups: tuple[GroupFacts, ...]
     isa: str
 
 

@@ -10,63 +10,30 @@ import hashlib
 import json
 import logging
 import re
-import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import InvalidArgumentError
-from kvpool.model import SAFE_HASHES
+from kvpool.model import SAFE_HASHES, Namespace
 from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.weights import weights_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
 
+    from kvpool_vllm.groups import Group, Groups
     from kvpool_vllm.metadata import RankFacts
 
 logger = logging.getLogger(LOGGER_NAME)
 
-SAMPLE_BYTES = 4096
-HEADER_BYTES_MAX = 1 << 28
+_LENGTH_DEPENDENT = re.compile(r'"(rope_)?type": "(longrope|dynamic|su)"')
+"""Rotary embeddings that turn keys by other angles in engines of another maximum length."""
+
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
 
 
-# ---- the weights -----------------------------------------------------------------------------------
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """Yield a safetensors header, then begin, middle and end of every tensor."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > HEADER_BYTES_MAX:
-            raise InvalidArgumentError("model", f"{path.name} has a header of {length} bytes, not a safetensors file")
-        header = stream.read(length)
-        yield header
-        for name, tensor in sorted(json.loads(header).items()):
-            if name == "__metadata__":
-                continue
-            begin, end = tensor["data_offsets"]
-            for offset in sorted(
-                {begin, max(begin, (begin + end - SAMPLE_BYTES) // 2), max(begin, end - SAMPLE_BYTES)}
-            ):
-                stream.seek(8 + length + offset)
-                yield stream.read(min(SAMPLE_BYTES, end - offset))
-
-
-def weights_digest(directory: Path) -> str:
-    """Return a digest of a checkpoint directory's weights, or "" if there are none of a known kind.
-
-    Names, shapes and types of all tensors, and three samples of 4 KiB from each: another training
-    step changes nearly every tensor everywhere, and reading all weights would take minutes.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        return ""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        digest.update(f"{path.name}:{path.stat().st_size};".encode())
-        for sample in _samples(path):
-            digest.update(sample)
-    return digest.hexdigest()
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def model_label(model: str) -> str:
@@ -75,30 +42,40 @@ def model_label(model: str) -> str:
     return cached[1] if cached else model.rstrip("/").rpartition("/")[2] or model
 
 
-def _directory(model_config: Any) -> Path | None:
+def _checkpoint(model_config: Any, load_config: Any) -> Path | None:
     path = Path(model_config.model)
-    if path.is_dir():
+    if path.exists():
         return path
     from huggingface_hub import try_to_load_from_cache  # type: ignore[import-not-found,unused-ignore]
 
-    found = try_to_load_from_cache(model_config.model, "config.json", revision=model_config.revision)
+    found = try_to_load_from_cache(
+        model_config.model, "config.json", cache_dir=load_config.download_dir, revision=model_config.revision
+    )
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _architecture(model_config: Any) -> str:
+    """Return a digest of what the model's configuration says, with the length that rotations depend on."""
+    config = {k: v for k, v in model_config.hf_config.to_dict().items() if k not in _VOLATILE_CONFIG}
+    text = json.dumps(config, sort_keys=True, default=str)
+    if _LENGTH_DEPENDENT.search(text):
+        text += f"max_model_len={model_config.max_model_len}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _model_revision(model_config: Any, load_config: Any) -> str:
     """Return what stands for weights and architecture, computed from content, not from names."""
-    config = {k: v for k, v in model_config.hf_config.to_dict().items() if k not in _VOLATILE_CONFIG}
-    shape = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    shape = _architecture(model_config)
     load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
     if load_format == "dummy":
         return f"dummy-seed-{model_config.seed}-{shape}"
-    directory = _directory(model_config)
-    digest = weights_digest(directory) if directory is not None else ""
+    checkpoint = _checkpoint(model_config, load_config)
+    digest = weights_digest(checkpoint) if checkpoint is not None else ""
     if not digest:
         digest = f"{model_config.model}@{model_config.revision or 'unversioned'}"
         logger.warning(
-            "kvpool: no safetensors of %s found to identify its weights by; KV is shared with every engine "
-            "that loads %s: give --revision if the weights behind that name can change",
+            "kvpool: no weights of %s found to identify them by; KV is shared with every engine that loads %s: "
+            "give --revision if the weights behind that name can change",
             model_config.model,
             digest,
         )
@@ -109,20 +86,11 @@ def _model_revision(model_config: Any, load_config: Any) -> str:
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Raise InvalidArgumentError, in a sentence, for what would store KV that its hash does not name."""
+    """Raise InvalidArgumentError, in a sentence, for what would store KV that its hash does not name.
+
+    What KV cache groups there may be is ``groups.read_groups``'s to say.
+    """
     parallel = vllm_config.parallel_config
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise InvalidArgumentError(
-            "model",
-            f"has {len(groups)} KV cache groups (a hybrid of attention kinds); kvpool supports one group so far",
-        )
-    spec = groups[0].kv_cache_spec
-    kinds = {type(s).__name__ for s in getattr(spec, "kv_cache_specs", {"": spec}).values()}
-    if not kinds <= {"FullAttentionSpec", "MLAAttentionSpec"}:
-        raise InvalidArgumentError(
-            "model", f"has KV of kind {', '.join(sorted(kinds))}; kvpool supports full attention"
-        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise InvalidArgumentError(
@@ -136,39 +104,68 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         raise InvalidArgumentError(
             "prefix_caching_hash_algo", f"{algorithm!r} is not cryptographic; allowed: {allowed}"
         )
+    heads, tp = total_kv_heads(vllm_config.model_config), parallel.tensor_parallel_size
+    for group in kv_cache_config.kv_cache_groups if tp > 1 else ():
+        spec = group.kv_cache_spec
+        for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
+            if one.num_kv_heads != max(1, heads // tp):
+                raise InvalidArgumentError(
+                    "tensor_parallel_size",
+                    f"must be 1 for a model whose layers differ in KV heads: a rank has {one.num_kv_heads} "
+                    f"of {group.layer_names[0]}, and {max(1, heads // tp)} of most",
+                )
 
 
 # ---- geometry --------------------------------------------------------------------------------------
 
 
-def head_groups(total_kv_heads: int, tp: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a rank holds of each block: a shard, alone or like other ranks, who then take turns in storing it."""
+
+    shard: int
+    copy: int = 0
+    copies: int = 1
+
+    def stores(self, number: int) -> bool:
+        """Whether the block of this number is this rank's to store."""
+        return number % self.copies == self.copy
+
+
+def total_kv_heads(model_config: Any) -> int:
+    """Return the model's KV heads; latent attention has one, whatever its configuration says."""
+    return 1 if model_config.use_mla else int(model_config.get_total_num_kv_heads())
+
+
+def head_groups(heads: int, tp: int) -> int:
     """Return into how many parts TP cuts the heads; fewer than ``tp`` where ranks hold the same heads."""
-    if total_kv_heads % tp and tp % total_kv_heads:
-        raise InvalidArgumentError("tensor_parallel_size", f"{tp} does not divide {total_kv_heads} KV heads evenly")
-    return min(total_kv_heads, tp)
+    if heads % tp and tp % heads:
+        raise InvalidArgumentError("tensor_parallel_size", f"{tp} does not divide {heads} KV heads evenly")
+    return min(heads, tp)
 
 
-def shard_of(total_kv_heads: int, tp: int, tp_rank: int, pp_rank: int) -> tuple[int, bool]:
-    """Return a rank's shard, and whether this rank is the one that stores it."""
-    groups = head_groups(total_kv_heads, tp)
+def place_of(heads: int, tp: int, tp_rank: int, pp_rank: int) -> Place:
+    """Return what a rank holds; each pipeline stage has shards of its own."""
+    groups = head_groups(heads, tp)
     copies = tp // groups
-    return pp_rank * groups + tp_rank // copies, tp_rank % copies == 0
+    return Place(pp_rank * groups + tp_rank // copies, tp_rank % copies, copies)
 
 
-def hash_fingerprint(vllm_config: Any, block_tokens: int) -> str:
-    """Return the engine's own hash of a fixed block: differs whenever seeds or algorithms do.
+def hash_fingerprint(vllm_config: Any, hash_tokens: int) -> str:
+    """Return the engine's own hash of a fixed block: differs whenever seeds, algorithms or distances do.
 
-    Only once the engine has set its seed, which is after the connector is made.
+    ``hash_tokens``: tokens from one hash of a request to the next. Only once the engine has set its seed,
+    which is after the connector is made.
     """
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core.kv_cache_utils import hash_block_tokens
 
     function = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
-    return bytes(hash_block_tokens(function, None, range(block_tokens))).hex()[:32]
+    return bytes(hash_block_tokens(function, None, range(hash_tokens))).hex()[:32]
 
 
 def namespace_fields(vllm_config: Any) -> dict[str, Any]:
-    """Return the fields known at start, the slow ones (the weights) among them."""
+    """Return the fields known at start, alike for all groups, the slow ones (the weights) among them."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     revision = _model_revision(model, vllm_config.load_config)
     if model.quantization:  # weights quantised while loading make other KV than the ones on disk
@@ -176,18 +173,41 @@ def namespace_fields(vllm_config: Any) -> dict[str, Any]:
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     if draft is not None:  # its layers' KV lies in the same blocks
         revision += "+" + _model_revision(draft, vllm_config.load_config)
-    total_heads = model.get_total_num_kv_heads()
+    heads = total_kv_heads(model)
     return {
         "model": model_label(model.model),
         "revision": revision,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_quant": "" if cache.cache_dtype == "auto" else str(cache.cache_dtype),
-        "kv_heads": total_heads,
+        "kv_heads": heads,
         "head_size": model.get_head_size(),
         "layer_groups": parallel.pipeline_parallel_size,
-        "head_groups": head_groups(total_heads, parallel.tensor_parallel_size),
+        "head_groups": head_groups(heads, parallel.tensor_parallel_size),
         "hash_algorithm": cache.prefix_caching_hash_algo,
     }
+
+
+def group_namespaces(fields: dict[str, Any], groups: Groups, facts: RankFacts, fingerprint: str) -> list[Namespace]:
+    """Return the namespace of each group."""
+    return [_group_namespace(fields, group, facts, fingerprint) for group in groups.all]
+
+
+def _group_namespace(fields: dict[str, Any], group: Group, facts: RankFacts, fingerprint: str) -> Namespace:
+    own = facts.groups[group.number]
+    # Groups are cut differently by engines that keep more layers: the names say which layers a block holds.
+    layers = hashlib.blake2b("\n".join(group.layers).encode(), digest_size=4).hexdigest()
+    quant = fields["kv_quant"]
+    if group.stored not in {"", fields["dtype"]}:  # as a checkpoint may ask for
+        quant = f"{quant}/{group.stored}" if quant else group.stored
+    return Namespace(
+        **{**fields, "kv_quant": quant},
+        block_tokens=group.block_tokens,
+        layers=own.layers * fields["layer_groups"],
+        layout=own.layout,
+        isa=facts.isa,
+        kv_group=f"{group.label} of layers {layers}",
+        hash_fingerprint=fingerprint,
+    )
 
 
 def whole_layers(facts: Collection[RankFacts]) -> RankFacts:

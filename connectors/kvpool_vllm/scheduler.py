@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvpool.client_lookup import Also
 from kvpool.model import pack_keys
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.lookups import Ask, Lookups
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kvpool.client import Client, Lookup
     from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace
+    from kvpool_vllm.groups import Groups
     from kvpool_vllm.settings import Role
     from kvpool_vllm.tally import Data
 
@@ -49,7 +51,8 @@ class _Tracked:
     """The state below belongs to this life of the request; a preemption starts another."""
     ask: Ask | None = None
     first: int = 0
-    """The first block to load."""
+    end: int = 0
+    """The blocks to load: those from ``first`` on, before ``end``."""
     job: LoadJob | None = None
     loading: bool = False
     arrived: int | None = None
@@ -73,28 +76,27 @@ class SchedulerSide:
         self,
         client: Client,
         settings: ConnectorSettings,
-        namespace: Callable[[], Namespace | None],
+        namespaces: Callable[[], list[Namespace] | None],
         *,
         role: Role,
-        block_tokens: int,
-        hashes_per_block: int,
+        groups: Groups,
         ranks: int,
         sync: bool = False,
     ) -> None:
-        """``namespace`` is asked until it answers; while it gives None, nothing is looked up or saved.
+        """``namespaces``, one for each group, is asked until it answers; before, nothing is looked up or saved.
 
         ``sync``: loads are for the forward of the step that plans them.
         """
         self._client = client
         self._settings = settings
-        self._find_namespace = namespace
-        self._namespace: Namespace | None = None
+        self._find_namespaces = namespaces
+        self._namespaces: list[Namespace] = []
         self._namespace_by: float | None = None
         self._namespace_missed = False
         self._role = role
         self._sync = sync
-        self._block_tokens = block_tokens
-        self._hashes_per_block = hashes_per_block
+        self._groups = groups
+        self._block_tokens = block_tokens = groups.block_tokens
         self.counters: Counter[str] = Counter()
         self._lookups = Lookups(client, settings.lookup_timeout, self.counters)
         self._saves = Saves(ranks, settings.save_queue_blocks, self.counters)
@@ -127,23 +129,26 @@ class SchedulerSide:
         if state.job is not None or not self._may_load(request):
             # One load a life: what it did not bring is computed, never tried again.
             return 0, False
-        namespace = self._ready_namespace()
-        if namespace is None:
+        if not self._ready():
             return (None, False) if self._namespace_may_come() else (0, False)
-        blocks = self._full_blocks(request)
-        if have >= blocks + self._has_tail(request):
+        blocks = min(self._full_blocks(request), self._groups.blocks_max(request.num_tokens))
+        if have >= max(blocks, self._has_tail(request)):  # the tail alone is computed in no time
             self._drop_ask(state)
             return 0, False
         if state.ask is not None and have < state.ask.known:
             self._drop_ask(state)  # the engine lost blocks that the lookup took for granted
         if state.ask is None:
-            state.ask = self._lookups.ask(namespace, self._chain(request), have)
+            also = [Also(self._namespaces[g.number], g.last_blocks) for g in self._groups.others]
+            state.ask = self._lookups.ask(self._namespaces[self._groups.main], self._chain(request), have, also)
         if state.ask is None or not self._lookups.settle(state.ask):
             return None, False
         if state.ask.lookup is not None and state.ask.worth is None:
             state.ask.worth = self.watch.worth(state.ask.lookup, self._chain(request))
-        tokens = min(state.ask.prefix, blocks) * self._block_tokens
-        if state.ask.prefix > blocks:
+        found = state.ask.prefix
+        if state.ask.lookup is not None and found < state.ask.lookup.prefix and not self._groups.prefixes_help:
+            found = have
+        tokens = (min(found, blocks) - self._groups.drop_last) * self._block_tokens
+        if found > blocks:
             tokens = request.num_prompt_tokens
         if self._sync:
             tokens = min(tokens, request.num_tokens - 1)  # the forward needs something to compute
@@ -158,17 +163,17 @@ class SchedulerSide:
         state = self._state(request)
         if state.job is not None:
             return
-        namespace = self._ready_namespace()
-        if tokens == 0 or state.ask is None or namespace is None:
+        if tokens == 0 or state.ask is None or not self._ready():
             self._drop_ask(state)
             return
-        end = state.first + -(-tokens // self._block_tokens)
+        end = state.end = state.first + -(-tokens // self._block_tokens)
         # An answer counts from the blocks it was told of; the engine may hold more by now.
         lookup = state.ask.lookup if state.first == state.ask.known else None
         chain = self._chain(request)
         state.tail_known = end > self._full_blocks(request)
-        parts = self._parts(namespace, chain[state.first : end], block_ids, state.first, lookup)
-        state.job = LoadJob(request.request_id, parts, self._sync)
+        ranges = self._groups.load_ranges(state.first, end)
+        parts = self._parts(chain[state.first : end], block_ids, state.first, ranges, lookup)
+        state.job = LoadJob(request.request_id, parts, self._sync, whole=not self._groups.prefixes_help)
         if self._sync:
             state.after, state.unsure = list(block_ids[0][state.first :]), chain[state.first :]
             self._unsure.update(state.unsure)
@@ -235,7 +240,8 @@ class SchedulerSide:
 
     def step_ended(self) -> Data | None:
         """Return what to tell vLLM's metrics, with the end of each step."""
-        return self.watch.step_ended(self._namespace, {"save_blocks": self._saves.blocks})
+        namespace = self._namespaces[self._groups.main] if self._namespaces else None
+        return self.watch.step_ended(namespace, {"save_blocks": self._saves.blocks})
 
     @property
     def leases(self) -> int:
@@ -244,7 +250,7 @@ class SchedulerSide:
 
     def forget_namespace(self) -> None:
         """Find the namespace anew before anything else is looked up or saved."""
-        self._namespace = None
+        self._namespaces = []
         for state in self._requests.values():
             self._drop_ask(state)
 
@@ -262,12 +268,15 @@ class SchedulerSide:
 
     def _end_load(self, state: _Tracked, job: LoadJob) -> None:
         arrived = state.arrived or 0
-        state.next_save = state.first + arrived
+        missing = job.blocks - arrived
+        if not missing:
+            state.next_save = state.end
+        elif not job.whole:
+            state.next_save = state.first + arrived
         self.counters["load.arrived"] += arrived  # on every rank
         self.watch.load_ended(job, arrived)
         self._drop_ask(state)
         state.loading = False
-        missing = job.blocks - arrived
         self._unsure -= Counter(state.unsure)
         if missing:
             state.tail_known = False
@@ -291,13 +300,13 @@ class SchedulerSide:
             begun = request.num_computed_tokens // self._block_tokens
             state.next_save = self._saves.dropped_before(self._hashes(request), begun)
         # What does not fit is tried again with the next step.
-        start, end = state.next_save, min(state.save_end, state.next_save + self._saves.room)
-        namespace = self._ready_namespace()
-        if start >= end or namespace is None:
+        room = self._saves.room // len(self._groups.all)
+        start, end = state.next_save, min(state.save_end, state.next_save + room)
+        if start >= end or not self._ready():
             return None
         state.next_save = end
         hashes, parent = self._hashes(request)[start:end], self._hashes(request)[start - 1] if start else None
-        job = self._saves.begin(self._parts(namespace, hashes, block_ids(), start), hashes)
+        job = self._saves.begin(self._held_parts(hashes, block_ids(), start, end), hashes)
         self.watch.saving(job.job_id, request, hashes, start, parent)
         return job
 
@@ -313,9 +322,9 @@ class SchedulerSide:
 
     def _plan_tail_save(self, state: _Tracked, block_ids: GroupBlocks) -> SaveJob | None:
         """Return a save of a finished request's partial prompt block: nobody writes behind its tokens any more."""
-        request, namespace = state.request, self._ready_namespace()
+        request = state.request
         number, tokens = divmod(request.num_prompt_tokens, self._block_tokens)
-        if not self._may_share_tail(request) or state.tail_known or not self._may_save(request) or namespace is None:
+        if not self._may_share_tail(request) or state.tail_known or not self._may_save(request) or not self._ready():
             return None
         if request.num_computed_tokens < request.num_prompt_tokens:
             return None
@@ -323,7 +332,7 @@ class SchedulerSide:
             self.counters["save.dropped_blocks"] += 1
             return None
         name = self._tail_name(request, number, tokens)
-        return self._saves.begin(self._parts(namespace, [name], block_ids, number), [])
+        return self._saves.begin(self._held_parts([name], block_ids, number, number + 1), [])
 
     def _drop_unsaved(self, state: _Tracked) -> None:
         if state.next_save is not None and state.next_save < state.save_end:
@@ -332,10 +341,36 @@ class SchedulerSide:
     # ---- words ----
 
     def _parts(
-        self, namespace: Namespace, names: list[bytes], block_ids: GroupBlocks, first: int, lookup: Lookup | None = None
+        self,
+        names: list[bytes],
+        block_ids: GroupBlocks,
+        first: int,
+        ranges: list[tuple[int, int]],
+        lookup: Lookup | None = None,
     ) -> list[Part]:
-        """Return the parts of a job for the blocks from number ``first`` on."""
-        return [Part(namespace, pack_keys(names), list(block_ids[0][first : first + len(names)]), lookup)]
+        """Return a job's parts, the main group's first: of each group the blocks in its range.
+
+        ``names``: of the blocks from number ``first`` on. ``lookup``: the main group's answer from there on.
+        """
+        parts = []
+        for group in (self._groups.all[self._groups.main], *self._groups.others):
+            start, end = ranges[group.number]
+            if start < end:
+                keys, ids = pack_keys(names[start - first : end - first]), list(block_ids[group.number][start:end])
+                told = lookup if group.number == self._groups.main and start == first else None
+                parts.append(Part(self._namespaces[group.number], keys, ids, told, group.number))
+        return parts
+
+    def _held_parts(self, names: list[bytes], block_ids: GroupBlocks, first: int, end: int) -> list[Part]:
+        """Return a job's parts with all blocks that the engine holds: those before a window have none any more."""
+        none: int = self._pool.null_block.block_id
+        ranges = []
+        for ids in block_ids:
+            start = end
+            while start > first and ids[start - 1] != none:
+                start -= 1
+            ranges.append((start, end))
+        return self._parts(names, block_ids, first, ranges)
 
     def _state(self, request: Any) -> _Tracked:
         """Return the state of the request's present life."""
@@ -348,17 +383,17 @@ class SchedulerSide:
         return state
 
     def _full_blocks(self, request: Any) -> int:
-        return len(request.block_hashes) // self._hashes_per_block
+        return len(request.block_hashes) // self._groups.hashes_per_block
 
     def _hashes(self, request: Any) -> list[bytes]:
         """Return one hash per full block; each covers all tokens before it."""
-        step = self._hashes_per_block
+        step = self._groups.hashes_per_block
         hashes: list[bytes] = request.block_hashes
         return hashes if step == 1 else hashes[step - 1 :: step]
 
     def _chain(self, request: Any) -> list[bytes]:
         """Return a list of its own: the hashes of the full blocks, and a name for the partial one if it counts."""
-        chain = list(self._hashes(request))
+        chain = list(self._hashes(request)[: self._groups.blocks_max(request.num_tokens)])
         number, tokens = divmod(request.num_prompt_tokens, self._block_tokens)
         if self._has_tail(request):
             chain.append(self._tail_name(request, number, tokens))
@@ -374,6 +409,8 @@ class SchedulerSide:
         """Whether the prompt ends in a partial block whose tokens say all that is in it."""
         return (
             not self._settings.discard_partial_chunks
+            and self._groups.prefixes_help
+            and not self._groups.drop_last
             and request.num_prompt_tokens % self._block_tokens > 0
             and not request.mm_features
             and request.prompt_embeds is None
@@ -401,10 +438,10 @@ class SchedulerSide:
         """Whether the request's hashes name its KV: a LoRA adapter is hashed by its name alone."""
         return request.lora_request is None
 
-    def _ready_namespace(self) -> Namespace | None:
-        if self._namespace is None:
-            self._namespace = self._find_namespace()
-        return self._namespace
+    def _ready(self) -> bool:
+        if not self._namespaces:
+            self._namespaces = self._find_namespaces() or []
+        return bool(self._namespaces)
 
     def _namespace_may_come(self) -> bool:
         now = time.monotonic()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvpool.model import KEY_BYTES
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kvpool.config import ConnectorSettings
     from kvpool_vllm.device import KVBlocks
     from kvpool_vllm.metadata import Part
+    from kvpool_vllm.namespace import Place
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -38,10 +40,10 @@ EMPTY_STEP_WAIT_S = 0.001
 class WorkerSide:
     """Loads and saves of one rank."""
 
-    _kv: KVBlocks  # set by attach, which vLLM calls before any step
+    _kv: list[KVBlocks]  # one a group; set by attach, which vLLM calls before any step
 
-    def __init__(self, client: Client, settings: ConnectorSettings, *, shard: int, saves: bool) -> None:
-        """``shard`` is this rank's part of a block; ``saves`` is false where another rank stores the same heads."""
+    def __init__(self, client: Client, settings: ConnectorSettings, place: Place) -> None:
+        """``place``: what this rank holds of each block."""
         if not client.has_node() and not settings.autostart_node:  # the scheduler's side starts one only later
             logger.warning(
                 "kvpool: no node runs on this host (master: %s): blocks are stored on other hosts, or not at all",
@@ -49,8 +51,7 @@ class WorkerSide:
             )
         self._client = client
         self._settings = settings
-        self._shard = shard
-        self._saves = saves
+        self._place = place
         self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
         self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
         self._progress = threading.Condition()
@@ -68,10 +69,10 @@ class WorkerSide:
         self._tally = Tally(f"rank {self._rank}")
         self.counters: Counter[str] = Counter()
 
-    def attach(self, kv: KVBlocks, facts: RankFacts) -> None:
-        """Use these tensors from now on, and tell the scheduler what they are."""
+    def attach(self, kv: list[KVBlocks], facts: RankFacts) -> None:
+        """Use these tensors, one set for each group, from now on, and tell the scheduler what they are."""
         self._kv = kv
-        self._layer_numbers = {name: number for number, name in enumerate(kv.names)}
+        self._layer_numbers = {name: number for number, name in enumerate(kv[0].names)}
         self._report.facts = frozenset({facts})
 
     # ---- loads ----
@@ -87,7 +88,7 @@ class WorkerSide:
         timeout_s = self._settings.transfer_timeout / 1000
         if needed and self._settings.use_layerwise:
             ahead = self._settings.layerwise_prefetch_layers
-            self._layer_loads = LayerLoads(needed, len(self._kv), ahead, timeout_s, self._fetch_layers)
+            self._layer_loads = LayerLoads(needed, len(self._kv[0]), ahead, timeout_s, self._fetch_layers)
         elif needed:
             deadline = time.monotonic() + timeout_s
             # To their ends, which the deadline brings: what is given up must not be written any more.
@@ -122,7 +123,7 @@ class WorkerSide:
             if not job.sync:
                 del self._loading[job.request_id]
                 finished.add(job.request_id)
-            if len(job.parts) == 1:
+            if not job.whole:
                 self._failed_blocks.update(job.parts[0].block_ids[arrived:])
             elif arrived < job.blocks:
                 failed.add(job.request_id)
@@ -149,8 +150,7 @@ class WorkerSide:
                     logger.log(level, "a load lacks blocks (%s), they are computed instead", result.reasons)
                     break
         except Exception:  # whatever it was, it is a miss: the engine waits for this report
-            logger.exception("load of %s failed, its blocks are computed instead", job.request_id)
-            self.counters["load.errors"] += 1
+            self._say_once("load.errors", "a load failed, its blocks are computed instead")
             arrived = 0
         finally:
             self._end_load(job, arrived, LoadSeen(time.monotonic() - started, dict(tiers)))
@@ -174,23 +174,19 @@ class WorkerSide:
         """Hand this step's saves to the save threads; call when the step's KV is in memory."""
         for job in meta.saves:
             self._unreported_saves += 1
-            if self._saves:
-                self._save_pool.submit(self._save, job)
-            else:
-                self._end_save(job, stored=True)
+            self._save_pool.submit(self._save, job)
 
     def _save(self, job: SaveJob) -> None:
         stored, started = False, time.monotonic()
         try:
-            results = [self._store(part) for part in job.parts]
+            results = [self._store(part) for part in self._own_parts(job)]
             for result in results:
                 self.counters["save.stored"] += result.stored
                 self.counters["save.existed"] += result.existed
                 self.counters["save.failed"] += result.failed
             stored = not any(result.failed for result in results)
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
-            logger.exception("save of %d blocks failed", job.blocks)
-            self.counters["save.errors"] += 1
+            self._say_once("save.errors", "a save failed, its blocks are not stored")
         finally:
             self.counters["save.us"] += round((time.monotonic() - started) * 1e6)
             self._end_save(job, stored=stored)
@@ -243,12 +239,29 @@ class WorkerSide:
         return self._client.get(
             part.namespace,
             part.keys[: blocks * KEY_BYTES],
-            self._kv.views(part.block_ids[:blocks], layers),
-            shard=self._shard,
+            self._kv[part.group].views(part.block_ids[:blocks], layers),
+            shard=self._place.shard,
             lookup=part.lookup,
             layers=layers,
             timeout_ms=None if timeout_s is None else timeout_s * 1000,
         )
 
+    def _say_once(self, counter: str, text: str) -> None:
+        """Count an exception that is being handled; all but the first are too many for the log."""
+        logger.log(logging.DEBUG if self.counters[counter] else logging.ERROR, text, exc_info=True)
+        self.counters[counter] += 1
+
+    def _own_parts(self, job: SaveJob) -> list[Part]:
+        """Return what is this rank's to store: ranks that hold the same take turns, block by block."""
+        if self._place.copies == 1:
+            return job.parts
+        own = []
+        for part in job.parts:
+            numbers = [i for i in range(len(part.block_ids)) if self._place.stores(job.job_id + i)]
+            keys = b"".join(part.keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in numbers)
+            own.append(replace(part, keys=keys, block_ids=[part.block_ids[i] for i in numbers]))
+        return [part for part in own if part.block_ids]
+
     def _store(self, part: Part) -> PutResult:
-        return self._client.put(part.namespace, part.keys, self._kv.views(part.block_ids), shard=self._shard)
+        views = self._kv[part.group].views(part.block_ids)
+        return self._client.put(part.namespace, part.keys, views, shard=self._place.shard)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvpool.model import Namespace
-from kvpool_vllm.metadata import RankFacts, StepMeta
+from kvpool_vllm.groups import FULL, Group, Groups
+from kvpool_vllm.metadata import GroupFacts, RankFacts, StepMeta
+from kvpool_vllm.namespace import Place
 from kvpool_vllm.scheduler import SchedulerSide
 from kvpool_vllm.settings import ConnectorSettings, Role
 from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
@@ -24,7 +26,8 @@ TOKENS = 4
 LAYERS = 3
 ENTRY = 4
 NAMESPACE = Namespace(model="model-engine", block_tokens=TOKENS, layers=LAYERS)
-FACTS = RankFacts(LAYERS, TOKENS * ENTRY, "model", "")
+FACTS = RankFacts((GroupFacts(LAYERS, TOKENS * ENTRY, "model"),), "")
+GROUPS = Groups((Group(0, FULL, TOKENS),), TOKENS, hashes_per_block=1)
 
 
 def digest(*parts: bytes) -> bytes:
@@ -61,6 +64,7 @@ class Pool:
 
     def __init__(self, blocks: int) -> None:
         self.num_gpu_blocks = blocks
+        self.null_block = Block(-1)
         self.blocks = [Block(i) for i in range(blocks)]
         self.free = list(self.blocks)  # the first one is taken next
         self.cached: dict[bytes, Block] = {}
@@ -177,15 +181,14 @@ class ModelEngine:
         self.side = SchedulerSide(
             FaultyClient(MemoryClient(pool), faults),  # type: ignore[arg-type]  # stands in for Client
             parsed,
-            lambda: NAMESPACE,
+            lambda: [NAMESPACE],
             role=Role(loads=True, saves=True),
-            block_tokens=TOKENS,
-            hashes_per_block=1,
+            groups=GROUPS,
             ranks=1,
             sync=sync,
         )
-        self.worker = WorkerSide(FaultyClient(MemoryClient(pool), faults), parsed, shard=0, saves=True)  # type: ignore[arg-type]
-        self.worker.attach(self.memory, FACTS)  # type: ignore[arg-type]
+        self.worker = WorkerSide(FaultyClient(MemoryClient(pool), faults), parsed, Place(0))  # type: ignore[arg-type]
+        self.worker.attach([self.memory], FACTS)  # type: ignore[arg-type]
         self.side.bind_block_pool(self.pool)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
@@ -294,6 +297,8 @@ class ModelEngine:
             if not self._grow(request, computed + tokens, spare):
                 if local:
                     self._free(request)
+                if later:
+                    continue  # those behind it may hold what it waits for
                 break
             self.side.allocated(request, [[block.block_id for block in request.blocks]], external)
             self.loaded_tokens += external

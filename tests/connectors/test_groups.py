@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpool.errors import InvalidArgumentError
-from kvpool_vllm.groups import CHUNKED_LOCAL, FULL, MLA, SLIDING_WINDOW, Group, Groups, longest_hit, read_groups
+from kvpool_vllm.groups import CHUNKED_LOCAL, FULL, MLA, SLIDING_WINDOW, Group, Groups, read_groups
 
 BLOCKS = 12
 
@@ -59,32 +59,6 @@ def test_needed_blocks_are_those_that_attention_reads(groups: Groups, blocks: in
 
 
 @given(groups=some_groups(), data=st.data())
-def test_longest_hit_is_that_of_brute_force(groups: Groups, data: st.DataObject) -> None:
-    """All that is needed is there; for full attention and windows no longer prefix would do."""
-    there = data.draw(st.sets(st.tuples(st.integers(0, 3), st.integers(0, BLOCKS - 1))))
-    dense = data.draw(st.sampled_from([0, 0, 1, 2]))  # mostly there, so that there is something to find
-    if dense:
-        there = {(g, b) for g in range(4) for b in range(BLOCKS)} - set(sorted(there)[: dense * 3])
-    end = data.draw(st.integers(0, BLOCKS))
-    known = data.draw(st.integers(0, end))
-
-    def usable(prefix: int) -> bool:
-        return all(
-            (group.number, block) in there
-            for group in groups.all
-            for block in blocks_read(group, prefix)
-            if block >= known
-        ) and all((groups.main, block) in there for block in range(known, prefix))
-
-    found = longest_hit(groups, known, lambda number, block: (number, block) in there, end)
-    best = max(prefix for prefix in range(known, end + 1) if prefix == known or usable(prefix))
-    assert known <= found <= best
-    assert found == known or usable(found)
-    if all(group.kind != CHUNKED_LOCAL for group in groups.all):
-        assert found == best
-
-
-@given(groups=some_groups(), data=st.data())
 def test_loads_and_what_the_engine_holds_cover_what_is_read(groups: Groups, data: st.DataObject) -> None:
     """An engine that held the prefix ``first`` can go on behind ``end`` with what is loaded."""
     end = data.draw(st.integers(0, BLOCKS))
@@ -95,21 +69,15 @@ def test_loads_and_what_the_engine_holds_cover_what_is_read(groups: Groups, data
         assert set(range(start, stop)) == {block for block in blocks_read(group, end) if block >= first}
 
 
-@given(groups=some_groups(), prompt=st.integers(1, BLOCKS * 4), found=st.integers(0, BLOCKS))
-def test_the_last_token_can_be_computed_again(groups: Groups, prompt: int, found: int) -> None:
+@given(groups=some_groups(), prompt=st.integers(1, BLOCKS * 4))
+def test_the_last_token_can_be_computed_again(groups: Groups, prompt: int) -> None:
     """Where the engine steps back from a whole prompt, nothing outside the loaded blocks is read."""
-    blocks = groups.usable_blocks(found, prompt)
+    blocks = groups.blocks_max(prompt)
     position = min(blocks * groups.block_tokens, prompt - 1)
-    assert 0 <= blocks <= found
+    assert prompt - groups.block_tokens <= blocks * groups.block_tokens <= prompt
     for group in groups.all:
         read = {token // group.block_tokens for token in tokens_read(group, position)}
         assert read <= set(range(group.first_needed(blocks), blocks))
-
-
-def test_a_draft_model_gives_up_the_last_block() -> None:
-    """What it keeps for a block's last token depends on the token behind it, which the block's hash does not name."""
-    groups = Groups((Group(0, FULL, 4),), 4, 1, drop_last=True)
-    assert [groups.usable_blocks(found, 17) for found in range(5)] == [0, 0, 1, 2, 3]
 
 
 def spec(name: str, block_size: int = 32, **fields: Any) -> Any:

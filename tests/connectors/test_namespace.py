@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from kvpool.errors import InvalidArgumentError
-from kvpool_vllm.metadata import RankFacts
-from kvpool_vllm.namespace import check_supported, head_groups, model_label, shard_of, weights_digest, whole_layers
-
-
-def write_checkpoint(directory: Path, data: bytes, name: str = "w") -> Path:
-    directory.mkdir(exist_ok=True)
-    header = json.dumps({name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
-    return directory
-
-
-def test_digest_names_content_not_place(tmp_path: Path) -> None:
-    """The same weights in two places are one model; other weights of the same shape are not."""
-    data = bytes(range(256)) * 1000
-    one = weights_digest(write_checkpoint(tmp_path / "one", data))
-    assert one == weights_digest(write_checkpoint(tmp_path / "two", data))
-    for offset in (0, len(data) // 2, len(data) - 1):
-        other = bytearray(data)
-        other[offset] ^= 1
-        assert weights_digest(write_checkpoint(tmp_path / "other", bytes(other))) != one
-    assert weights_digest(write_checkpoint(tmp_path / "renamed", data, "v")) != one
-
-
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097])
-def test_small_tensors_have_a_digest(tmp_path: Path, size: int) -> None:
-    """Tensors smaller than a sample are read whole."""
-    one = weights_digest(write_checkpoint(tmp_path, b"a" * size))
-    assert one
-    if size:
-        assert one != weights_digest(write_checkpoint(tmp_path, b"a" * (size - 1) + b"b"))
-
-
-def test_directory_without_known_weights_has_no_digest(tmp_path: Path) -> None:
-    """The caller then falls back to the model's name and revision, and says so."""
-    assert weights_digest(tmp_path) == ""
+from kvpool.model import Namespace
+from kvpool_vllm.groups import FULL, SLIDING_WINDOW, Group, Groups
+from kvpool_vllm.metadata import GroupFacts, RankFacts
+from kvpool_vllm.namespace import (
+    Place,
+    _architecture,
+    check_supported,
+    group_namespaces,
+    head_groups,
+    model_label,
+    place_of,
+    total_kv_heads,
+    whole_layers,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,56 +41,137 @@ def test_label_is_the_same_wherever_the_model_lies(model: str, label: str) -> No
     assert model_label(model) == label
 
 
-def test_ranks_and_their_shards() -> None:
-    """Every shard has one rank that stores it; ranks with the same heads share one."""
-    assert [shard_of(8, 4, rank, 0) for rank in range(4)] == [(0, True), (1, True), (2, True), (3, True)]
-    assert [shard_of(2, 4, rank, 0) for rank in range(4)] == [(0, True), (0, False), (1, True), (1, False)]
-    assert [shard_of(1, 2, rank, 1) for rank in range(2)] == [(1, True), (1, False)]
+def test_ranks_and_their_places() -> None:
+    """Every rank holds one shard; ranks with the same heads hold the same one and count their turns."""
+    assert [place_of(8, 4, rank, 0) for rank in range(4)] == [Place(rank) for rank in range(4)]
+    halves = [Place(0, 0, 2), Place(0, 1, 2), Place(1, 0, 2), Place(1, 1, 2)]
+    assert [place_of(2, 4, rank, 0) for rank in range(4)] == halves
+    assert [place_of(1, 2, rank, 1) for rank in range(2)] == [Place(1, 0, 2), Place(1, 1, 2)]
     with pytest.raises(InvalidArgumentError, match="6 does not divide 8"):
         head_groups(8, 6)
 
 
+@given(heads=st.integers(1, 16), tp=st.integers(1, 16), stages=st.integers(1, 4))
+def test_every_block_of_every_shard_has_one_rank_that_stores_it(heads: int, tp: int, stages: int) -> None:
+    """However TP and PP cut a model, together the ranks store each shard of a block once."""
+    assume(not (heads % tp and tp % heads))
+    places = [place_of(heads, tp, rank, stage) for stage in range(stages) for rank in range(tp)]
+    shards = head_groups(heads, tp) * stages
+    for block in range(20):
+        assert sorted(place.shard for place in places if place.stores(block)) == list(range(shards))
+
+
+def test_latent_attention_has_one_head() -> None:
+    """Whatever the model's configuration calls its heads, all ranks hold the same latents."""
+    model = SimpleNamespace(use_mla=True, get_total_num_kv_heads=lambda: 16)
+    assert total_kv_heads(model) == 1
+    assert {place_of(total_kv_heads(model), 4, rank, 0).shard for rank in range(4)} == {0}
+
+
+def facts(layout: str = "x", isa: str = "amx", layers: int = 2) -> RankFacts:
+    return RankFacts((GroupFacts(layers, 64, layout), GroupFacts(layers, 64, layout)), isa)
+
+
 def test_ranks_that_differ_are_refused() -> None:
     """One engine on two kinds of CPU would store two kinds of bytes under one name."""
-    amx, vec = RankFacts(2, 64, "x", "amx"), RankFacts(2, 64, "x", "vec")
-    assert whole_layers([amx, amx]) == amx
-    with pytest.raises(InvalidArgumentError, match="must hold KV alike"):
-        whole_layers([amx, vec])
+    assert whole_layers([facts(), facts()]) == facts()
+    for other in (facts(isa="vec"), facts(layout="y"), facts(layers=3)):
+        with pytest.raises(InvalidArgumentError, match="must hold KV alike"):
+            whole_layers([facts(), other])
 
 
-class FullAttentionSpec:
-    pass
-
-
-class MambaSpec:
-    pass
+FULL_SPEC = type("FullAttentionSpec", (), {"block_size": 16, "num_kv_heads": 4})()
+WIDE_SPEC = type("FullAttentionSpec", (), {"block_size": 16, "num_kv_heads": 8})()
 
 
 def configuration(specs: list[Any], algorithm: str = "sha256", **parallel: int) -> tuple[Any, Any]:
-    sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1} | parallel
+    ones = dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"), 1)
     cache = SimpleNamespace(prefix_caching_hash_algo=algorithm, calculate_kv_scales=False)
-    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(**sizes), cache_config=cache)
-    return vllm_config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+    model = SimpleNamespace(use_mla=False, get_total_num_kv_heads=lambda: 8)
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**ones | parallel), cache_config=cache, model_config=model
+    )
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[f"layers.{n}"]) for n, spec in enumerate(specs)]
+    return vllm_config, SimpleNamespace(kv_cache_groups=groups)
 
 
 def test_supported_model_passes() -> None:
-    """One group of full attention."""
-    check_supported(*configuration([FullAttentionSpec()]))
+    """Full attention, its heads cut by TP."""
+    check_supported(*configuration([FULL_SPEC], tensor_parallel_size=2))
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("configured", "said"),
     [
-        (configuration([FullAttentionSpec(), MambaSpec()]), "model: has 2 KV cache groups"),
-        (configuration([MambaSpec()]), "model: has KV of kind MambaSpec"),
-        (configuration([FullAttentionSpec()], algorithm="xxhash"), "'xxhash' is not cryptographic"),
+        (configuration([FULL_SPEC], algorithm="xxhash"), "'xxhash' is not cryptographic"),
+        (configuration([FULL_SPEC], decode_context_parallel_size=2), "decode_context_parallel_size: must be 1"),
         (
-            configuration([FullAttentionSpec()], decode_context_parallel_size=2),
-            "decode_context_parallel_size: must be 1",
+            configuration([FULL_SPEC, WIDE_SPEC], tensor_parallel_size=2),
+            "tensor_parallel_size: must be 1 .* a rank has 8 of layers.1, and 4 of most",
         ),
     ],
 )
-def test_what_cannot_be_stored_is_refused_in_a_sentence(given: tuple[Any, Any], said: str) -> None:
+def test_what_cannot_be_stored_is_refused_in_a_sentence(configured: tuple[Any, Any], said: str) -> None:
     """At start, with the name of the setting, not at run time."""
     with pytest.raises(InvalidArgumentError, match=said):
-        check_supported(*given)
+        check_supported(*configured)
+
+
+FIELDS = {
+    "model": "m", "revision": "r1", "dtype": "bfloat16", "kv_quant": "", "kv_heads": 8, "head_size": 64,
+    "layer_groups": 1, "head_groups": 2, "hash_algorithm": "sha256",
+}  # fmt: skip
+WORKERS = {"layers": 2, "layout": "FLASH:2x16", "isa": ""}
+WINDOW = {"span": 64, "names": ("layers.0", "layers.2")}
+OTHERS = {"block_tokens": 16, "stored": "bfloat16", "fingerprint": "f0"}
+
+CHANGES = [
+    ("model", "n"), ("revision", "r2"), ("dtype", "float16"), ("kv_quant", "fp8"), ("stored", "uint8:fp8"),
+    ("kv_heads", 4), ("head_size", 128), ("layer_groups", 2), ("head_groups", 4), ("hash_algorithm", "blake3"),
+    ("fingerprint", "f1"), ("layers", 4), ("layout", "FLASH:16x2"), ("isa", "x86-amx"), ("block_tokens", 32),
+    ("span", 128), ("names", ("layers.0", "layers.1")),
+]  # fmt: skip
+
+
+def engine(**changed: Any) -> list[Namespace]:
+    """Return the namespaces of an engine with a window and full attention, changed as told."""
+    own: dict[str, Any] = FIELDS | WORKERS | WINDOW | OTHERS | changed
+    tokens, stored = own["block_tokens"], own["stored"]
+    window = Group(0, SLIDING_WINDOW, tokens, own["span"], own["names"], stored)
+    full = Group(1, FULL, tokens, 0, ("layers.1", "layers.3"), stored)
+    fields = {name: own[name] for name in FIELDS}
+    ranks = facts(own["layout"], own["isa"], own["layers"])
+    return group_namespaces(fields, Groups((window, full), tokens, 1), ranks, own["fingerprint"])
+
+
+@given(st.sets(st.sampled_from(CHANGES)), st.sets(st.sampled_from(CHANGES)))
+def test_engines_that_differ_in_anything_share_nothing(one: set[Any], two: set[Any]) -> None:
+    """Equal digests mean equal engines, group by group; and no two groups of an engine share a digest."""
+    first, second = engine(**dict(one)), engine(**dict(two))
+    assert first[0].digest != first[1].digest
+    assert (first[0].digest == second[0].digest) == (one == two)
+    assert (first[1].digest == second[1].digest) == all(name in WINDOW for name, _ in one ^ two)
+
+
+@given(st.data())
+def test_every_field_of_a_namespace_is_in_its_digest(data: st.DataObject) -> None:
+    """Changing any one field changes the digest, and the difference is named."""
+    base = Namespace(model="m", layers=4, kv_heads=4)
+    name, value = data.draw(st.sampled_from(sorted(base.as_dict().items())))
+    assume(name != "format_version")
+    other = replace(base, **{name: value * 2 if isinstance(value, int) else value + "x"})
+    assert other.digest != base.digest
+    assert base.differences(other) == [name]
+
+
+def model_config(max_model_len: int = 100, **config: Any) -> Any:
+    return SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: config), max_model_len=max_model_len)
+
+
+def test_architecture_is_part_of_the_revision() -> None:
+    """As the engine has it, overrides included; the maximum length only where keys are rotated by it."""
+    plain = {"rope_parameters": {"rope_type": "default"}, "layers": 2}
+    long = {"rope_parameters": {"rope_type": "longrope"}, "layers": 2}
+    assert _architecture(model_config(**plain)) == _architecture(model_config(200, **plain, _name_or_path="/there"))
+    assert _architecture(model_config(**plain)) != _architecture(model_config(**plain | {"layers": 3}))
+    assert _architecture(model_config(**long)) != _architecture(model_config(200, **long))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from kvpool.model import KEY_BYTES, Namespace
+from kvpool.model import KEY_BYTES, Namespace, pack_keys
+from kvpool_vllm.groups import FULL, SLIDING_WINDOW, Group, Groups
 from kvpool_vllm.metadata import StepMeta, WorkerMeta
 from kvpool_vllm.saves import SHARE
 from kvpool_vllm.scheduler import SchedulerSide
@@ -20,6 +21,8 @@ from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
 TOKENS = 4
 BOTH = Role(loads=True, saves=True)
 NAMESPACE = Namespace(model="demo", block_tokens=TOKENS)
+WINDOW = Namespace(model="demo", block_tokens=TOKENS, kv_group="window")
+GROUPS = Groups((Group(0, FULL, TOKENS),), TOKENS, hashes_per_block=1)
 
 
 def hashes_of(prompt: str, blocks: int) -> list[bytes]:
@@ -67,6 +70,7 @@ class BlockPool:
     num_gpu_blocks: int = 100
     blocks: list[Block] = field(default_factory=lambda: [Block(i) for i in range(100)])
     evicted: set[int] = field(default_factory=set)
+    null_block: Block = field(default_factory=lambda: Block(-1))
 
     def touch(self, blocks: list[Block]) -> None:
         for block in blocks:
@@ -87,16 +91,17 @@ class BlockPool:
 class Harness:
     """A scheduler's side on a pool in memory; it waits for lookups unless a gate holds them."""
 
-    def __init__(self, *, role: Role = BOTH, sync: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, *, role: Role = BOTH, sync: bool = False, groups: Groups = GROUPS, **settings: Any
+    ) -> None:
         self.pool, self.faults, self.blocks = MemoryPool(), Faults(), BlockPool()
         self.client = MemoryClient(self.pool)
         self.side = SchedulerSide(
             FaultyClient(self.client, self.faults),  # type: ignore[arg-type]  # stands in for Client
             ConnectorSettings(**settings),
-            lambda: NAMESPACE,
+            lambda: [NAMESPACE, WINDOW],
             role=role,
-            block_tokens=TOKENS,
-            hashes_per_block=1,
+            groups=groups,
             ranks=2,
             sync=sync,
         )
@@ -339,9 +344,109 @@ def test_adapters_and_unread_requests(harness: Harness) -> None:
 
 def test_hashes_finer_than_blocks() -> None:
     """Each hash covers all before it, so the last one in a block names the block."""
-    harness = Harness()
-    harness.side._hashes_per_block = 2
+    harness = Harness(groups=replace(GROUPS, hashes_per_block=2))
     request = request_of("a", 12)
     request.block_hashes = hashes_of("fine", 7)
     assert harness.side._hashes(request) == [request.block_hashes[i] for i in (1, 3, 5)]
+    harness.side.close()
+
+
+HYBRID = Groups((Group(0, SLIDING_WINDOW, TOKENS, 9), Group(1, FULL, TOKENS)), TOKENS, hashes_per_block=1)
+"""Two blocks of window."""
+
+
+class HybridHarness(Harness):
+    def __init__(self) -> None:
+        super().__init__(groups=HYBRID)
+        self.side._find_namespaces = lambda: [WINDOW, NAMESPACE]
+
+    def store_window(self, hashes: list[bytes]) -> None:
+        self.client.put(WINDOW, hashes, [b"x"] * len(hashes))
+
+
+@pytest.fixture
+def hybrid() -> Iterator[HybridHarness]:
+    harness = HybridHarness()
+    yield harness
+    harness.settle_leases()
+    assert harness.side.leases == 0
+    harness.side.close()
+
+
+def test_hybrid_loads_all_of_one_group_and_the_window_of_the_other(hybrid: HybridHarness) -> None:
+    """A load has a part for each group, the main one first; the window's blocks before it have no place to go."""
+    request = request_of("a", 33)
+    hybrid.store(request.block_hashes)
+    hybrid.store_window(request.block_hashes[3:7])
+    assert hybrid.matched(request) == (7 * TOKENS, True)
+    window = [-1] * 5 + [60, 61, 62]
+    hybrid.side.allocated(request, (window, list(range(10, 18))), 7 * TOKENS)
+    (job,) = hybrid.step().loads
+    assert job.whole
+    assert [(part.group, part.namespace, part.block_ids) for part in job.parts] == [
+        (1, NAMESPACE, list(range(10, 17))),
+        (0, WINDOW, [60, 61]),
+    ]
+    assert job.parts[1].keys == pack_keys(request.block_hashes[5:7])
+    hybrid.side.worker_report(WorkerMeta(loaded={"a": job.blocks}), ["a"])
+    assert hybrid.side._requests["a"].next_save == 7
+
+
+def test_hybrid_prefix_ends_where_a_window_does(hybrid: HybridHarness) -> None:
+    """What the engine holds counts as there; a window with a gap shortens the prefix."""
+    request = request_of("a", 40)
+    hybrid.store(request.block_hashes)
+    assert hybrid.matched(request, 2 * TOKENS) == (0, False)
+    hybrid.side.finished(request, ([], []))
+    request = request_of("b", 40)
+    hybrid.store_window(request.block_hashes[2:5] + request.block_hashes[6:])
+    assert hybrid.matched(request, 2 * TOKENS) == (7 * TOKENS, True), "not the last block: its last token is computed"
+    hybrid.pool.shards.pop((WINDOW.digest, request.block_hashes[8][:16], 0))
+    hybrid.side.finished(request, ([], []))
+    request = request_of("c", 40)
+    assert hybrid.matched(request, 2 * TOKENS) == (6 * TOKENS, True)
+    hybrid.side.finished(request, ([], []))
+
+
+def test_hybrid_load_that_fails_is_computed_from_the_start(hybrid: HybridHarness) -> None:
+    """The engine begins anew; what it computes is saved from where it then stands."""
+    request = request_of("a", 33)
+    hybrid.store(request.block_hashes)
+    hybrid.store_window(request.block_hashes)
+    tokens, _ = hybrid.matched(request)
+    assert tokens == 8 * TOKENS
+    blocks = ([-1] * 6 + [60, 61, 62], list(range(10, 19)))
+    hybrid.side.allocated(request, blocks, tokens)
+    hybrid.step()
+    hybrid.side.worker_report(WorkerMeta(loaded={"a": 9}), ["a"])
+    assert hybrid.matched(request) == (0, False), "one load a life"
+    meta = hybrid.side.build_meta({"a": 33}, lambda _: (list(range(60, 69)), list(range(10, 19))))
+    assert [(part.group, len(part.block_ids)) for part in meta.saves[0].parts] == [(1, 8), (0, 8)]
+    hybrid.side.worker_report(WorkerMeta(saved={1: 2}), [])
+    hybrid.side.finished(request, ([], []))
+
+
+def test_hybrid_saves_what_the_engine_still_holds(hybrid: HybridHarness) -> None:
+    """Blocks that slid out of a window are gone; those of the other group are stored all the same."""
+    request = request_of("a", 33)
+    assert hybrid.matched(request) == (0, False)
+    hybrid.side.allocated(request, ([], []), 0)
+    meta = hybrid.side.build_meta({"a": 33}, lambda _: ([-1] * 5 + [60, 61, 62, 63], list(range(10, 19))))
+    (job,) = meta.saves
+    assert [(part.group, part.block_ids) for part in job.parts] == [(1, list(range(10, 18))), (0, [60, 61, 62])]
+    assert job.parts[1].keys == pack_keys(request.block_hashes[5:8])
+    assert hybrid.blocks.held == 11
+    hybrid.side.worker_report(WorkerMeta(saved={job.job_id: 2}), [])
+    assert hybrid.blocks.held == 0
+    hybrid.side.finished(request, ([], []))
+
+
+def test_draft_model_gives_up_the_last_block() -> None:
+    """What it keeps for a block's last token depends on the token behind it, which the block's hash does not name."""
+    harness = Harness(groups=replace(GROUPS, drop_last=True))
+    request = request_of("a", 33)
+    harness.store(request.block_hashes)
+    assert harness.matched(request) == (7 * TOKENS, True)
+    harness.side.finished(request, ([],))
+    harness.settle_leases()
     harness.side.close()

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from kvpool.model import KEY_BYTES, Namespace
-from kvpool_vllm.metadata import LoadJob, Part, RankFacts, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.metadata import GroupFacts, LoadJob, Part, RankFacts, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.namespace import Place
 from kvpool_vllm.settings import ConnectorSettings
 from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
 from kvpool_vllm.worker import WorkerSide
 
-FACTS = RankFacts(2, 16, "demo", "")
+FACTS = RankFacts((GroupFacts(2, 16, "demo"),), "")
 NAMESPACE = Namespace(model="demo", layers=2)
+ALONE = Place(0)
 DEADLINE_S = 30.0
 
 
@@ -41,11 +43,11 @@ def keys(*names: int) -> bytes:
 class Harness:
     """A worker's side on a pool in memory."""
 
-    def __init__(self, *, saves: bool = True) -> None:
+    def __init__(self, place: Place = ALONE) -> None:
         self.pool, self.faults, self.memory = MemoryPool(), Faults(), Memory()
         client = FaultyClient(MemoryClient(self.pool), self.faults)
-        self.side = WorkerSide(client, ConnectorSettings(load_threads=1), shard=0, saves=saves)  # type: ignore[arg-type]
-        self.side.attach(self.memory, FACTS)  # type: ignore[arg-type]
+        self.side = WorkerSide(client, ConnectorSettings(load_threads=1), place)  # type: ignore[arg-type]
+        self.side.attach([self.memory], FACTS)  # type: ignore[arg-type]
 
     def save(self, job_id: int, names: bytes, block_ids: list[int]) -> None:
         self.side.start_saves(StepMeta(saves=[SaveJob(job_id, [Part(NAMESPACE, names, block_ids)])]))
@@ -123,13 +125,21 @@ def test_aborted_load_that_no_thread_began_ends_at_once(harness: Harness) -> Non
     assert harness.faults.gets == 1
 
 
-def test_rank_that_holds_the_same_heads_reports_without_storing() -> None:
-    """Every rank reports every job, or the engine would wait."""
-    harness = Harness(saves=False)
-    harness.save(1, keys(1), [0])
-    assert harness.collect(saves=1)[2].saved == {1: 1}
-    assert harness.pool.shards == {}
-    harness.side.close()
+def test_ranks_that_hold_the_same_heads_take_turns_in_storing() -> None:
+    """Each block is stored by exactly one of them, and every rank reports every job, or the engine would wait."""
+    ranks = [Harness(Place(1, copy, copies=3)) for copy in range(3)]
+    for rank in ranks:
+        rank.save(1, keys(1, 2, 3, 4, 5, 6), [0, 1, 2, 3, 4, 5])
+        rank.save(2, keys(7), [6])
+        assert rank.collect(saves=2)[2].saved == {1: 1, 2: 1}
+        rank.side.close()
+    stored = [sorted(key[0] for _, key, _ in rank.pool.shards) for rank in ranks]
+    assert stored == [[3, 6], [1, 4], [2, 5, 7]]
+    assert {shard for rank in ranks for _, _, shard in rank.pool.shards} == {1}
+    for rank, names in zip(ranks, stored, strict=True):
+        for name in names:
+            kept = rank.pool.shards[NAMESPACE.digest, keys(name), 1]
+            assert kept == [bytes(layer) for layer in rank.memory.bytes[name - 1]]
 
 
 def test_reports_of_ranks_add_up() -> None:

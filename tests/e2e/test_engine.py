@@ -202,8 +202,7 @@ def test_many_requests_with_shared_prefixes(engine: Engine, prompts: Prompts) ->
 def test_nothing_is_shared_for_requests_that_hash_alike_but_differ(engine: Engine, prompts: Prompts) -> None:
     """The namespace says what the hashes do not: model content, layout, instruction set, hash seed."""
     engine.generate(prompts.random(2 * BLOCK_TOKENS), 1)
-    namespace = engine.scheduler._namespace
-    assert namespace is not None
+    (namespace,) = engine.scheduler._namespaces
     assert namespace.model == "tiny-model"
     assert namespace.block_tokens == BLOCK_TOKENS
     assert (namespace.layers, namespace.kv_heads, namespace.head_size) == (3, 2, 32)
