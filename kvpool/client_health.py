@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import threading
 import time
@@ -47,14 +48,18 @@ class Guard:
             raise BreakerOpenError(f"{self.name} has failed several times in a row")
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """Refuse a call, or let it through and count how it ends. Raises BreakerOpenError."""
+    def call(self, quick_s: float = math.inf) -> Iterator[None]:
+        """Refuse a call, or let it through and count how it ends. Raises BreakerOpenError.
+
+        An answer that took longer than ``quick_s`` says nothing about calls that have less time.
+        """
         self.check()
-        with self._counted():
+        with self._counted(quick_s):
             yield
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, quick_s: float = math.inf) -> Iterator[None]:
+        begun = time.monotonic()
         try:
             yield
         except (UnavailableError, FrameError):
@@ -62,10 +67,10 @@ class Guard:
             raise
         except OverloadedError:  # full, here or there: no sign of either
             raise
-        except KVPoolError:  # an answer, in time
-            self._succeeded()
+        except KVPoolError:
+            self._answered(begun, quick_s)
             raise
-        self._succeeded()
+        self._answered(begun, quick_s)
 
     def _failed(self) -> None:
         with self._lock:
@@ -74,7 +79,9 @@ class Guard:
             log.warning("%s does not answer; it is left alone until it does", self.name)
             self._health.opened()
 
-    def _succeeded(self) -> None:
+    def _answered(self, begun: float, quick_s: float) -> None:
+        if time.monotonic() - begun > quick_s:
+            return
         with self._lock:
             closed = self.breaker.success()
         if closed:

@@ -103,7 +103,7 @@ class MasterLink:
         """
         if not self.up:
             raise UnavailableError(f"the master at {self._address} is not reachable")
-        with self._guard.call():
+        with self._guard.call(self._probe_timeout_s):  # leases may wait longer than lookups
             return self._ask(frame, payload, timeout_s)
 
     def _probe(self) -> None:
