@@ -33,7 +33,7 @@ STAGING_BYTES = 64 << 20
 """Of one staging area, four of which lie on the device. At least what hides the launching of a kernel for each
 layer behind the copying: some 5 us each against 55 GB/s."""
 
-POLL_FIRST_S, POLL_MAX_S = 5e-5, 1e-3
+POLL_FIRST_S, POLL_MAX_S = 5e-5, 2e-4
 """Between looks at an event: neither torch nor CUDA can wait for one with a deadline."""
 
 
