@@ -6,13 +6,12 @@ thread does, which lives while some breaker is open.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from kvpool.core.breaker import Breaker
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError
@@ -22,6 +21,27 @@ log = logging.getLogger(__name__)
 
 class BreakerOpenError(UnavailableError):
     """Nobody was asked: the other end has failed several times in a row, and no probe has succeeded since."""
+
+
+_FAILURES = (UnavailableError, FrameError)
+_NO_SIGN = (UnavailableError, FrameError, OverloadedError)
+"""Exceptions that are no answer; being full, here or there, is no failure either."""
+
+
+class _Call:
+    """Tells a guard how the body of a ``with`` ended. A class, because every lookup passes through one."""
+
+    __slots__ = ("_begun", "_guard", "_quick_s")
+
+    def __init__(self, guard: Guard, quick_s: float) -> None:
+        self._guard = guard
+        self._quick_s = quick_s
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        self._guard.ended(exc, quick=time.monotonic() - self._begun <= self._quick_s)
 
 
 class Guard:
@@ -47,30 +67,21 @@ class Guard:
             self.rejected += 1
             raise BreakerOpenError(f"{self.name} has failed several times in a row")
 
-    @contextlib.contextmanager
-    def call(self, quick_s: float = math.inf) -> Iterator[None]:
-        """Refuse a call, or let it through and count how it ends. Raises BreakerOpenError.
+    def call(self, quick_s: float = math.inf) -> _Call:
+        """Refuse a call, or let it through and count how it ends: for ``with``. Raises BreakerOpenError.
 
         An answer that took longer than ``quick_s`` says nothing about calls that have less time.
         """
         self.check()
-        with self._counted(quick_s):
-            yield
+        return _Call(self, quick_s)
 
-    @contextlib.contextmanager
-    def _counted(self, quick_s: float = math.inf) -> Iterator[None]:
-        begun = time.monotonic()
-        try:
-            yield
-        except (UnavailableError, FrameError):
+    def ended(self, exc: BaseException | None, *, quick: bool) -> None:
+        """Count a call that has ended, with an exception or without."""
+        if exc is None or (isinstance(exc, KVPoolError) and not isinstance(exc, _NO_SIGN)):
+            if quick and not self.breaker.calm:
+                self._answered()
+        elif isinstance(exc, _FAILURES):
             self._failed()
-            raise
-        except OverloadedError:  # full, here or there: no sign of either
-            raise
-        except KVPoolError:
-            self._answered(begun, quick_s)
-            raise
-        self._answered(begun, quick_s)
 
     def _failed(self) -> None:
         with self._lock:
@@ -79,9 +90,7 @@ class Guard:
             log.warning("%s does not answer; it is left alone until it does", self.name)
             self._health.opened()
 
-    def _answered(self, begun: float, quick_s: float) -> None:
-        if time.monotonic() - begun > quick_s:
-            return
+    def _answered(self) -> None:
         with self._lock:
             closed = self.breaker.success()
         if closed:
@@ -93,10 +102,12 @@ class Guard:
             due = self.breaker.begin_probe(now)
         if due:
             try:
-                with self._counted():
+                with _Call(self, math.inf):
                     self._probe()
             except KVPoolError as exc:
                 log.debug("probe of %s: %s", self.name, exc)
+            except Exception:  # whatever it was, the thread must live: nobody else probes
+                log.exception("probe of %s", self.name)
 
 
 class Health:

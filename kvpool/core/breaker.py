@@ -53,6 +53,11 @@ class Breaker:
         return self.state is BreakerState.CLOSED
 
     @property
+    def calm(self) -> bool:
+        """Whether a success would change nothing."""
+        return self.closed and not self._failures and self._backoff == 1
+
+    @property
     def probe_at(self) -> float | None:
         """When the next probe is due; None while calls go through."""
         return None if self.closed else self._due
