@@ -138,7 +138,7 @@ class Health:
             f"breaker.{key}.{guard.name}": value
             for guard in used
             for key, value in (
-                ("open", not guard.closed),
+                ("open", int(not guard.closed)),
                 ("opened", guard.breaker.opened),
                 ("rejected", guard.rejected),
             )
