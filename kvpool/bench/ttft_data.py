@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 RESAMPLES = 2000
 BLOCKS_SPARE = 8
-"""The null block, and what a request needs beyond its prompt."""
+AGAIN_BLOCKS = 2
+"""What a prompt that is in the cache still takes anew: its last block and one for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class Shape:
 
     def engine_blocks(self, block_tokens: int) -> int:
         """Blocks of an engine that holds this data set and has room for those that run: no more than that."""
-        return (self.prompts + self.concurrency) * self.blocks(block_tokens) + BLOCKS_SPARE
+        held = max(self.prompts, self.concurrency)
+        return held * (self.blocks(block_tokens) + AGAIN_BLOCKS) + self.concurrency * AGAIN_BLOCKS + BLOCKS_SPARE
 
     def evicting_prompts(self, capacity_tokens: int) -> int:
         """Prompts of this shape that fill an engine's cache from end to end, so that nothing else is left in it."""

@@ -136,7 +136,7 @@ def get_model(model: str, python: Python, folder: Path) -> Model:
     command = [python.path, "-m", "kvpool_vllm.random_model", str(made), model]
     try:
         subprocess.run(
-            ["env", "HF_HUB_OFFLINE=1", *command],
+            ["env", "HF_HUB_OFFLINE=1", f"TMPDIR={folder}", *command],
             capture_output=True,
             timeout=MAKE_S,
             check=True,
@@ -271,5 +271,8 @@ def running_engines(folder: Path) -> Iterator[Engines]:
     engines = Engines(folder)
     try:
         yield engines
+    except BenchError:
+        engines.check()  # an engine that died has more to say than the requests it left
+        raise
     finally:
         engines.close()

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -122,6 +122,7 @@ class Server:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._extra = {"ignore_eos": True} if ignore_eos else {}
+        self._open: set[socket.socket] = set()
         self.url = url
         self.model = model
 
@@ -193,16 +194,25 @@ class Server:
         try:
             with self._connection(timeout_s) as connection:
                 connection.connect()
-                connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.request("POST", self._root + "/v1/completions", body, self._headers)
-                # From here on the response owns the socket and may let go of it in the connection.
-                sock, response = connection.sock, connection.getresponse()
-                if response.status != http.HTTPStatus.OK:
-                    text = response.read(ERROR_BYTES_MAX).decode(errors="replace")
-                    return Answer(error=f"status {response.status}: {text}")
-                return self._read(response, sock, start, timeout_s)
+                sock = connection.sock  # a response may take it from its connection
+                self._open.add(sock)
+                try:
+                    return self._exchange(connection, sock, body, start, timeout_s)
+                finally:
+                    self._open.discard(sock)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Answer(total_s=time.monotonic() - start, error=f"{type(error).__name__}: {error}")
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, sock: socket.socket, body: bytes, start: float, limit_s: float
+    ) -> Answer:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.request("POST", self._root + "/v1/completions", body, self._headers)
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            text = response.read(ERROR_BYTES_MAX).decode(errors="replace")
+            return Answer(error=f"status {response.status}: {text}")
+        return self._read(response, sock, start, limit_s)
 
     def _read(self, response: http.client.HTTPResponse, sock: socket.socket, start: float, limit_s: float) -> Answer:
         stream = _Stream(start)
@@ -229,11 +239,14 @@ class Server:
         """Send all prompts, so many at a time, in their order."""
         with ThreadPoolExecutor(concurrency, "request") as threads:
             start = time.monotonic()
-            running = [threads.submit(self.complete, prompt, output_tokens, timeout_s) for prompt in prompts]
             try:
+                running = [threads.submit(self.complete, prompt, output_tokens, timeout_s) for prompt in prompts]
                 answers = [future.result() for future in running]
-            except BaseException:  # Ctrl-C: what has not begun need not
+            except BaseException:  # Ctrl-C: what has not begun need not, what runs is hung up on
                 threads.shutdown(wait=False, cancel_futures=True)
+                for sock in tuple(self._open):
+                    with suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
                 raise
             return Load(answers, time.monotonic() - start)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import click
 import pytest
@@ -212,6 +214,31 @@ def test_a_server_that_says_nothing_more_is_given_up(engines):
         assert "TimeoutError" in server(engine).complete([1], 1, 0.3).error
     finally:
         end.set()
+
+
+def test_an_interrupt_hangs_up(engines):
+    """Ctrl-C does not wait for answers that are on their way, nor for requests that have not begun."""
+    engine, _ = engines
+    hung_up = threading.Event()
+
+    def for_ever(handler, request):
+        begin_stream(handler)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while True:
+                send_chunk(handler, b": still here\n\n")
+                time.sleep(0.01)
+        hung_up.set()
+
+    engine.answer = for_ever
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            server(engine).run([[1], [2], [3]], 1, 1, 1000.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert hung_up.wait(LIMIT_S)
+    assert len(engine.requests) == 1
 
 
 def test_a_request_holds_what_a_benchmark_needs(engines):
