@@ -25,7 +25,7 @@ from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.device import KVBlocks
+from kvpool_vllm.device import KVBlocks, open_device
 from kvpool_vllm.events import PoolEvents, vllm_events
 from kvpool_vllm.groups import read_groups
 from kvpool_vllm.metadata import GroupFacts, RankFacts, StepMeta, WorkerMeta
@@ -181,7 +181,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         if self._settings.report_residency:
             gpu_block_pool.enable_kv_cache_events = True  # where nobody listens, vLLM throws them away each step
         if gpu_block_pool.enable_kv_cache_events:
-            watch.report_residency()
+            watch.report_residency(self._groups.main)
 
     def on_new_request(self, request: Request) -> None:
         """Begin a request."""
@@ -296,7 +296,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             backend = layers[kv.names[0]].get_attn_backend().get_name()
             memory.append(kv)
             facts.append(GroupFacts(len(kv), kv.layer_block_bytes, f"{backend}:{kv.layout}"))
-        self.worker.attach(memory, RankFacts(tuple(facts), _isa(self._vllm_config, self._block_tokens)))
+        isa = _isa(self._vllm_config, self._block_tokens)
+        self.worker.attach(memory, RankFacts(tuple(facts), isa), open_device(memory))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002 -- vLLM's
         """Start this step's loads; those that its forward needs are there, or failed, when their layer begins."""

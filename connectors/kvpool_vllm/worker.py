@@ -14,10 +14,11 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.device import HostDevice
 from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.tally import Data, Tally
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from kvpool.client import Client, GetResult, PutResult
     from kvpool.config import ConnectorSettings
-    from kvpool_vllm.device import KVBlocks
+    from kvpool_vllm.device import Device, KVBlocks
     from kvpool_vllm.metadata import Part
     from kvpool_vllm.namespace import Place
 
@@ -52,6 +53,8 @@ class WorkerSide:
         self._client = client
         self._settings = settings
         self._place = place
+        self._device: Device = HostDevice()
+        self._fence: Any = None  # a job may find a later one than its own, which comes no sooner
         self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
         self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
         self._progress = threading.Condition()
@@ -69,9 +72,14 @@ class WorkerSide:
         self._tally = Tally(f"rank {self._rank}")
         self.counters: Counter[str] = Counter()
 
-    def attach(self, kv: list[KVBlocks], facts: RankFacts) -> None:
-        """Use these tensors, one set for each group, from now on, and tell the scheduler what they are."""
+    def attach(self, kv: list[KVBlocks], facts: RankFacts, device: Device | None = None) -> None:
+        """Use these tensors, one set for each group, from now on, and tell the scheduler what they are.
+
+        ``device``: what holds them, host memory by default.
+        """
         self._kv = kv
+        if device is not None:
+            self._device = device
         self._layer_numbers = {name: number for number, name in enumerate(kv[0].names)}
         self._report.facts = frozenset({facts})
 
@@ -80,6 +88,8 @@ class WorkerSide:
     def start_loads(self, meta: StepMeta) -> None:
         """Hand this step's loads to the load threads; wait for those that its forward needs."""
         needed = []
+        if meta.loads:
+            self._fence = self._device.fence()
         for job in meta.loads:
             if job.sync:
                 needed.append(job)
@@ -172,6 +182,8 @@ class WorkerSide:
 
     def start_saves(self, meta: StepMeta) -> None:
         """Hand this step's saves to the save threads; call when the step's KV is in memory."""
+        if meta.saves:
+            self._fence = self._device.fence()
         for job in meta.saves:
             self._unreported_saves += 1
             self._save_pool.submit(self._save, job)
@@ -228,6 +240,7 @@ class WorkerSide:
 
     def close(self) -> None:
         """Stop the threads after the jobs that run; drop those that do not."""
+        self._device.close()  # first, as it ends waits
         self._load_pool.shutdown(cancel_futures=True)
         self._save_pool.shutdown(cancel_futures=True)
         self._client.close()
@@ -236,14 +249,16 @@ class WorkerSide:
 
     def _fetch(self, part: Part, blocks: int, layers: tuple[int, int] | None, timeout_s: float | None) -> GetResult:
         """Fill a part's leading blocks, or some layers of them."""
-        return self._client.get(
-            part.namespace,
-            part.keys[: blocks * KEY_BYTES],
-            self._kv[part.group].views(part.block_ids[:blocks], layers),
+        if blocks < len(part.block_ids):
+            part = replace(part, keys=part.keys[: blocks * KEY_BYTES], block_ids=part.block_ids[:blocks])
+        return self._device.load(
+            self._client,
+            part,
+            self._kv[part.group],
             shard=self._place.shard,
-            lookup=part.lookup,
             layers=layers,
             timeout_ms=None if timeout_s is None else timeout_s * 1000,
+            after=self._fence,
         )
 
     def _say_once(self, counter: str, text: str) -> None:
@@ -263,5 +278,5 @@ class WorkerSide:
         return [part for part in own if part.block_ids]
 
     def _store(self, part: Part) -> PutResult:
-        views = self._kv[part.group].views(part.block_ids)
-        return self._client.put(part.namespace, part.keys, views, shard=self._place.shard)
+        kv = self._kv[part.group]
+        return self._device.save(self._client, part, kv, shard=self._place.shard, after=self._fence)
