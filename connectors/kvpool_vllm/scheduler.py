@@ -270,7 +270,7 @@ class SchedulerSide:
         arrived = state.arrived or 0
         missing = job.blocks - arrived
         if not missing:
-            state.next_save = state.end
+            state.next_save = state.end - state.tail_known  # which generated tokens may yet fill
         elif not job.whole:
             state.next_save = state.first + arrived
         self.counters["load.arrived"] += arrived  # on every rank

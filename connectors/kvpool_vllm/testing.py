@@ -219,6 +219,7 @@ class Faults:
             gate.open()
             gate.arrived.clear()
         self.get_blocks_max: int | None = None
+        self.gets_max: int | None = None
         self.spoil_rest = False
         self.raises: dict[str, Exception] = {}
         self.before_get: Callable[[], None] = lambda: None
@@ -259,11 +260,16 @@ class FaultyClient:
         return result
 
     def get(self, namespace: Any, hashes: Any, blocks: Blocks, **kwargs: Any) -> GetResult:
-        """Get, behind the gate; after ``get_blocks_max`` blocks the rest fails, and may be left as garbage."""
+        """Get, behind the gate; what is beyond ``gets_max`` calls, or ``get_blocks_max`` blocks of each, fails.
+
+        With ``spoil_rest`` it is garbage, too.
+        """
         self._enter("get", self._faults.get_gate)
         self._faults.before_get()
         result: GetResult = self._inner.get(namespace, hashes, blocks, **kwargs)
         keep = self._faults.get_blocks_max
+        if self._faults.gets_max is not None and self._faults.gets > self._faults.gets_max:
+            keep = 0
         if keep is None or keep >= result.prefix:
             return result
         if self._faults.spoil_rest:

@@ -297,9 +297,7 @@ class ModelEngine:
             if not self._grow(request, computed + tokens, spare):
                 if local:
                     self._free(request)
-                if later:
-                    continue  # those behind it may hold what it waits for
-                break
+                continue  # those behind it may hold what it waits for
             self.side.allocated(request, [[block.block_id for block in request.blocks]], external)
             self.loaded_tokens += external
             request.num_computed_tokens = computed

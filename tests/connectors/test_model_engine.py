@@ -46,7 +46,9 @@ class Lab:
         """Step until nothing is left to do, and check that nothing is held then."""
         deadline = time.monotonic() + DEADLINE_S
         while engine.busy or engine.side.leases:
-            assert time.monotonic() < deadline, f"{engine.requests}"
+            assert time.monotonic() < deadline, (
+                f"stuck: {[(r.request_id, r.status, len(r.blocks)) for r in engine.requests.values()]}"
+            )
             engine.step()
         assert len(engine.pool.free) == engine.pool.num_gpu_blocks
         assert not engine.side._requests
@@ -207,6 +209,18 @@ def test_generated_blocks_are_stored_if_wanted(lab: Lab) -> None:
         assert later.loaded_tokens == loaded
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_partial_block_that_was_loaded_is_stored_once_it_is_full(lab: Lab, sync: bool) -> None:
+    """Under its own name: the chain of the next turn has no hole where the prompt ended."""
+    prompt = list(range(10))
+    settings = {"save_decode_cache": True, "discard_partial_chunks": False}
+    lab.answer(lab.engine(**settings), prompt, 1)
+    request = lab.answer(lab.engine(sync=sync, **settings), prompt, 20)
+    later = lab.engine()
+    lab.answer(later, prompt + request.answer)
+    assert later.loaded_tokens == 28
+
+
 def test_short_prompts_are_left_alone_if_wanted(lab: Lab) -> None:
     """Minimum lengths, apart for saving and loading, count the prompt's tokens."""
     short, long = list(range(19)), list(range(100, 120))
@@ -279,15 +293,15 @@ def test_what_was_computed_behind_a_failed_load_is_not_stored(lab: Lab, mode: st
 def test_anything_may_happen(lab: Lab, mode: str, seed: int) -> None:
     """Shared prefixes, little memory, aborts, preemptions, failures of every kind: right tokens, nothing leaked."""
     rng = random.Random(f"{mode}/{seed}")
-    engines = [lab.engine(blocks=rng.choice((20, 40)), budget=rng.choice((4, 8, 24)), **MODES[mode]) for _ in range(2)]
-    stems = [[rng.randrange(1000) for _ in range(24)] for _ in range(3)]
+    engines = [lab.engine(blocks=rng.choice((16, 30)), budget=rng.choice((4, 8, 24)), **MODES[mode]) for _ in range(2)]
+    stems = [[rng.randrange(1000) for _ in range(36)] for _ in range(2)]
     requests: list[Request] = []
-    for number in range(40):
+    for number in range(60):
         engine = rng.choice(engines)
         stem = rng.choice(stems)
-        prompt = stem[: rng.randrange(1, 25)] + [rng.randrange(1000) for _ in range(rng.randrange(8))]
-        requests.append(engine.submit(f"r{number}", prompt, rng.randrange(1, 9)))
-        for _ in range(rng.randrange(6)):
+        prompt = stem[: rng.randrange(8, 37)] + [rng.randrange(1000) for _ in range(rng.randrange(8))]
+        requests.append(engine.submit(f"r{number}", prompt, rng.randrange(1, 16)))
+        for _ in range(rng.randrange(8)):
             disturb(rng, lab, engine, requests)
             engine.step()
     lab.faults.reset()
@@ -300,7 +314,7 @@ def test_anything_may_happen(lab: Lab, mode: str, seed: int) -> None:
 
 def disturb(rng: random.Random, lab: Lab, engine: ModelEngine, requests: list[Request]) -> None:
     """Do one bad thing, or make good what was done."""
-    match rng.randrange(10):
+    match rng.randrange(20):
         case 0:
             mine = [request for request in requests if request.request_id in engine.requests]
             if mine:
@@ -316,7 +330,7 @@ def disturb(rng: random.Random, lab: Lab, engine: ModelEngine, requests: list[Re
             rng.choice(gates).close()
         case 4:
             lab.pool.shards.clear()
-        case 5:
+        case 5 | 6 | 7:
             engine.forget()
-        case 6 | 7:
+        case 8 | 9 | 10 | 11:
             lab.faults.reset()
