@@ -291,12 +291,14 @@ class Client:
         if self._link is None:
             raise UnavailableError("no node on this host, and no master to name another")
         peer, until = self._placed
-        if peer is None or time.monotonic() > until:
+        if time.monotonic() > until:
+            self._placed = (None, time.monotonic() + PLACED_S)  # no answer counts for a while too
             address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
-            if address is None:
-                raise UnavailableError("the master knows no live node")
-            peer = self._peers.at(address)
+            # Our own node, of which we have just lost hold, would be no quicker by another way.
+            peer = self._peers.at(address) if address is not None and address.node_id != self._own_id else None
             self._placed = (peer, time.monotonic() + PLACED_S)
+        if peer is None:
+            raise UnavailableError("the master names no node that answers")
         return peer.put(space, keys, blocks, shard, timeout_s)
 
     # ---- get -------------------------------------------------------------------------------------
