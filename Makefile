@@ -36,7 +36,7 @@ lint: setup ## ruff and mypy --strict
 	$(VENV)/bin/mypy
 
 e2e: setup-vllm ## Tests with a real vLLM on the CPU, in an environment of its own (PYTEST_ARGS="-k abort")
-	$(VENV_VLLM)/bin/python -m pytest tests/e2e tests/connectors/test_device_copies.py tests/bench/test_device.py -W default --timeout 900 $(PYTEST_ARGS)
+	$(VENV_VLLM)/bin/python -m pytest tests/e2e tests/connectors/test_device_copies.py tests/integration/test_device_torch.py tests/bench/test_device.py -W default --timeout 900 $(PYTEST_ARGS)
 
 bench: setup ## Measure: store, lookup, and a trace if TRACE=FILE is given
 	$(VENV)/bin/kvpool-bench store $(ARGS)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kvpool.client import Client
     from kvpool_vllm.device import KVBlocks
-    from kvpool_vllm.device_pinning import Pinning
+    from kvpool_vllm.device_pinning import PinnedSegment, Pinning
     from kvpool_vllm.metadata import Part
 
     Bytes = npt.NDArray[np.uint8]
@@ -143,7 +143,7 @@ class Accelerator:
         after: Any,
     ) -> int:
         """Fill leading blocks out of the node's memory; returns how many are there and intact."""
-        segment = self._pinning.segment(shared_memory(client))
+        segment = self._segment(client)
         if segment is None:
             return 0
         with (
@@ -228,7 +228,7 @@ class Accelerator:
 
     def _save_direct(self, client: Client, part: Part, kv: KVBlocks, shard: int, after: Any) -> PutResult | None:
         """Write into the node's memory; returns None where that cannot be."""
-        segment = self._pinning.segment(shared_memory(client))
+        segment = self._segment(client)
         if segment is None:
             return None
         with segment.using() as usable:
@@ -269,6 +269,9 @@ class Accelerator:
         return total
 
     # ---- inside --------------------------------------------------------------------------------------
+
+    def _segment(self, client: Client) -> PinnedSegment | None:
+        return self._pinning.segment(shared_memory(client)) if self._pinning.possible else None
 
     def _count(self, name: str, blocks: int) -> None:
         with self._lock:

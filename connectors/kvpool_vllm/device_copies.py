@@ -124,14 +124,26 @@ class Copies:
     """The copies of one device. Thread-safe; calls return when the work is handed over, not when it is done."""
 
     def __init__(self, device: torch.device, block_bytes_max: int, *, staging_bytes: int = STAGING_BYTES) -> None:
-        """Take four times ``staging_bytes`` of the device's memory, more if a block has more."""
+        """Take four times ``staging_bytes`` of the device's memory, more for large blocks, less where little is left.
+
+        At start, so that nothing is taken from a running engine. Raises InvalidArgumentError where there is
+        no room for a block.
+        """
         self.device = device
         self._module = torch.get_device_module(device)
-        words = max(staging_bytes, block_bytes_max)
-        self.staging_bytes = -(-words // 8) * 8
         self.enter()
-        self._in = _Lane(self._module, device, self.staging_bytes)
-        self._out = _Lane(self._module, device, self.staging_bytes)
+        least = -(-block_bytes_max // 8) * 8
+        self.staging_bytes = max(least, -(-staging_bytes // 8) * 8)
+        while True:
+            try:
+                self._in, self._out = (_Lane(self._module, device, self.staging_bytes) for _ in range(2))
+                break
+            except torch.OutOfMemoryError:
+                if self.staging_bytes == least:
+                    raise InvalidArgumentError(
+                        "gpu_memory_utilization", f"leaves no room on {device} for copying: 4 areas of {least} bytes"
+                    ) from None
+                self.staging_bytes = max(least, self.staging_bytes // 16 * 8)
 
     def enter(self) -> None:
         """Make the device the calling thread's current one."""

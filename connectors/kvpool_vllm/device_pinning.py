@@ -200,8 +200,16 @@ class Pinning:
         self._segment: PinnedSegment | None = None
         self._closed = False
 
+    @property
+    def possible(self) -> bool:
+        """Whether anything can be page-locked."""
+        return self._registrar is not None
+
     def segment(self, memory: Bytes | None) -> PinnedSegment | None:
-        """Return the segment that ``memory`` is, registering it from the first time on; None where that cannot be."""
+        """Return the segment that ``memory`` is, registering it from the first time on; None where that cannot be.
+
+        Not before there is a job: no driver call of another thread may fall into a capture of CUDA graphs.
+        """
         if memory is None or self._registrar is None:
             return None
         with self._lock:

@@ -6,17 +6,22 @@ On the CPU always (its streams do everything at once), on a GPU where there is o
 from __future__ import annotations
 
 import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kvpool.errors import InvalidArgumentError
+from kvpool.model import KEY_BYTES, Namespace
 
 torch: Any = pytest.importorskip("torch", reason="needs torch, which comes with an engine: make e2e")
 
 from kvpool_vllm.device import HostDevice, KVBlocks, open_device  # noqa: E402
 from kvpool_vllm.device_copies import Copies, Transfer  # noqa: E402
+from kvpool_vllm.metadata import Part  # noqa: E402
+from kvpool_vllm.testing import MemoryClient, MemoryPool  # noqa: E402
 
 WAIT_S = 30.0
 BLOCKS = 12
@@ -210,17 +215,50 @@ def test_runs_that_are_not_the_blocks_are_refused(lengths: list[int]) -> None:
         copies.store(kv, [1, 2], runs)
 
 
-def test_an_npu_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory_left_means_smaller_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to one block; less is refused in words that name the engine's setting."""
+    kv = KVBlocks(llama("cpu"), BLOCKS)
+    size = len(kv) * kv.layer_block_bytes
+    empty, limit = torch.empty, 3 * size
+
+    def scarce(count: int, **more: Any) -> Any:
+        if count > limit:
+            raise torch.OutOfMemoryError
+        return empty(count, **more)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    assert size <= Copies(kv.device, size, staging_bytes=100 * size).staging_bytes <= limit
+    limit = size - 1
+    with pytest.raises(InvalidArgumentError, match="gpu_memory_utilization"):
+        Copies(kv.device, size)
+
+
+def test_a_device_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, at start."""
     kv = KVBlocks(llama("cpu"), BLOCKS)
-    monkeypatch.setattr(kv, "device", torch.device("cuda"))
-    if not torch.cuda.is_available():
-        with pytest.raises(InvalidArgumentError, match="CUDA"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    for kind, words in (("cuda", "finds no CUDA device"), ("npu", "torch_npu cannot be imported")):
+        monkeypatch.setattr(kv, "device", SimpleNamespace(type=kind))
+        with pytest.raises(InvalidArgumentError, match=words):
             open_device([kv])
 
-    class Ascend:
-        type = "npu"
 
-    kv.device = Ascend()
-    with pytest.raises(InvalidArgumentError, match="torch_npu"):
-        open_device([kv])
+def test_an_npu_copies_through_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its runtime importable; the device here is the CPU, whose modules are alike."""
+    monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+    from kvpool_vllm.device_npu import npu_device
+
+    groups = [filled(mla("cpu"), 1), filled(llama("cpu", 5), 2)]
+    memory = [KVBlocks(caches, BLOCKS) for caches in groups]
+    device = npu_device(memory)
+    client: Any = MemoryClient(MemoryPool())
+    for number, (caches, kv) in enumerate(zip(groups, memory, strict=True)):
+        space = Namespace(model="demo", layers=5, kv_group=str(number))
+        keys = bytes(range(4 * KEY_BYTES))
+        before = [as_stored(caches, block) for block in (1, 2, 3, 4)]
+        assert device.save(client, Part(space, keys, [1, 2, 3, 4]), kv, after=device.fence()).stored == 4
+        assert device.load(client, Part(space, keys, [8, 7, 6, 5]), kv, after=device.fence()).prefix == 4
+        assert [as_stored(caches, block) for block in (8, 7, 6, 5)] == before
+    assert +device.counters == {"save.buffered": 8, "load.buffered": 8}
+    device.close()
