@@ -97,7 +97,7 @@ ENVIRONMENT_HONOURED = {
     "ASCEND_TRANSFER_TIMEOUT": "transfer_timeout",
 }
 """Milliseconds there and here."""
-ENVIRONMENT_IGNORED = {"ASCEND_BUFFER_POOL": "blocks are not gathered in buffers on the device"}
+ENVIRONMENT_IGNORED = {"ASCEND_BUFFER_POOL": "the buffers on the device have a fixed size"}
 
 TOP_LEVEL_IGNORED = {
     "kv_port": _NO_PORT,

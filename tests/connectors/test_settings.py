@@ -266,7 +266,7 @@ def test_ascend_variables(monkeypatch: pytest.MonkeyPatch, said: Callable[[], li
     monkeypatch.setenv("ASCEND_TRANSFER_TIMEOUT", "9000")
     settings = read_settings(TransferConfig())
     assert (settings.connect_timeout, settings.transfer_timeout) == (10_000, 9000)
-    assert said() == ["environment: ASCEND_BUFFER_POOL is not used: blocks are not gathered in buffers on the device"]
+    assert said() == ["environment: ASCEND_BUFFER_POOL is not used: the buffers on the device have a fixed size"]
     assert read_settings(TransferConfig({"transfer_timeout": 100})).transfer_timeout == 100
     monkeypatch.setenv("KVPOOL_TRANSFER_TIMEOUT", "200")
     assert read_settings(TransferConfig()).transfer_timeout == 200
