@@ -71,8 +71,6 @@ class Copying(Protocol):
         self, kv: KVBlocks, block_ids: Sequence[int], targets: Sequence[Sequence[Bytes]], *, after: Any = None
     ) -> Transferring: ...
 
-    def close(self) -> None: ...  # noqa: D102
-
 
 class Accelerator:
     """A device whose blocks are out of the host's reach."""
