@@ -108,6 +108,13 @@ class PoolEvents:
             del self._announced[name]
             self._events.append(self._maker.removed([name]))
 
+    def forget(self) -> None:
+        """Nothing that was announced can be found any more: the engine asks under another namespace from now on."""
+        if self._announced:
+            self._events.append(self._maker.removed(list(self._announced)))
+        self._announced.clear()
+        self._saving.clear()
+
     def take(self) -> list[Any]:
         """Return the events since the last call."""
         events, self._events = self._events, []

@@ -251,6 +251,7 @@ class SchedulerSide:
     def forget_namespace(self) -> None:
         """Find the namespace anew before anything else is looked up or saved."""
         self._namespaces = []
+        self.watch.forget_namespace()
         for state in self._requests.values():
             self._drop_ask(state)
 

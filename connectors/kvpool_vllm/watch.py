@@ -130,6 +130,11 @@ class Watch:
         if self.events is not None:
             self.events.saved(job_id, stored=stored)
 
+    def forget_namespace(self) -> None:
+        """What was stored so far is left behind."""
+        if self.events is not None:
+            self.events.forget()
+
     def finished(self, request: Any) -> None:
         """A request has ended."""
         if self.residency is not None:

@@ -93,6 +93,16 @@ def test_eviction_is_told_once_for_blocks_that_were_announced(events: PoolEvents
     assert [event[0] for event in events.take()] == ["stored", "removed"]
 
 
+def test_another_namespace_takes_back_all_that_was_announced(events: PoolEvents) -> None:
+    """Also what is still being saved under the old one."""
+    names = save(events, Request(list(range(8))), 0, 2)
+    events.take()
+    events.saving(2, Request(list(range(12))), chain(3)[2:], 2, names[1])
+    events.forget()
+    events.saved(2, stored=True)
+    assert events.take() == [("removed", names)]
+
+
 # ---- the engine's own blocks -----------------------------------------------------------------------
 
 
