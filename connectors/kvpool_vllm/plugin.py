@@ -23,6 +23,8 @@ _names: set[str] = set()
 """Connector names that mean this connector in this process."""
 _modules = {MODULE}
 """Module paths that hold it."""
+_told: set[str] = set()
+"""Keys that were named."""
 
 
 def register() -> None:
@@ -98,8 +100,11 @@ def _adapted(config: Mapping[str, Any]) -> dict[str, Any]:
     if not concerned(config):
         return result
     for key in TOP_LEVEL_REMOVED.keys() & result.keys():
-        logger.info("kvpool: kv-transfer-config: %s is not used: %s", key, TOP_LEVEL_REMOVED[key])
         del result[key]
+        if key not in _told:
+            _told.add(key)
+            # A warning, because vLLM parses its arguments before it configures logging: less would be lost.
+            logger.warning("kvpool: kv-transfer-config: %s is not used: %s", key, TOP_LEVEL_REMOVED[key])
     result.setdefault("kv_load_failure_policy", "recompute")
     return result
 
