@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(LOGGER_NAME)
 
+RUN = uuid.uuid4().hex
+"""Names what an engine stores after a reset: the same for all connectors of its process, and for no other run."""
+
 KVConnectorMetadata.register(StepMeta)
 KVConnectorWorkerMetadata.register(WorkerMeta)
 
@@ -113,6 +116,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._settings = read_settings(self._kv_transfer_config, tell=role == KVConnectorRole.SCHEDULER)
         self._block_tokens = self._groups.block_tokens
         self._facts: RankFacts | None = None
+        self._resets = 0
         if role == KVConnectorRole.SCHEDULER:
             _recompute_on_failure(_multi_connector_config(inspect.currentframe()) or self._kv_transfer_config)
             # Kept, because a dropped handle of a running process warns; the kernel ends it with this process.
@@ -234,7 +238,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def reset_cache(self) -> bool:
         """Leave everything behind that was stored so far: other weights may be in the engine by now."""
         if self._role == KVConnectorRole.SCHEDULER:
-            self._fields["revision"] = f"{self._fields['revision'].partition('+reset-')[0]}+reset-{uuid.uuid4().hex}"
+            self._resets += 1
+            since = f"+reset-{RUN}-{self._kv_transfer_config.engine_id}-{self._resets}"
+            self._fields["revision"] = self._fields["revision"].partition("+reset-")[0] + since
             self.scheduler.forget_namespace()
         return True
 

@@ -81,13 +81,13 @@ class Lookups:
         self._left_s = STEP_S
         self._idle = idle
 
-    def ask(self, namespace: Namespace, chain: list[bytes], known: int, also: Sequence[Also] = ()) -> Ask | None:
-        """Ask, or return None where this step has no time left for it; ``chain`` must not change any more.
+    @property
+    def time_left(self) -> bool:
+        """Whether this step may ask any more."""
+        return self._left_s > 0
 
-        ``also``: the groups of a hybrid model besides that of ``namespace``.
-        """
-        if self._left_s <= 0:
-            return None
+    def ask(self, namespace: Namespace, chain: list[bytes], known: int, also: Sequence[Also] = ()) -> Ask:
+        """Ask; ``chain`` must not change any more. ``also``: the other groups of a hybrid model."""
         started = time.monotonic()
         pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True, also=also)
         self._left_s -= time.monotonic() - started

@@ -138,9 +138,11 @@ class SchedulerSide:
         if state.ask is not None and have < state.ask.known:
             self._drop_ask(state)  # the engine lost blocks that the lookup took for granted
         if state.ask is None:
+            if not self._lookups.time_left:
+                return None, False
             also = [Also(self._namespaces[g.number], g.last_blocks) for g in self._groups.others]
             state.ask = self._lookups.ask(self._namespaces[self._groups.main], self._chain(request), have, also)
-        if state.ask is None or not self._lookups.settle(state.ask):
+        if not self._lookups.settle(state.ask):
             return None, False
         if state.ask.lookup is not None and state.ask.worth is None:
             state.ask.worth = self.watch.worth(state.ask.lookup, self._chain(request))

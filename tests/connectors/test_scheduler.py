@@ -91,9 +91,7 @@ class BlockPool:
 class Harness:
     """A scheduler's side on a pool in memory; it waits for lookups unless a gate holds them."""
 
-    def __init__(
-        self, *, role: Role = BOTH, sync: bool = False, groups: Groups = GROUPS, **settings: Any
-    ) -> None:
+    def __init__(self, *, role: Role = BOTH, sync: bool = False, groups: Groups = GROUPS, **settings: Any) -> None:
         self.pool, self.faults, self.blocks = MemoryPool(), Faults(), BlockPool()
         self.client = MemoryClient(self.pool)
         self.side = SchedulerSide(
@@ -449,4 +447,73 @@ def test_draft_model_gives_up_the_last_block() -> None:
     assert harness.matched(request) == (7 * TOKENS, True)
     harness.side.finished(request, ([],))
     harness.settle_leases()
+    harness.side.close()
+
+
+def test_lookups_share_the_time_of_a_step(harness: Harness) -> None:
+    """One that takes long uses it up: others are asked in later steps, and the first one is not waited for again."""
+    harness.faults.lookup_gate.close()
+    first, second = request_of("a", 12), request_of("b", 12, "q")
+    assert harness.side.matched_tokens(first, 0) == (None, False)
+    assert harness.side.matched_tokens(second, 0) == (None, False)
+    assert harness.side.counters["lookup.asked"] == 1
+    harness.step(c=1)
+    assert harness.side.matched_tokens(first, 0) == (None, False)
+    assert harness.side._lookups.time_left, "the engine has work, and no time for one answer twice"
+    assert harness.side.matched_tokens(second, 0) == (None, False)
+    assert harness.side.counters["lookup.asked"] == 2
+
+
+def test_request_waits_until_the_workers_said_what_they_hold(harness: Harness) -> None:
+    """The engine's first request is no miss; but if nothing comes it is computed."""
+    found: list[Any] = []
+    harness.side._find_namespaces = lambda: list(found)
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    assert harness.side.matched_tokens(request, 0) == (None, False)
+    harness.side._namespace_by = 0.0
+    assert harness.side.matched_tokens(request, 0) == (0, False)
+    found += [NAMESPACE, WINDOW]
+    assert harness.matched(request) == (12, True)
+
+
+@pytest.mark.parametrize(("loads", "saves"), [(False, True), (True, False), (False, False)])
+def test_role_that_does_half(loads: bool, saves: bool) -> None:
+    """A producer asks for nothing, a consumer saves nothing."""
+    harness = Harness(role=Role(loads=loads, saves=saves))
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    assert harness.matched(request) == ((12, True) if loads else (0, False))
+    assert harness.faults.lookups == loads
+    harness.side.allocated(request, [list(range(50))], 0)
+    assert bool(harness.step(a=12).saves) == saves
+    harness.side.finished(request, [list(range(50))])
+    harness.settle_leases()
+    harness.side.close()
+
+
+def test_load_of_another_connector_is_none_of_ours(harness: Harness) -> None:
+    """Beside others all hear of every load that ended."""
+    request = request_of("a", 12)
+    harness.store(request.block_hashes)
+    harness.matched(request)
+    harness.side.allocated(request, [list(range(50))], 0)
+    harness.side.worker_report(None, ["a", "unheard of"])
+    request.num_computed_tokens = 8
+    (job,) = harness.step(a=4).saves
+    assert job.parts[0].block_ids == [2]
+
+
+@pytest.mark.parametrize("request_has", [{"mm_features": ("image",)}, {"prompt_embeds": object()}])
+def test_partial_block_that_tokens_do_not_name(request_has: dict[str, Any]) -> None:
+    """Where more than tokens went into it, a partial block is neither looked up nor saved."""
+    harness = Harness(discard_partial_chunks=False)
+    plain, other = request_of("a", 14), request_of("b", 14)
+    for name, value in request_has.items():
+        setattr(other, name, value)
+    assert len(harness.side._chain(plain)) == 4
+    assert len(harness.side._chain(other)) == 3
+    salted = request_of("c", 3)
+    salted.cache_salt = "secret"
+    assert harness.side._chain(salted) != harness.side._chain(request_of("d", 3))
     harness.side.close()

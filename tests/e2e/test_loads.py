@@ -191,7 +191,7 @@ def test_preempted_requests(model: Path, prompts: Prompts) -> None:
         alone = [engine.generate(prompt, 100) for prompt in asked]
         engine.forget()
         free = engine.state()["free_blocks"]
-        before = engine.counters()["load.blocks"]
+        before = engine.counters().get("load.blocks", 0)
         together = engine.ask("generate_all", prompts=asked, tokens=100)
         engine.ask("settle")
         state = engine.state()
