@@ -14,7 +14,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -75,6 +75,7 @@ class Pool:
         self._queues: dict[int, asyncio.Queue[MasterMessage | None]] = {}
         self._numbers = itertools.count(1)
         self._work = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._probes: dict[tuple[int, int], asyncio.Future[bytes]] = {}
         if catalog is not None:
             for namespace in catalog.namespaces():
@@ -116,9 +117,9 @@ class Pool:
             waiting = self._probes.get((session, event.message.id))
             if waiting is not None and not waiting.done():
                 waiting.set_result(event.message.states)
-        for effects in self.state.ingest(event, time.monotonic()):
-            self.perform(effects)
-            await asyncio.sleep(0)
+        slices = self.state.ingest(event, time.monotonic())
+        while await self._slice(lambda: next(slices, None)):
+            pass
 
     def probe(self, session: int, namespace: bytes, keys: bytes) -> asyncio.Future[bytes]:
         """Ask a node what it knows of these blocks; cancel the future when its answer is awaited no more."""
@@ -152,8 +153,17 @@ class Pool:
             await self._work.wait()
             self._work.clear()
             while self.state.busy:
-                self.perform(self.state.work())
-                await asyncio.sleep(0)
+                await self._slice(self.state.work)
+
+    async def _slice(self, step: Callable[[], list[Effect] | None]) -> bool:
+        """Do one slice of long work, one in each turn of the loop whoever asks; False when there was none left."""
+        async with self._turn:
+            effects = step()
+            if effects is None:
+                return False
+            self.perform(effects)
+            await asyncio.sleep(0)  # lookups that have come meanwhile go before the next slice
+            return True
 
     def address_of(self, incarnation: int) -> NodeAddress | None:
         """Return where an incarnation's bytes are reached."""
