@@ -92,12 +92,19 @@ class Tally:
         self._names: dict[str, str] = {}
         self._counters: dict[str, int] = {}
         self._gauges: dict[str, float] = {}
+        self._last: tuple[Mapping[str, int], Mapping[str, float]] = ({}, {})
 
     def take(self, counters: Mapping[str, int], gauges: Mapping[str, float]) -> Data | None:
-        """Return what changed since the last call, None where nothing did. Quick: it is asked in every step."""
+        """Return what changed since the last call, None where nothing did: quick, for it is asked in every step.
+
+        Both are kept, so pass what nobody changes any more.
+        """
+        if counters == self._last[0] and gauges == self._last[1]:
+            return None
+        self._last = (counters, gauges)
         added: dict[str, float] = {}
         now = dict(gauges)
-        for raw, value in dict(counters).items():  # a copy, because threads count on
+        for raw, value in counters.items():
             if raw.startswith(_BREAKER_OPEN):
                 now["breaker_open." + raw.removeprefix(_BREAKER_OPEN)] = value
                 continue

@@ -150,8 +150,9 @@ class Watch:
         """A step was planned: so many tokens of each request; ``hashes`` returns one for each of its blocks."""
         prefill = 0
         for request, tokens in running:
-            computed = request.num_computed_tokens
-            prefill += max(0, min(computed + tokens, request.num_prompt_tokens) - computed)
+            if tokens > 1:  # others only decode
+                computed = request.num_computed_tokens
+                prefill += max(0, min(computed + tokens, request.num_prompt_tokens) - computed)
             if self.residency is not None:
                 self.residency.scheduled(request.request_id, hashes(request))
         self._gate.step_planned(time.monotonic(), prefill)
