@@ -89,14 +89,17 @@ class Pairs:
                 raise BenchError(f"the {arm.name} engine failed before anything was done to it: {failed[0].error}")
 
     def measure(self, rounds: Iterator[list[list[int]]]) -> None:
-        """Run a round for each set of prompts."""
+        """Run a round for each set of prompts; what an interrupt leaves are whole rounds."""
         for number, data in enumerate(rounds):
             first = number % len(self.arms)
+            took: list[tuple[Arm, Load, float]] = []
             for arm in self.arms[first:] + self.arms[:first]:
                 self._report.step(f"round {number + 1}: {arm.name}")
                 before = cpu_seconds(arm.pids)
                 load = self.send(arm.server, data)
-                arm.take(load, self._shape, cpu_seconds(arm.pids) - before)
+                took.append((arm, load, cpu_seconds(arm.pids) - before))
+            for arm, load, cpu_s in took:
+                arm.take(load, self._shape, cpu_s)
 
     def against_off(self) -> dict[str, Ratios]:
         """Return each engine's throughput over that of the first, by its name."""
@@ -111,7 +114,9 @@ class Pairs:
         return ratios(arm.cpu_s, off.cpu_s).median
 
     def report(self, name: str) -> None:
-        """Add the figures."""
+        """Add the figures, if there was a round."""
+        if not self.arms[0].tokens_per_s:
+            return
         for arm_name, found in self.against_off().items():
             arm = next(arm for arm in self.arms if arm.name == arm_name)
             shape = self._shape
@@ -144,8 +149,10 @@ def measure_misses(
     """Measure throughput on prompts that nobody has seen: what saving costs."""
     pairs = Pairs(arms, shape, report, limit_s)
     pairs.warm_up(lambda: prompts.distinct(shape.prompts, shape.input_tokens))
-    pairs.measure(prompts.distinct(shape.prompts, shape.input_tokens) for _ in range(rounds))
-    pairs.report("miss_throughput")
+    try:
+        pairs.measure(prompts.distinct(shape.prompts, shape.input_tokens) for _ in range(rounds))
+    finally:
+        pairs.report("miss_throughput")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +191,10 @@ class FaultRun:
         self._report.step(f"{self._fault.name}: the first {WINDOW_S:.0f} s")
         self._fault.inject()
         self._window(sets[rounds:], healthy)
-        pairs.measure(self._round(each) for each in sets[:rounds])
-        pairs.report(f"throughput_{self._fault.name}")
+        try:
+            pairs.measure(self._round(each) for each in sets[:rounds])
+        finally:
+            pairs.report(f"throughput_{self._fault.name}")
 
     def _round(self, prefixes: list[list[int]]) -> list[list[int]]:
         return self._prompts.sharing(prefixes, self._shape.prompts, self._shape.input_tokens)

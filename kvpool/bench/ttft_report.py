@@ -149,10 +149,10 @@ def draw(timings: Sequence[Timing], path: str) -> None:
                 timing, x = mine[phase], place + (number - (len(systems) - 1) / 2) * width
                 label = system if phase == COLD else None
                 panel.bar(x, timing.median_ms, width * 0.92, color=color, alpha=0.85, label=label)
-                panel.text(x, timing.median_ms * 1.06, f"{timing.median_ms:,.0f}", ha="center", fontsize=8)
+                panel.text(x, max(timing.ttft_ms) * 1.08, f"{timing.median_ms:,.0f}", ha="center", fontsize=8)
                 panel.plot([x] * len(timing.ttft_ms), timing.ttft_ms, ".", color="#20242a", markersize=3, alpha=0.6)
         panel.set_yscale("log")
-        panel.set_xticks(range(len(PHASES)), [phase.replace("_", "\n", 1).replace("_", " ") for phase in PHASES])
+        panel.set_xticks(range(len(PHASES)), [LABELS[phase].replace(", ", "\n") for phase in PHASES])
         panel.set_title(f"{shape.input_tokens} in, {shape.output_tokens} out, {shape.concurrency} at once", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.25)
