@@ -104,6 +104,9 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         raise InvalidArgumentError(
             "prefix_caching_hash_algo", f"{algorithm!r} is not cryptographic; allowed: {allowed}"
         )
+    stages, layers = parallel.pipeline_parallel_size, vllm_config.model_config.get_total_num_hidden_layers()
+    if layers % stages:
+        raise InvalidArgumentError("pipeline_parallel_size", f"must divide the {layers} layers, {stages} does not")
     heads, tp = total_kv_heads(vllm_config.model_config), parallel.tensor_parallel_size
     for group in kv_cache_config.kv_cache_groups if tp > 1 else ():
         spec = group.kv_cache_spec

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _spread(name: str, width: float) -> float:
     """Return the standard deviation of a parameter's weights."""
     if name.endswith("bias"):
         return 0.1
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or "lm_head" in name:
         return 0.3
     if "q_proj" in name or "k_proj" in name:
         return math.sqrt(3.0 / width)
@@ -82,16 +83,25 @@ def _spread(name: str, width: float) -> float:
 
 def make_model(directory: Path, kind: str = "tiny", seed: int = 0) -> Path:
     """Write a checkpoint in bfloat16 and its tokenizer; return the directory. Raises ValueError for another kind."""
+    return write_model(directory, _config(kind), seed)
+
+
+def write_model(
+    directory: Path, config: Any, seed: int = 0, tune: Callable[[str, torch.Tensor], None] | None = None
+) -> Path:
+    """Write a checkpoint of the configuration's architecture; ``tune`` may change each parameter, given its name."""
     directory.mkdir(parents=True, exist_ok=True)
     make_tokenizer(directory)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(kind), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, _spread(name, float(parameter.shape[-1])))
+            if tune is not None:
+                tune(name, parameter)
     model.to(torch.bfloat16).save_pretrained(directory, safe_serialization=True)
     return directory
 

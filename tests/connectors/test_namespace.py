@@ -85,9 +85,12 @@ WIDE_SPEC = type("FullAttentionSpec", (), {"block_size": 16, "num_kv_heads": 8})
 
 
 def configuration(specs: list[Any], algorithm: str = "sha256", **parallel: int) -> tuple[Any, Any]:
-    ones = dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"), 1)
+    kinds = ("decode_context", "prefill_context", "tensor", "pipeline")
+    ones = {f"{kind}_parallel_size": 1 for kind in kinds}
     cache = SimpleNamespace(prefix_caching_hash_algo=algorithm, calculate_kv_scales=False)
-    model = SimpleNamespace(use_mla=False, get_total_num_kv_heads=lambda: 8)
+    model = SimpleNamespace(
+        use_mla=False, get_total_num_kv_heads=lambda: 8, get_total_num_hidden_layers=lambda: 61
+    )
     vllm_config = SimpleNamespace(
         parallel_config=SimpleNamespace(**ones | parallel), cache_config=cache, model_config=model
     )
@@ -105,6 +108,7 @@ def test_supported_model_passes() -> None:
     [
         (configuration([FULL_SPEC], algorithm="xxhash"), "'xxhash' is not cryptographic"),
         (configuration([FULL_SPEC], decode_context_parallel_size=2), "decode_context_parallel_size: must be 1"),
+        (configuration([FULL_SPEC], pipeline_parallel_size=2), "pipeline_parallel_size: must divide the 61 layers"),
         (
             configuration([FULL_SPEC, WIDE_SPEC], tensor_parallel_size=2),
             "tensor_parallel_size: must be 1 .* a rank has 8 of layers.1, and 4 of most",

@@ -146,3 +146,17 @@ def test_reports_of_ranks_add_up() -> None:
     """Saves are counted per rank; a load is as good as its worst rank."""
     one, two = WorkerMeta({1: 1, 2: 1}, {"a": 3}), WorkerMeta({1: 1}, {"a": 2, "b": 1})
     assert one.aggregate(two) == WorkerMeta({1: 2, 2: 1}, {"a": 2, "b": 1})
+
+
+def test_block_counts_only_with_the_shards_of_all_stages() -> None:
+    """Each stage of a pipeline stores its own layers; one stage alone is no hit."""
+    space = Namespace(model="demo", layers=4, layer_groups=2)
+    first, second = (Harness(Place(stage)) for stage in range(2))
+    pool = MemoryClient(first.pool)
+    for rank, found in ((first, 0), (second, 2)):
+        rank.side._client._inner._pool = first.pool
+        rank.side.start_saves(StepMeta(saves=[SaveJob(1, [Part(space, keys(1, 2), [0, 1])])]))
+        rank.collect(saves=1)
+        assert pool.lookup(space, keys(1, 2)).prefix == found
+        rank.side.close()
+    pool.close()

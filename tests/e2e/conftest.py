@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(home: Path) -> Path:
     """Return a tiny checkpoint whose answers depend on the whole prompt."""
-    from tests.e2e.make_model import make_model
+    from kvpool_vllm.random_model import make_model
 
     return make_model(home / "tiny-model")
 
