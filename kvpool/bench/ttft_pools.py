@@ -18,6 +18,9 @@ from kvpool.errors import InvalidArgumentError
 from kvpool.server.launch import Children, free_port, join_address
 
 STORED_S = 30.0
+QUIET_S = 0.5
+"""When nothing more was stored for so long, background saves have ended."""
+
 START_S = 30.0
 ASK_S = 5.0
 POLL_S = 0.05
@@ -34,12 +37,26 @@ class Stored:
         self._seen = count()
 
     def __call__(self, blocks: int) -> str:
-        """Wait for so many more than at the last call; return what to warn of, or an empty text."""
+        """Wait for so many more than at the last call; return what to warn of, or an empty text.
+
+        For 0 of them wait until nothing more is stored.
+        """
         wanted, deadline = self._seen + blocks, time.monotonic() + STORED_S
+        if not blocks:
+            self._wait_quiet(deadline)
+            return ""
         while (stored := self._count()) < wanted and time.monotonic() < deadline:
             time.sleep(POLL_S)
         missing, self._seen = max(0, wanted - stored), stored
         return f"{missing} of {blocks} blocks were not stored within {STORED_S:.0f} s" if missing else ""
+
+    def _wait_quiet(self, deadline: float) -> None:
+        changed = time.monotonic()
+        while changed + QUIET_S > time.monotonic() < deadline:
+            stored = self._count()
+            if stored != self._seen:
+                self._seen, changed = stored, time.monotonic()
+            time.sleep(POLL_S)
 
 
 def blocks_added(pool: BenchPool) -> int:

@@ -357,12 +357,23 @@ def test_a_cache_is_reset_where_that_is_offered(engines):
 
 def test_stored_waits_for_what_was_begun(monkeypatch):
     """Not for more than is new since the last call, and not for ever."""
-    counts = iter([5, 5, 7, 9, 9, 9, 9])
+    counts = iter([5, 5, 7, 9])
+    last = [0]
+
+    def count():
+        last[0] = next(counts, last[0])
+        return last[0]
+
     monkeypatch.setattr(ttft_pools, "POLL_S", 0)
-    stored = ttft_pools.Stored(lambda: next(counts))
+    stored = ttft_pools.Stored(count)
     assert stored(4) == ""
+    counts = iter([10, 12])
+    monkeypatch.setattr(ttft_pools, "QUIET_S", 0.02)
+    assert stored(0) == ""
+    assert last == [12]  # saves that nobody counted on have come to rest
+    counts = iter([13])
     monkeypatch.setattr(ttft_pools, "STORED_S", 0)
-    assert "3 of 3 blocks" in stored(3)
+    assert "2 of 3 blocks" in stored(3)
 
 
 # ---- pairs ----
