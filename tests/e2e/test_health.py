@@ -108,29 +108,41 @@ def test_metrics_and_events_of_a_miss_and_a_hit(
     assert removed.block_hashes == stored[0].block_hashes[:1]
 
 
-def test_what_the_engine_holds_is_reported(engine: Engine, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_engine_holds_is_shown_by_the_master(
+    engine: Engine, pool: Pool, prompts: Prompts, published: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys come when blocks are cached, and go with the cache; vLLM's publisher gets its events all the same."""
-    recorder = Recorder()
-    engine.vllm_scheduler.kv_event_publisher = recorder
-    held: set[bytes] = set()
+    told: list[bytes] = []
     client = engine.scheduler.watch.residency._client
+    report = client.report_residency
 
-    def report(namespace: Any, added: bytes = b"", removed: bytes = b"", cleared: bool = False) -> None:
-        assert [namespace] == engine.scheduler._namespaces
-        if cleared:
-            held.clear()
-        held.difference_update(removed[i : i + 16] for i in range(0, len(removed), 16))
-        held.update(added[i : i + 16] for i in range(0, len(added), 16))
+    def listen(namespace: Any, added: bytes = b"", removed: bytes = b"", cleared: bool = False) -> None:
+        told.extend(added[i : i + 16] for i in range(0, len(added), 16))
+        report(namespace, added, removed, cleared)
 
-    monkeypatch.setattr(client, "report_residency", report)
+    def shown() -> int:
+        """Return how many of the keys told the master shows as the engine's own."""
+        digest = engine.scheduler._namespaces[0].digest.hex()
+        keys = ",".join(key.hex() for key in told)
+        answer = pool.control("lookup", "--namespace", digest, "--hashes", keys)  # None where the pool has nothing
+        residents = answer["residents"] if answer else []
+        return sum(part["blocks"] for one in residents if one["tier"] == "hbm" for part in one["ranges"])
+
+    def wait_shown(blocks: int) -> None:
+        deadline = time.monotonic() + 30
+        while (found := shown()) != blocks:
+            assert time.monotonic() < deadline, f"the master shows {found} of {blocks} blocks"
+
+    monkeypatch.setattr(client, "report_residency", listen)
     engine.forget()
     engine.generate(prompts.random(PROMPT), 1)
-    assert len(held) == BLOCKS
-    assert recorder.of("AllBlocksCleared")
-    assert sum(len(e.block_hashes) for e in recorder.of("BlockStored", "GPU")) == BLOCKS
+    assert len(told) == BLOCKS
+    assert published.of("AllBlocksCleared")
+    assert sum(len(event.block_hashes) for event in published.of("BlockStored", "GPU")) == BLOCKS
+    wait_shown(BLOCKS)
     engine.forget()
     engine.generate(prompts.random(BLOCK_TOKENS + 1), 1)
-    assert len(held) == 1
+    wait_shown(1)
 
 
 def test_engine_goes_on_beside_a_node_that_hangs(engine: Engine, pool: Pool, prompts: Prompts) -> None:
