@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,3 +161,29 @@ def test_block_counts_only_with_the_shards_of_all_stages() -> None:
         assert pool.lookup(space, keys(1, 2)).prefix == found
         rank.side.close()
     pool.close()
+
+
+def test_groups_have_memories_of_their_own() -> None:
+    """Each part of a job is for its group's tensors; a load that lacks a block of any group fails whole."""
+    harness = Harness()
+    window, other = Memory(), Namespace(model="demo", layers=2, kv_group="window")
+    window.bytes[:] = 255 - window.bytes
+    harness.side.attach([harness.memory, window], FACTS)  # type: ignore[list-item]
+    parts = [Part(NAMESPACE, keys(1, 2), [0, 1]), Part(other, keys(2), [5], group=1)]
+    kept = harness.memory.bytes[:2].copy(), window.bytes[5].copy()
+    harness.side.start_saves(StepMeta(saves=[SaveJob(1, parts)]))
+    harness.collect(saves=1)
+    target = [replace(parts[0], block_ids=[6, 7]), replace(parts[1], block_ids=[0])]
+    harness.side.start_loads(StepMeta(loads=[LoadJob("a", target, whole=True)]))
+    assert harness.collect(loads=1)[2].loaded == {"a": 3}
+    assert (harness.memory.bytes[6:] == kept[0]).all()
+    assert (window.bytes[0] == kept[1]).all()
+    harness.pool.shards.pop((other.digest, keys(2), 0))
+    harness.side.start_loads(StepMeta(loads=[LoadJob("b", target, whole=True)]))
+    finished: set[str] = set()
+    while not finished:
+        harness.side.wait_for_progress()
+        finished, failed = harness.side.finished_loads(())
+    assert (finished, failed) == ({"b"}, {"b"})
+    assert harness.side.failed_blocks() == set(), "block numbers say nothing where there are two groups"
+    harness.side.close()
