@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ class Answer:
     """The least distance, over all tokens, of the best from the second best log probability."""
     cached: int
     """Prompt tokens that were not computed."""
+    margins: list[float] = field(default_factory=list)
+    """Of each token."""
+
+    def sure_tokens(self, margin: float) -> list[int]:
+        """Return the tokens before the first one that another came this close to."""
+        unsure = next((i for i, seen in enumerate(self.margins) if seen < margin), len(self.margins))
+        return self.tokens[:unsure]
 
 
 def _ours(connector: Any) -> list[Any]:
@@ -137,7 +144,7 @@ class Engine:
         for chosen, step in zip(best.token_ids, best.logprobs, strict=True):
             others = [logprob.logprob for token, logprob in step.items() if token != chosen]
             margins.append(step[chosen].logprob - max(others))
-        return Answer(list(best.token_ids), min(margins), output.num_cached_tokens or 0)
+        return Answer(list(best.token_ids), min(margins), output.num_cached_tokens or 0, margins)
 
     def abort(self, request_id: str) -> None:
         """Abort as a client that hangs up does."""
