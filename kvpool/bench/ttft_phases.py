@@ -30,6 +30,9 @@ SHARE_MIN = 0.95
 
 BLOCK_TOKENS_UNKNOWN = 16
 
+WAKE_TOKENS = 256
+"""Of the prompts that wake an engine which has stood idle: enough to go through all of its weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -125,11 +128,18 @@ class Phases:
                 self._send(run, server, data)
         self._stored(run, 0)
 
+    def _wake(self, run: _Run, server: Server) -> None:
+        """Have an engine that stood idle for minutes compute something: what it lost meanwhile is not the pool's."""
+        tokens = min(run.shape.input_tokens, WAKE_TOKENS)
+        self._send(run, server, self._prompts.distinct(run.shape.concurrency, tokens))
+
     def _phase(self, run: _Run, phase: str) -> None:
         system = run.system
         server = system.second if phase == OTHER else system.first
         if server is None or (phase == LOCAL and not self._evict(run)):
             return
+        if phase == OTHER:
+            self._wake(run, server)
         before = server.metrics()
         load = self._send(run, server, run.prompts)
         share = hit_share(phase, run.shape, load, before, server.metrics())
