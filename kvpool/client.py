@@ -7,6 +7,7 @@ over TCP. Every wait has a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -292,11 +293,12 @@ class Client:
             raise UnavailableError("no node on this host, and no master to name another")
         peer, until = self._placed
         if time.monotonic() > until:
-            self._placed = (None, time.monotonic() + PLACED_S)  # no answer counts for a while too
-            address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
-            # Our own node, of which we have just lost hold, would be no quicker by another way.
-            peer = self._peers.at(address) if address is not None and address.node_id != self._own_id else None
-            self._placed = (peer, time.monotonic() + PLACED_S)
+            self._placed = (peer, time.monotonic() + PLACED_S)  # whoever comes meanwhile does not ask again
+            with contextlib.suppress(UnavailableError):  # the master is away: the node that it named last will do
+                address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
+                # Our own node, of which we have just lost hold, would be no quicker by another way.
+                peer = self._peers.at(address) if address is not None and address.node_id != self._own_id else None
+                self._placed = (peer, time.monotonic() + PLACED_S)
         if peer is None:
             raise UnavailableError("the master names no node that answers")
         return peer.put(space, keys, blocks, shard, timeout_s)

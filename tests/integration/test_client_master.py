@@ -1,8 +1,10 @@
 """The client's way to the master where only the gRPC port is open."""
 
 import socket
+import time
 
 from kvpool import Client, Namespace, client_master
+from tests.integration.pool import chain_of, wait_for
 
 
 def test_lookups_fall_back_to_grpc(pool, monkeypatch):
@@ -19,3 +21,18 @@ def test_lookups_fall_back_to_grpc(pool, monkeypatch):
             answer = client.lookup(Namespace("grpc only"), [bytes(16)], lease=True)
             assert answer.reason == "not_stored"
             assert client.renew([12345]) == [12345]
+
+
+def test_puts_go_on_without_the_master(pool):
+    """A client without a node of its own goes on with the node that the master named last."""
+    client = pool.client()
+    space = Namespace("placed before")
+    client.register(space)
+    assert client.put(space, chain_of(1, 2), [bytes(64)] * 2).stored == 2
+    pool.master.kill()
+    wait_for(lambda: client.lookup(space, chain_of(1, 2)).reason == "no_pool", "the client knows")
+    named_until = client._placed[1]
+    wait_for(lambda: time.monotonic() > named_until, "it would ask the master again")
+    for number in (2, 3):  # after asking in vain, and after that
+        assert client.put(space, chain_of(number, 2), [bytes(64)] * 2).stored == 2
+    pool.start_master()
