@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from kvpool.errors import KVPoolError
@@ -60,14 +61,19 @@ class LeaseKeeper:
 
     def _run(self) -> None:
         closed = False
+        renew_at = time.monotonic() + RENEW_EVERY_S
         while not closed:
             with self._changed:
-                timed_out = not self._changed.wait_for(lambda: self._dropped or self._closed, RENEW_EVERY_S)
+                # By the clock, because a busy engine drops some lease at any moment.
+                self._changed.wait_for(lambda: self._dropped or self._closed, max(0.0, renew_at - time.monotonic()))
                 dropped, held, closed = list(self._dropped), list(self._held), self._closed
+            due = time.monotonic() >= renew_at
+            if due:
+                renew_at = time.monotonic() + RENEW_EVERY_S
             try:
                 if dropped:
                     self._client.release(dropped)
-                if timed_out and held:
+                if due and held:
                     self._client.renew(held)
             except KVPoolError as error:  # leases are a preference, and end by themselves
                 logger.debug("leases: %s", error)

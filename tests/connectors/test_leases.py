@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -19,6 +22,7 @@ class Client:
     def __init__(self) -> None:
         self.calls: queue.Queue[tuple[str, list[int]]] = queue.Queue()
         self.fail = False
+        self.on_release: Callable[[], object] = lambda: None
 
     def renew(self, tokens: list[int]) -> list[int]:
         self.calls.put(("renew", sorted(tokens)))
@@ -28,6 +32,7 @@ class Client:
 
     def release(self, tokens: list[int]) -> None:
         self.calls.put(("release", sorted(tokens)))
+        self.on_release()
 
     def next(self) -> tuple[str, list[int]]:
         return self.calls.get(timeout=DEADLINE_S)
@@ -54,6 +59,20 @@ def test_held_leases_are_renewed_until_dropped(client: Client) -> None:
     keeper.close()
     assert len(keeper) == 0
     assert client.calls.empty()
+
+
+def test_leases_are_renewed_beside_a_stream_of_drops(client: Client) -> None:
+    """A busy engine ends some load at any moment; those that wait keep their leases all the same."""
+    keeper = LeaseKeeper(client)  # type: ignore[arg-type]  # stands in for Client
+    client.on_release = lambda: (keeper.hold(8), keeper.drop(8))  # there is always one more to release
+    keeper.hold(7)
+    keeper.hold(8)
+    keeper.drop(8)
+    calls = iter(client.next, None)
+    deadline = time.monotonic() + DEADLINE_S
+    assert any("renew" in call[0] for call in itertools.takewhile(lambda _: time.monotonic() < deadline, calls))
+    client.on_release = lambda: None
+    keeper.close()
 
 
 def test_master_that_is_away_ends_nothing(client: Client) -> None:
