@@ -144,6 +144,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             "async_scheduling": vllm_config.scheduler_config.async_scheduling,
             "pipeline_parallel_size above 1": vllm_config.parallel_config.pipeline_parallel_size > 1,
             "sliding windows or chunks": not self._groups.prefixes_help,
+            # vLLM leaves these out only for a use_layerwise in the extra config, which it reads itself.
+            "graphs of whole models": self._settings.use_layerwise
+            and vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
         }
         reasons = [name for name, there in late.items() if there]
         if reasons:
