@@ -199,8 +199,8 @@ class ConnectorSettings(ClientSettings):
     report_residency: bool = setting(
         False, BOOL, "Tell the master what the engine's own cache holds, even where the engine's KV events are off."
     )
-    breaker_failures: int = setting(3, count(1, 1000), "Failures in a row after which a node or tier is left alone.")
-    breaker_probe_interval: int = setting("1s", DURATION, "How often a node or tier that is left alone is tried again.")
+    breaker_failures: int = setting(3, count(1, 1000), "Failures in a row after which a node or master is left alone.")
+    breaker_probe_interval: int = setting("1s", DURATION, "How often who is left alone is tried again.")
     client_factory: str = setting(
         "kvpool_vllm.settings:make_client", TEXT, "MODULE:FUNCTION that makes the client; tests inject a faulty one."
     )

@@ -194,8 +194,6 @@ class WorkerSide:
             results = [self._store(part) for part in self._own_parts(job)]
             for result in results:
                 self.counters["save.stored"] += result.stored
-                self.counters["save.existed"] += result.existed
-                self.counters["save.failed"] += result.failed
             stored = not any(result.failed for result in results)
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
             self._say_once("save.errors", "a save failed, its blocks are not stored")
