@@ -77,5 +77,7 @@ class LeaseKeeper:
                     self._client.renew(held)
             except KVPoolError as error:  # leases are a preference, and end by themselves
                 logger.debug("leases: %s", error)
+            except Exception:  # whatever it was, the thread must live: nobody else renews
+                logger.exception("leases")
             with self._changed:
                 del self._dropped[: len(dropped)]

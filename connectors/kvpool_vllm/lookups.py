@@ -89,7 +89,11 @@ class Lookups:
     def ask(self, namespace: Namespace, chain: list[bytes], known: int, also: Sequence[Also] = ()) -> Ask:
         """Ask; ``chain`` must not change any more. ``also``: the other groups of a hybrid model."""
         started = time.monotonic()
-        pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True, also=also)
+        try:
+            pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True, also=also)
+        except RuntimeError as error:  # no thread can be started, or the client is closed: settle makes it a miss
+            pending = Future()
+            pending.set_exception(error)
         self._left_s -= time.monotonic() - started
         self._counters["lookup.asked"] += 1
         return Ask(known, pending, started + self._give_up_s)

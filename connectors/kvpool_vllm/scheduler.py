@@ -213,7 +213,9 @@ class SchedulerSide:
                 if stored is not None:
                     self.watch.saved(job_id, stored=stored)
             for request_id, arrived in meta.loaded.items():
-                state = self._requests[request_id]
+                state = self._requests.get(request_id)
+                if state is None:
+                    continue
                 state.arrived = arrived if state.arrived is None else min(arrived, state.arrived)
                 if state.job is not None and state.job.sync:  # all ranks report it with the step
                     self._end_load(state, state.job)

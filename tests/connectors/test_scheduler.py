@@ -201,6 +201,20 @@ def test_lookup_that_fails_is_a_miss(harness: Harness) -> None:
     assert harness.faults.lookups == 1
 
 
+def test_lookup_that_cannot_be_asked_is_a_miss(harness: Harness) -> None:
+    """A client that is closed, or can start no thread, raises at once: no exception reaches the engine."""
+    harness.client.close()
+    harness.side._lookups._client._threads.shutdown()  # type: ignore[attr-defined]  # the faulty client's own
+    assert harness.matched(request_of("a", 12)) == (0, False)
+    assert harness.side.counters["lookup.errors"] == 1
+
+
+def test_report_about_nobody_is_passed_over(harness: Harness) -> None:
+    """A worker may report a load of which the scheduler knows nothing (any more)."""
+    harness.side.worker_report(WorkerMeta(loaded={"stranger": 3}), ["stranger"])
+    assert harness.side.leases == 0
+
+
 def test_engine_that_lost_blocks_asks_again(harness: Harness) -> None:
     """An answer that took blocks of the engine for granted does not outlive them."""
     request = request_of("a", 12)
