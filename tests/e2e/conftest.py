@@ -55,7 +55,7 @@ def model(home: Path) -> Path:
     return make_model(home / "tiny-model")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one at a time: vLLM keeps a process's worker connector in a global
 def memory_engine(model: Path) -> Iterator[Engine]:
     """Return the engine of this process, on a pool in this process that fails on command."""
     engine = Engine(model, MEMORY_CLIENT)
@@ -99,11 +99,12 @@ def free_port() -> int:
 class Pool:
     """A master and one node as processes of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, segment_size: str = "256MB") -> None:
         self._folder = folder
+        self._segment_size = segment_size
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("KVPOOL_")}
         self.address = f"127.0.0.1:{free_port()}"
-        self._master = self._start("master", "--port", self.address.rpartition(":")[2])
+        self.master = self._start("master", "--port", self.address.rpartition(":")[2])
         self.node = self._start_node()
 
     def _start(self, component: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -117,7 +118,8 @@ class Pool:
 
     def _start_node(self) -> subprocess.Popen[bytes]:
         socket_path = str(self._folder / "node.sock")
-        node = self._start("node", "--master", self.address, "--segment_size", "256MB", "--socket_path", socket_path)
+        segment = ("--segment_size", self._segment_size, "--socket_path", socket_path)
+        node = self._start("node", "--master", self.address, *segment)
         self._wait_ready(node)
         return node
 
@@ -161,7 +163,7 @@ class Pool:
         self.node = self._start_node()
 
     def close(self) -> None:
-        for process in (self.node, self._master):
+        for process in (self.node, self.master):
             process.terminate()
             try:
                 process.wait(10)

@@ -102,14 +102,15 @@ class Engine:
 
         self.vllm_scheduler._preempt_request = counted
 
-    def submit(self, prompt: list[int], tokens: int = 8) -> str:
-        """Add a request; nothing runs until somebody steps."""
+    def submit(self, prompt: list[int], tokens: int = 8, salt: str | None = None) -> str:
+        """Add a request; nothing runs until somebody steps. A salt of its own makes it share no block."""
         from vllm import SamplingParams
 
         self._count += 1
         parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True)
         request_id = f"test-{self._count}"
-        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, parameters)
+        salted = {"cache_salt": salt} if salt else {}
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt, **salted}, parameters)
         return request_id
 
     def step_until(self, condition: Callable[[], bool]) -> dict[str, Any]:
@@ -126,6 +127,31 @@ class Engine:
     def drain(self) -> dict[str, Any]:
         """Step until nothing is left to do, saves included."""
         return self.step_until(lambda: not self.vllm_scheduler.has_requests())
+
+    def mixed(self, requests: list[dict[str, Any]], at_once: int) -> list[Answer | None]:
+        """Answer requests (prompt, tokens, salt, abort_after: steps until its client hangs up), some at once.
+
+        None where a request was aborted before its end.
+        """
+        ids: list[str] = []
+        due: dict[str, int] = {}
+        outputs: dict[str, Any] = {}
+        deadline = time.monotonic() + DEADLINE_S
+        while len(ids) < len(requests) or self.vllm_scheduler.has_requests():
+            assert time.monotonic() < deadline, f"answered {len(outputs)} of {len(requests)}: {self.counters()}"
+            while len(ids) < len(requests) and self.llm.llm_engine.get_num_unfinished_requests() < at_once:
+                one = requests[len(ids)]
+                ids.append(self.submit(one["prompt"], one["tokens"], one.get("salt")))
+                if "abort_after" in one:
+                    due[ids[-1]] = one["abort_after"]
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    outputs[output.request_id] = output
+            due = {request_id: steps - 1 for request_id, steps in due.items()}
+            for request_id in [request_id for request_id, steps in due.items() if steps <= 0]:
+                del due[request_id]
+                self.abort(request_id)
+        return [self._answer(outputs[request_id]) if request_id in outputs else None for request_id in ids]
 
     def generate_all(self, prompts: list[list[int]], tokens: int = 8) -> list[Answer]:
         """Answer several prompts at once, and drain."""
@@ -239,6 +265,8 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
             return _generate_partly(engine, prompt, request["blocks"]).__dict__
         case "generate_all":
             return [answer.__dict__ for answer in engine.generate_all(request["prompts"], request["tokens"])]
+        case "mixed":
+            return [answer and answer.__dict__ for answer in engine.mixed(request["requests"], request["at_once"])]
         case "abort_during_load":
             return _abort_during_load(engine, prompt)
         case "abort_after_load":
