@@ -11,6 +11,7 @@ whose streams do everything at once: tests run this code on it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import torch
 from kvpool.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -178,32 +179,23 @@ class Copies:
         rows, lane = kv.words(layers), self._in
         _check(block_ids, sources, rows)
         event: Any = None
-        self.enter()
-        # The engine may have made its tensors in inference mode, which only lets itself write to them.
-        with lane.lock, torch.inference_mode():
-            try:
-                ids = lane.indices(block_ids)
-                if after is not None:
-                    lane.kernels.wait_event(after)
-                for start, end in self._parts(len(block_ids), rows):
-                    staging = lane.next()
-                    area = staging.area(end - start, rows)
-                    with lane.module.stream(lane.copying):
-                        if staging.free is not None:
-                            lane.copying.wait_event(staging.free)
-                        for block, pieces in zip(_block_bytes(area), sources[start:end], strict=True):
-                            at = 0
-                            for piece in pieces:
-                                block[at : at + len(piece)].copy_(_host(piece), non_blocking=True)
-                                at += len(piece)
-                    lane.kernels.wait_event(lane.record(lane.copying))
-                    with lane.module.stream(lane.kernels):
-                        for row, words in zip(rows, area.unbind(1), strict=True):
-                            row.index_copy_(0, ids[start:end], words)
-                    staging.free = event = lane.record(lane.kernels)
-            except BaseException:  # whatever it was: nobody may take the memory back while copies use it
-                lane.drain()
-                raise
+        with self._submitting(lane, block_ids, after) as ids:
+            for start, end in self._parts(len(block_ids), rows):
+                staging = lane.next()
+                area = staging.area(end - start, rows)
+                with lane.module.stream(lane.copying):
+                    if staging.free is not None:
+                        lane.copying.wait_event(staging.free)
+                    for block, pieces in zip(_block_bytes(area), sources[start:end], strict=True):
+                        at = 0
+                        for piece in pieces:
+                            block[at : at + len(piece)].copy_(_host(piece), non_blocking=True)
+                            at += len(piece)
+                lane.kernels.wait_event(lane.record(lane.copying))
+                with lane.module.stream(lane.kernels):
+                    for row, words in zip(rows, area.unbind(1), strict=True):
+                        row.index_copy_(0, ids[start:end], words)
+                staging.free = event = lane.record(lane.kernels)
         return Transfer(lane.record(lane.kernels) if event is None else event, (sources, ids))
 
     def store(
@@ -218,6 +210,28 @@ class Copies:
         rows, lane = kv.words(), self._out
         _check(block_ids, targets, rows)
         event: Any = None
+        with self._submitting(lane, block_ids, after) as ids:
+            for start, end in self._parts(len(block_ids), rows):
+                staging = lane.next()
+                area = staging.area(end - start, rows)
+                with lane.module.stream(lane.kernels):
+                    if staging.free is not None:
+                        lane.kernels.wait_event(staging.free)
+                    for row, words in zip(rows, area.unbind(1), strict=True):
+                        torch.index_select(row, 0, ids[start:end], out=words)
+                lane.copying.wait_event(lane.record(lane.kernels))
+                with lane.module.stream(lane.copying):
+                    for block, pieces in zip(_block_bytes(area), targets[start:end], strict=True):
+                        at = 0
+                        for piece in pieces:
+                            _host(piece).copy_(block[at : at + len(piece)], non_blocking=True)
+                            at += len(piece)
+                staging.free = event = lane.record(lane.copying)
+        return Transfer(lane.record(lane.copying) if event is None else event, (targets, ids))
+
+    @contextlib.contextmanager
+    def _submitting(self, lane: _Lane, block_ids: Sequence[int], after: Any) -> Iterator[torch.Tensor]:
+        """Have a lane, behind ``after``, to give it work; yields the blocks' numbers on the device."""
         self.enter()
         # The engine may have made its tensors in inference mode, which only lets itself write to them.
         with lane.lock, torch.inference_mode():
@@ -225,26 +239,10 @@ class Copies:
                 ids = lane.indices(block_ids)
                 if after is not None:
                     lane.kernels.wait_event(after)
-                for start, end in self._parts(len(block_ids), rows):
-                    staging = lane.next()
-                    area = staging.area(end - start, rows)
-                    with lane.module.stream(lane.kernels):
-                        if staging.free is not None:
-                            lane.kernels.wait_event(staging.free)
-                        for row, words in zip(rows, area.unbind(1), strict=True):
-                            torch.index_select(row, 0, ids[start:end], out=words)
-                    lane.copying.wait_event(lane.record(lane.kernels))
-                    with lane.module.stream(lane.copying):
-                        for block, pieces in zip(_block_bytes(area), targets[start:end], strict=True):
-                            at = 0
-                            for piece in pieces:
-                                _host(piece).copy_(block[at : at + len(piece)], non_blocking=True)
-                                at += len(piece)
-                    staging.free = event = lane.record(lane.copying)
-            except BaseException:  # as in load
+                yield ids
+            except BaseException:  # whatever it was: nobody may take the memory back while copies use it
                 lane.drain()
                 raise
-        return Transfer(lane.record(lane.copying) if event is None else event, (targets, ids))
 
     def close(self) -> None:
         """Wait for what is under way."""
