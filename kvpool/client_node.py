@@ -7,7 +7,7 @@ import logging
 import secrets
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from kvpool.client_bytes import (
     unpack_digests,
 )
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
-from kvpool.model import DIGEST_BYTES, Namespace
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
@@ -83,27 +83,19 @@ class LocalNode:
         self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, copies: CopyThreads, timeout_s: float
     ) -> dict[str, int]:
         """Store one shard of each block; returns counts of stored, existed, being_written, no_room."""
-        reserve = node_pb2.Reserve(
-            namespace=namespace.digest,
-            shards=[shard],
-            shard_bytes=blocks.shard_bytes,
-            layers=blocks.layers,
-            writer=self.writer,
-        )
         timeout_s = min(timeout_s, CONTROL_S)
         digests: list[list[int]] | None = None
+
+        def hash_early() -> None:
+            nonlocal digests
+            # More than this would have left the cache before it is copied.
+            if len(blocks) * blocks.shard_bytes <= HASH_FIRST_BYTES_MAX:
+                digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
+
         with self._writes(), self._channel(timeout_s) as channel:
-            try:
-                request = NodeFrame(reserve=reserve)
-                channel.start(request, keys, timeout_s=timeout_s)
-                if len(blocks) * blocks.shard_bytes <= HASH_FIRST_BYTES_MAX:
-                    # While the node looks for room. More than this would have left the cache before it is copied.
-                    digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
-                reply, payload = channel.finish(request, NodeFrameReply)
-            except UnknownNamespaceError:
-                self._register(channel, namespace, timeout_s)
-                reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
-            offsets = self._places(payload, len(blocks), 1, blocks.shard_bytes)
+            reservation, offsets = self._reserve(
+                channel, namespace, keys, shard, (blocks.shard_bytes, blocks.layers), timeout_s, hash_early
+            )
             counts = {
                 "existed": offsets.count(STORED),
                 "being_written": offsets.count(BEING_WRITTEN),
@@ -111,13 +103,40 @@ class LocalNode:
             }
             items = [(i, offset) for i, offset in enumerate(offsets) if offset >= 0]
             if items:
-                reservation = reply.reserved.reservation
                 digests = self._copy_in(items, blocks, digests, copies)
                 checksums = pack_digests([digest for i, _ in items for digest in digests[i]])
                 commit = node_pb2.Commit(reservation=reservation)
                 reply, _ = channel.call(NodeFrame(commit=commit), NodeFrameReply, checksums, timeout_s=timeout_s)
                 counts["stored"] = reply.committed.stored
         return counts
+
+    def _reserve(
+        self,
+        channel: Channel,
+        namespace: Namespace,
+        keys: bytes,
+        shard: int,
+        shape: tuple[int, int],
+        timeout_s: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> tuple[int, tuple[int, ...]]:
+        """Reserve slots of ``shape`` (bytes, layers); returns (reservation, offsets, below 0 as ``STORED`` and so on).
+
+        ``meanwhile`` is called while the node looks for room.
+        """
+        shard_bytes, layers = shape
+        reserve = node_pb2.Reserve(
+            namespace=namespace.digest, shards=[shard], shard_bytes=shard_bytes, layers=layers, writer=self.writer
+        )
+        request = NodeFrame(reserve=reserve)
+        try:
+            channel.start(request, keys, timeout_s=timeout_s)
+            meanwhile()
+            reply, payload = channel.finish(request, NodeFrameReply)
+        except UnknownNamespaceError:
+            self._register(channel, namespace, timeout_s)
+            reply, payload = channel.call(request, NodeFrameReply, keys, timeout_s=timeout_s)
+        return reply.reserved.reservation, self._places(payload, len(keys) // KEY_BYTES, 1, shard_bytes)
 
     def _copy_in(
         self,

@@ -24,7 +24,6 @@ from kvpool.errors import (
     KVPoolError,
     TooLargeError,
     UnavailableError,
-    UnknownNamespaceError,
 )
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import node_pb2
@@ -237,21 +236,11 @@ def _reserve(
 ) -> None:
     held.enter_context(node._writes())
     channel = held.enter_context(node._channel(CONTROL_S))
-    reserve = node_pb2.Reserve(
-        namespace=namespace.digest,
-        shards=[shard],
-        shard_bytes=lent.shard_bytes,
-        layers=lent.layers,
-        writer=node.writer,
+    reservation, offsets = node._reserve(
+        channel, namespace, keys, shard, (lent.shard_bytes, lent.layers), CONTROL_S
     )
-    try:
-        reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=CONTROL_S)
-    except UnknownNamespaceError:
-        node._register(channel, namespace, CONTROL_S)
-        reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=CONTROL_S)
-    lent.channel, lent.reservation = channel, reply.reserved.reservation
+    lent.channel, lent.reservation = channel, reservation
     held.callback(_abort, lent)
-    offsets = node._places(payload, lent.blocks, 1, lent.shard_bytes)
     lent.memory = node._memory
     lent.slots = {
         number: node._memory[at : at + lent.shard_bytes] for number, at in enumerate(offsets) if at >= 0
