@@ -24,8 +24,10 @@ from kvpool.config_kinds import (
     ADDRESS,
     BOOL,
     DURATION,
+    GIGABYTES,
     HOST,
     LOG_LEVEL,
+    MAPPING,
     MODE,
     PATH,
     PORT,
@@ -33,6 +35,7 @@ from kvpool.config_kinds import (
     SIZE,
     SOCKET_PATH,
     TEXT,
+    TEXTS,
     TOKENS,
     Kind,
     choice,
@@ -44,8 +47,8 @@ from kvpool.errors import ConfigError, InvalidArgumentError
 __all__ = [
     "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED", "MOONCAKE_TO_KVPOOL",
     "TEXT", "ClientSettings", "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "Settings",
-    "boot_id", "default_socket_path", "foreign_environment", "from_mooncake", "load", "no_such_setting", "read_file",
-    "runtime_dir", "setting", "split_address",
+    "boot_id", "default_socket_path", "foreign_environment", "from_mooncake", "is_url", "load", "no_such_setting",
+    "read_file", "runtime_dir", "setting", "split_address",
 ]  # fmt: skip
 
 ENV_PREFIX = "KVPOOL_"
@@ -121,6 +124,8 @@ class MasterSettings(Settings):
     metrics_port: int = setting(0, PORT, "Serve Prometheus metrics on this port; 0 is off.")
     data_dir: str | None = setting(None, PATH, "Keep namespace descriptors here; without it they live in memory.")
     insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
+    storage_high_watermark_ratio: float = setting(0.95, RATIO, "Remove files when a backend is fuller than this.")
+    storage_eviction_ratio: float = setting(0.05, RATIO, "Share of a backend's bytes to free in one go.")
     max_blocks: int = setting(16777216, count(1, 1 << 30), "Blocks the index may hold.")
     log_level: str = setting("info", LOG_LEVEL, "What to log.")
 
@@ -152,10 +157,64 @@ class NodeSettings(Settings):
     node_id: str | None = setting(None, TEXT, "Stable name of this node.", shown="kept from start to start")
     metrics_port: int = setting(0, PORT, "Serve Prometheus metrics on this port; 0 is off.")
     data_dir: str | None = setting(None, PATH, "Directory for what outlives the process.")
+    pipeline: str | None = setting(
+        None,
+        choice("Cache", "Cache|Posix", "Cache|Object", "Posix", "Object"),
+        "Tiers behind this node, in order; without Cache, memory is only a buffer.",
+        shown="Cache, with storage_backends Cache|Posix or Cache|Object",
+    )
+    storage_backends: tuple[str, ...] | None = setting(
+        None, TEXTS, "Directories shared with other nodes, or fsspec URLs such as s3://bucket/pool."
+    )
+    storage_options: Mapping[str, Any] | None = setting(
+        None, MAPPING, "Options of an fsspec backend: key, secret, endpoint_url, ..."
+    )
+    storage_capacity: int | None = setting(
+        None, SIZE, "Bytes of files in each backend; the first node's word is kept in the backend.",
+        shown="90 % of what is free",
+    )  # fmt: skip
+    storage_write_policy: str = setting(
+        "write_through",
+        choice("write_through", "write_through_selective"),
+        "Write every block behind, or only what is used a second time.",
+    )
+    storage_queue_size: int = setting("1GB", SIZE, "Bytes that may wait to be written; what comes more is not written.")
+    storage_threads: int = setting(4, count(1, 64), "Threads that read and write files, for each backend.")
+    storage_direct: str = setting("auto", choice("auto", "off"), "O_DIRECT where the filesystem can, or never.")
+    storage_fsync: str = setting(
+        "off", choice("off", "data", "full"), "Await the disk for nothing, for each file's data, or for its name too."
+    )
+    storage_timeout: int = setting("2s", DURATION, "A backend that keeps a read or write waiting this long is down.")
+    cache_buffer_capacity_gb: float | None = setting(
+        None, GIGABYTES, "Another name for segment_size, in GiB.", shown="segment_size"
+    )
     lock_memory: bool = setting(True, BOOL, "Lock the segment in memory where the limits allow it.")
     insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
     connections_max: int = setting(256, count(1, 65536), "Connections at once.")
     log_level: str = setting("info", LOG_LEVEL, "What to log.")
+
+    def _check(self) -> None:
+        """Fill in what follows from other settings."""
+        if self.cache_buffer_capacity_gb is not None:
+            object.__setattr__(self, "segment_size", round(self.cache_buffer_capacity_gb * (1 << 30)))
+        if self.pipeline is None:
+            object.__setattr__(self, "pipeline", _default_pipeline(self.storage_backends or ()))
+        if (self.pipeline == "Cache") == bool(self.storage_backends):
+            needed = "must be left out" if self.storage_backends else "must be given"
+            raise ConfigError("storage_backends", f'{needed} with pipeline "{self.pipeline}"')
+        if "Object" not in str(self.pipeline) and self.storage_options:
+            raise ConfigError("storage_options", f'means nothing with pipeline "{self.pipeline}"')
+
+
+def _default_pipeline(backends: Iterable[str]) -> str:
+    if not backends:
+        return "Cache"
+    return "Cache|Object" if any(is_url(backend) for backend in backends) else "Cache|Posix"
+
+
+def is_url(backend: str) -> bool:
+    """Return whether a storage backend is an fsspec URL; ``file://`` is one, a directory is not."""
+    return "://" in backend
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Callable
@@ -123,14 +124,46 @@ def _parse_mode(value: Any, name: str) -> int:
 
 def choice(*words: str) -> Kind:
     """Return the kind of one word out of some."""
+    spelled = {word.lower(): word for word in words}
 
     def parse(value: Any, name: str) -> str:
-        word = str(value).strip().lower()
-        if word not in words:
+        word = spelled.get(str(value).strip().lower())
+        if word is None:
             raise _refuse(name, value, " or ".join(words))
         return word
 
     return Kind("|".join(words), parse)
+
+
+def _parse_gigabytes(value: Any, name: str) -> float:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number <= 1 << 20:  # refuses nan too
+        raise _refuse(name, value, "a number of GiB, for example 64 or 0.5")
+    return number
+
+
+def _parse_texts(value: Any, name: str) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= 64:
+        raise _refuse(name, value, "1 to 64 names, with commas between them or as a list")
+    texts = tuple(_parse_text(part, name) for part in parts)
+    if len(set(texts)) < len(texts):
+        raise _refuse(name, value, "names that differ")
+    return texts
+
+
+def _parse_mapping(value: Any, name: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InvalidArgumentError(name, "is not allowed; allowed: a JSON object")  # it may hold secrets
+    return value
 
 
 BOOL = Kind("", _parse_bool)
@@ -139,6 +172,9 @@ RATIO = Kind("RATIO", _parse_ratio)
 SIZE = Kind("SIZE", parse_size)
 DURATION = Kind("DURATION", parse_duration_ms)
 TEXT = Kind("TEXT", _parse_text)
+GIGABYTES = Kind("GIB", _parse_gigabytes)
+TEXTS = Kind("A,B,...", _parse_texts)
+MAPPING = Kind("JSON", _parse_mapping)
 HOST = Kind("HOST", _parse_host)
 ADDRESS = Kind("HOST:PORT", _parse_address)
 PATH = Kind("PATH", _parse_path)

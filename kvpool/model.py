@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any
 
 from kvpool.errors import InvalidArgumentError
@@ -32,6 +32,9 @@ LAYERS_MAX = 4096
 
 KEYS_PER_CALL_MAX = 1 << 20
 """Keys one request may carry."""
+
+BACKEND_BYTES = 16
+"""A storage backend's id."""
 
 CHECKSUM_BYTES = 8
 """xxh3-64."""
@@ -125,6 +128,25 @@ class NodeAddress:
     port: int = 0
     socket_path: str = ""
     boot_id: str = ""
+
+
+class BackendState(IntEnum):
+    """What a node can do with a storage backend."""
+
+    UP = 0
+    DOWN = 1
+    READ_ONLY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One shared directory or object store as a node sees it; ``id`` (16 bytes) is kept in the backend itself."""
+
+    id: bytes
+    url: str = ""
+    capacity_bytes: int = 0
+    state: BackendState = BackendState.UP
+    reason: str = ""
 
 
 class Reason(Enum):

@@ -31,6 +31,7 @@ from kvpool.core.messages import (
     Heartbeat,
     Hello,
     Inventory,
+    NodeMessage,
     Probed,
     SendInventory,
     Superseded,
@@ -120,7 +121,7 @@ class MasterState:
             yield self._tick(up)
 
     def _received(
-        self, session: int, message: Hello | Inventory | Delta | Heartbeat | Probed, up: float
+        self, session: int, message: NodeMessage, up: float
     ) -> Iterator[list[Effect]]:
         if isinstance(message, Hello):
             yield self._hello(session, message, up)
@@ -143,7 +144,7 @@ class MasterState:
             yield from self._delta(session, node, message, up, effects)
         elif isinstance(message, Probed):
             yield effects  # its answer is for whoever asked
-        else:
+        elif isinstance(message, Heartbeat):
             node.used_bytes = message.used_bytes
             node.heard_sequence = message.sequence
             yield effects + self._relieve(node, up)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpool.model import KEY_BYTES, Namespace, NodeAddress
+from kvpool.model import KEY_BYTES, Backend, Namespace, NodeAddress
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
     """Blocks of one namespace that share shards and size, in order. ``keys`` has 16 bytes a block.
 
-    ``commanded`` is about removed ones: the master had asked for it; otherwise room was made for a put.
+    ``commanded`` is about removed ones: the master had asked for it; otherwise room was made for a put, or a
+    file was found to be missing or broken. ``backend``: the storage backend that has them as files; empty: memory.
     """
 
     namespace: bytes
@@ -23,6 +24,7 @@ class BlockRun:
     shard_bytes: int
     keys: bytes
     commanded: bool = False
+    backend: bytes = b""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -43,6 +45,7 @@ class Hello:
     sequence: int
     master_epoch: int = 0
     namespaces: tuple[Namespace, ...] = ()
+    backends: tuple[Backend, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,34 @@ class Probed:
 
 BEING_WRITTEN, COMMITTED = 1, 2
 
-NodeMessage = Hello | Inventory | Delta | Heartbeat | Probed
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The node's backends, whenever the state of one has changed."""
+
+    backends: tuple[Backend, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """A piece of what a Scan has found: ``files`` looked at so far, of about ``files_expected`` (0: not known)."""
+
+    backend: bytes
+    last: bool
+    files: int = 0
+    files_expected: int = 0
+    added: tuple[BlockRun, ...] = ()
+    namespaces: tuple[Namespace, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FilesRemoved:
+    """A RemoveFiles is carried out."""
+
+    id: int
+
+
+NodeMessage = Hello | Inventory | Delta | Heartbeat | Probed | Storage | Scanned | FilesRemoved
 
 
 # ---- master to node --------------------------------------------------------------------------------
@@ -141,4 +171,37 @@ class Probe:
     keys: bytes
 
 
-MasterMessage = Welcome | Victims | Evict | Superseded | SendInventory | Ack | Probe
+@dataclass(frozen=True, slots=True)
+class RemoveFiles:
+    """These are no hits any more: remove their files (runs of one shard each), and say FilesRemoved."""
+
+    id: int
+    backend: bytes
+    blocks: tuple[BlockRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The catalog knows nothing of this backend: say what it holds."""
+
+    backend: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StorageLimits:
+    """The backends that are full: write nothing more into them. Replaces what was said before."""
+
+    full: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Blocks that an operator has pinned hard are never evicted from memory, until released."""
+
+    keep: tuple[BlockRun, ...] = ()
+    release: tuple[BlockRun, ...] = ()
+
+
+MasterMessage = (
+    Welcome | Victims | Evict | Superseded | SendInventory | Ack | Probe | RemoveFiles | Scan | StorageLimits | Keep
+)

@@ -40,6 +40,8 @@ class Why(IntEnum):
     NODE_LOST = 5  # not heard of for too long
     NODE_RESTARTED = 6
     NOT_REPORTED = 7  # missing when its node reported everything anew
+    CAPACITY = 8  # its storage backend was over its high watermark
+    FILE_LOST = 9  # its file was missing or broken when somebody read it
 
 
 EVICTIONS = frozenset({Why.MASTER, Why.ROOM, Why.WATERMARK, Why.OPERATOR, Why.INCOMPLETE})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvpool.errors import InvalidArgumentError
-from kvpool.model import SHARDS_MAX, Namespace, NodeAddress, Reason
+from kvpool.model import BACKEND_BYTES, SHARDS_MAX, Backend, BackendState, Namespace, NodeAddress, Reason
 from kvpool.rpc.v1 import master_pb2, types_pb2
 
 _DESCRIPTOR_FIELDS = tuple(f.name for f in dataclasses.fields(Namespace) if f.init)
@@ -21,6 +21,13 @@ REASONS = {
     Reason.MASTER_UNREACHABLE: master_pb2.LookupResponse.MASTER_UNREACHABLE,
 }
 REASON_OF = {wire: reason for reason, wire in REASONS.items()}
+
+
+_STATES = {
+    BackendState.UP: types_pb2.Backend.UP,
+    BackendState.DOWN: types_pb2.Backend.DOWN,
+    BackendState.READ_ONLY: types_pb2.Backend.READ_ONLY,
+}
 
 
 def mask_to_bytes(mask: int) -> bytes:
@@ -67,3 +74,27 @@ def address_from_proto(message: types_pb2.NodeAddress) -> NodeAddress:
     if message.port > 65535:
         raise InvalidArgumentError("port", f"must be from 0 to 65535, not {message.port}")
     return NodeAddress(message.node_id, message.host, message.port, message.socket_path, message.boot_id)
+
+
+def backend_to_proto(backend: Backend) -> types_pb2.Backend:
+    """Return a backend as a message."""
+    return types_pb2.Backend(
+        id=backend.id,
+        url=backend.url,
+        capacity_bytes=backend.capacity_bytes,
+        state=_STATES[backend.state],
+        reason=backend.reason,
+    )
+
+
+def backend_from_proto(message: types_pb2.Backend) -> Backend:
+    """Return a backend. Raises InvalidArgumentError."""
+    if len(message.id) != BACKEND_BYTES:
+        raise InvalidArgumentError("backend.id", f"must be {BACKEND_BYTES} bytes, not {len(message.id)}")
+    if message.capacity_bytes >= 1 << 63:
+        raise InvalidArgumentError("backend.capacity_bytes", "must be below 2**63")
+    try:
+        state = BackendState(message.state)
+    except ValueError as exc:
+        raise InvalidArgumentError("backend.state", "must be UP, DOWN or READ_ONLY") from exc
+    return Backend(message.id, message.url[:1024], message.capacity_bytes, state, message.reason[:1024])

@@ -8,11 +8,13 @@ from kvpool.core import messages as core
 from kvpool.core.lookup import Answer, Group, Query, Rule
 from kvpool.core.residency import Report
 from kvpool.errors import FrameError, InvalidArgumentError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, SHARD_BYTES_MAX, NodeAddress
+from kvpool.model import BACKEND_BYTES, DIGEST_BYTES, KEY_BYTES, SHARD_BYTES_MAX, NodeAddress
 from kvpool.rpc.convert import (
     REASONS,
     address_from_proto,
     address_to_proto,
+    backend_from_proto,
+    backend_to_proto,
     mask_from_bytes,
     mask_to_bytes,
     namespace_from_proto,
@@ -29,6 +31,7 @@ def run_to_proto(run: core.BlockRun) -> types_pb2.BlockRun:
         shard_bytes=run.shard_bytes,
         keys=run.keys,
         commanded=run.commanded,
+        backend=run.backend,
     )
 
 
@@ -40,8 +43,12 @@ def run_from_proto(message: types_pb2.BlockRun) -> core.BlockRun:
         raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(message.keys)}")
     if not 0 <= message.shard_bytes <= SHARD_BYTES_MAX:
         raise InvalidArgumentError("shard_bytes", f"must be from 0 to {SHARD_BYTES_MAX}")
+    if len(message.backend) not in {0, BACKEND_BYTES}:
+        raise InvalidArgumentError("backend", f"must be empty or {BACKEND_BYTES} bytes, not {len(message.backend)}")
     shards = mask_from_bytes(message.shards)
-    return core.BlockRun(message.namespace, shards, message.shard_bytes, message.keys, message.commanded)
+    return core.BlockRun(
+        message.namespace, shards, message.shard_bytes, message.keys, message.commanded, message.backend
+    )
 
 
 def runs_to_proto(runs: Iterable[core.BlockRun]) -> list[types_pb2.BlockRun]:
@@ -52,6 +59,13 @@ def runs_to_proto(runs: Iterable[core.BlockRun]) -> list[types_pb2.BlockRun]:
 def runs_from_proto(messages: Iterable[types_pb2.BlockRun]) -> tuple[core.BlockRun, ...]:
     """Return runs. Raises InvalidArgumentError."""
     return tuple(run_from_proto(m) for m in messages)
+
+
+def backend_id(data: bytes) -> bytes:
+    """Return a backend's id as it is. Raises InvalidArgumentError."""
+    if len(data) != BACKEND_BYTES:
+        raise InvalidArgumentError("backend", f"must be {BACKEND_BYTES} bytes, not {len(data)}")
+    return data
 
 
 # ---- session -----------------------------------------------------------------------------------------
@@ -69,6 +83,7 @@ def node_message_to_proto(message: core.NodeMessage) -> node_pb2.NodeMessage:
                 sequence=message.sequence,
                 master_epoch=message.master_epoch,
                 namespaces=[namespace_to_proto(n) for n in message.namespaces],
+                backends=[backend_to_proto(b) for b in message.backends],
             )
         )
     if isinstance(message, core.Inventory):
@@ -93,6 +108,23 @@ def node_message_to_proto(message: core.NodeMessage) -> node_pb2.NodeMessage:
         )
     if isinstance(message, core.Probed):
         return node_pb2.NodeMessage(probed=node_pb2.Probed(id=message.id, states=message.states))
+    if isinstance(message, core.Storage):
+        storage = node_pb2.Storage(backends=[backend_to_proto(b) for b in message.backends])
+        return node_pb2.NodeMessage(storage=storage)
+    if isinstance(message, core.Scanned):
+        return node_pb2.NodeMessage(
+            scanned=node_pb2.Scanned(
+                backend=message.backend,
+                last=message.last,
+                files=message.files,
+                files_expected=message.files_expected,
+                added=runs_to_proto(message.added),
+                namespaces=[namespace_to_proto(n) for n in message.namespaces],
+                error=message.error,
+            )
+        )
+    if isinstance(message, core.FilesRemoved):
+        return node_pb2.NodeMessage(files_removed=node_pb2.FilesRemoved(id=message.id))
     return node_pb2.NodeMessage(
         heartbeat=node_pb2.Heartbeat(used_bytes=message.used_bytes, sequence=message.sequence)
     )
@@ -111,6 +143,7 @@ def node_message_from_proto(message: node_pb2.NodeMessage) -> core.NodeMessage:
             hello.sequence,
             hello.master_epoch,
             tuple(namespace_from_proto(n) for n in hello.namespaces),
+            tuple(backend_from_proto(b) for b in hello.backends),
         )
     if body == "inventory":
         inventory = message.inventory
@@ -131,6 +164,21 @@ def node_message_from_proto(message: node_pb2.NodeMessage) -> core.NodeMessage:
         return core.Heartbeat(message.heartbeat.used_bytes, message.heartbeat.sequence)
     if body == "probed":
         return core.Probed(message.probed.id, message.probed.states)
+    if body == "storage":
+        return core.Storage(tuple(backend_from_proto(b) for b in message.storage.backends))
+    if body == "scanned":
+        scanned = message.scanned
+        return core.Scanned(
+            backend_id(scanned.backend),
+            scanned.last,
+            scanned.files,
+            scanned.files_expected,
+            runs_from_proto(scanned.added),
+            tuple(namespace_from_proto(n) for n in scanned.namespaces),
+            scanned.error[:1024],
+        )
+    if body == "files_removed":
+        return core.FilesRemoved(message.files_removed.id)
     raise FrameError("a node message without a body")
 
 
@@ -153,6 +201,17 @@ def master_message_to_proto(message: core.MasterMessage) -> node_pb2.MasterMessa
     if isinstance(message, core.Probe):
         probe = node_pb2.Probe(id=message.id, namespace=message.namespace, keys=message.keys)
         return node_pb2.MasterMessage(probe=probe)
+    if isinstance(message, core.RemoveFiles):
+        remove = node_pb2.RemoveFiles(id=message.id, backend=message.backend, blocks=runs_to_proto(message.blocks))
+        return node_pb2.MasterMessage(remove_files=remove)
+    if isinstance(message, core.Scan):
+        return node_pb2.MasterMessage(scan=node_pb2.Scan(backend=message.backend))
+    if isinstance(message, core.StorageLimits):
+        limits = [node_pb2.StorageLimits.Limit(backend=backend, full=True) for backend in sorted(message.full)]
+        return node_pb2.MasterMessage(storage_limits=node_pb2.StorageLimits(limits=limits))
+    if isinstance(message, core.Keep):
+        keep = node_pb2.Keep(keep=runs_to_proto(message.keep), release=runs_to_proto(message.release))
+        return node_pb2.MasterMessage(keep=keep)
     return node_pb2.MasterMessage(ack=node_pb2.Ack(sequence=message.sequence))
 
 
@@ -174,6 +233,16 @@ def master_message_from_proto(message: node_pb2.MasterMessage) -> core.MasterMes
         return core.Ack(message.ack.sequence)
     if body == "probe":
         return core.Probe(message.probe.id, message.probe.namespace, message.probe.keys)
+    if body == "remove_files":
+        remove = message.remove_files
+        return core.RemoveFiles(remove.id, backend_id(remove.backend), runs_from_proto(remove.blocks))
+    if body == "scan":
+        return core.Scan(backend_id(message.scan.backend))
+    if body == "storage_limits":
+        full = [backend_id(limit.backend) for limit in message.storage_limits.limits if limit.full]
+        return core.StorageLimits(frozenset(full))
+    if body == "keep":
+        return core.Keep(runs_from_proto(message.keep.keep), runs_from_proto(message.keep.release))
     raise FrameError("a master message without a body")
 
 

@@ -13,7 +13,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "master_epoch", "uptime_s", "blocks", "leases", "leased_blocks", "nodes_live", "nodes_known", "capacity_bytes", "used_bytes", "warming", "counters", "settings", "warnings", "removals", "removals_max", "engines", "engine_blocks")
+    __slots__ = ("version", "master_epoch", "uptime_s", "blocks", "leases", "leased_blocks", "nodes_live", "nodes_known", "capacity_bytes", "used_bytes", "warming", "counters", "settings", "warnings", "removals", "removals_max", "engines", "engine_blocks", "backends")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class StatusResponse(_message.Message):
     REMOVALS_MAX_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     ENGINE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     master_epoch: int
     uptime_s: float
@@ -64,7 +65,8 @@ class StatusResponse(_message.Message):
     removals_max: int
     engines: int
     engine_blocks: int
-    def __init__(self, version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., uptime_s: _Optional[float] = ..., blocks: _Optional[int] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., nodes_live: _Optional[int] = ..., nodes_known: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., warming: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., settings: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[str]] = ..., removals: _Optional[int] = ..., removals_max: _Optional[int] = ..., engines: _Optional[int] = ..., engine_blocks: _Optional[int] = ...) -> None: ...
+    backends: _containers.RepeatedCompositeFieldContainer[BackendStatus]
+    def __init__(self, version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., uptime_s: _Optional[float] = ..., blocks: _Optional[int] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., nodes_live: _Optional[int] = ..., nodes_known: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., warming: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., settings: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[str]] = ..., removals: _Optional[int] = ..., removals_max: _Optional[int] = ..., engines: _Optional[int] = ..., engine_blocks: _Optional[int] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ...) -> None: ...
 
 class NodesRequest(_message.Message):
     __slots__ = ()
@@ -193,6 +195,8 @@ class ExplainedBlock(_message.Message):
             NODE_LOST: _ClassVar[ExplainedBlock.Removal.Why]
             NODE_RESTARTED: _ClassVar[ExplainedBlock.Removal.Why]
             NOT_REPORTED: _ClassVar[ExplainedBlock.Removal.Why]
+            CAPACITY: _ClassVar[ExplainedBlock.Removal.Why]
+            FILE_LOST: _ClassVar[ExplainedBlock.Removal.Why]
         MASTER: ExplainedBlock.Removal.Why
         ROOM: ExplainedBlock.Removal.Why
         WATERMARK: ExplainedBlock.Removal.Why
@@ -201,6 +205,8 @@ class ExplainedBlock(_message.Message):
         NODE_LOST: ExplainedBlock.Removal.Why
         NODE_RESTARTED: ExplainedBlock.Removal.Why
         NOT_REPORTED: ExplainedBlock.Removal.Why
+        CAPACITY: ExplainedBlock.Removal.Why
+        FILE_LOST: ExplainedBlock.Removal.Why
         WHY_FIELD_NUMBER: _ClassVar[int]
         NODE_FIELD_NUMBER: _ClassVar[int]
         AGE_S_FIELD_NUMBER: _ClassVar[int]
@@ -248,3 +254,158 @@ class ExplainResponse(_message.Message):
     overflowed: bool
     silent: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, blocks: _Optional[_Iterable[_Union[ExplainedBlock, _Mapping]]] = ..., memory_s: _Optional[float] = ..., overflowed: bool = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BackendsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class BackendStatus(_message.Message):
+    __slots__ = ("id", "url", "state", "reason", "capacity_bytes", "used_bytes", "blocks", "removing_bytes", "full", "scanning", "scanned_files", "scan_expected", "servers")
+    class Server(_message.Message):
+        __slots__ = ("node", "backend")
+        NODE_FIELD_NUMBER: _ClassVar[int]
+        BACKEND_FIELD_NUMBER: _ClassVar[int]
+        node: str
+        backend: _types_pb2.Backend
+        def __init__(self, node: _Optional[str] = ..., backend: _Optional[_Union[_types_pb2.Backend, _Mapping]] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REMOVING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    SCANNING_FIELD_NUMBER: _ClassVar[int]
+    SCANNED_FILES_FIELD_NUMBER: _ClassVar[int]
+    SCAN_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    id: bytes
+    url: str
+    state: _types_pb2.Backend.State
+    reason: str
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    removing_bytes: int
+    full: bool
+    scanning: bool
+    scanned_files: int
+    scan_expected: int
+    servers: _containers.RepeatedCompositeFieldContainer[BackendStatus.Server]
+    def __init__(self, id: _Optional[bytes] = ..., url: _Optional[str] = ..., state: _Optional[_Union[_types_pb2.Backend.State, str]] = ..., reason: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., removing_bytes: _Optional[int] = ..., full: bool = ..., scanning: bool = ..., scanned_files: _Optional[int] = ..., scan_expected: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[BackendStatus.Server, _Mapping]]] = ...) -> None: ...
+
+class BackendsResponse(_message.Message):
+    __slots__ = ("backends",)
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    backends: _containers.RepeatedCompositeFieldContainer[BackendStatus]
+    def __init__(self, backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ...) -> None: ...
+
+class PinBlocksRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "ttl_ms", "label")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    ttl_ms: int
+    label: str
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., label: _Optional[str] = ...) -> None: ...
+
+class PinBlocksResponse(_message.Message):
+    __slots__ = ("pin", "blocks")
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    pin: int
+    blocks: int
+    def __init__(self, pin: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class UnpinBlocksRequest(_message.Message):
+    __slots__ = ("pins", "label", "all")
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedScalarFieldContainer[int]
+    label: str
+    all: bool
+    def __init__(self, pins: _Optional[_Iterable[int]] = ..., label: _Optional[str] = ..., all: bool = ...) -> None: ...
+
+class UnpinBlocksResponse(_message.Message):
+    __slots__ = ("pins", "blocks")
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    pins: int
+    blocks: int
+    def __init__(self, pins: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class PinsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PinStatus(_message.Message):
+    __slots__ = ("pin", "label", "namespace", "blocks", "present", "left_s")
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    pin: int
+    label: str
+    namespace: bytes
+    blocks: int
+    present: int
+    left_s: float
+    def __init__(self, pin: _Optional[int] = ..., label: _Optional[str] = ..., namespace: _Optional[bytes] = ..., blocks: _Optional[int] = ..., present: _Optional[int] = ..., left_s: _Optional[float] = ...) -> None: ...
+
+class PinsResponse(_message.Message):
+    __slots__ = ("pins",)
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedCompositeFieldContainer[PinStatus]
+    def __init__(self, pins: _Optional[_Iterable[_Union[PinStatus, _Mapping]]] = ...) -> None: ...
+
+class CataloguedFilesRequest(_message.Message):
+    __slots__ = ("backend",)
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    backend: bytes
+    def __init__(self, backend: _Optional[bytes] = ...) -> None: ...
+
+class CataloguedFilesResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
+
+class CorrectCatalogRequest(_message.Message):
+    __slots__ = ("backend", "removed", "added", "namespaces")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    backend: bytes
+    removed: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    added: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    namespaces: _containers.RepeatedCompositeFieldContainer[_types_pb2.NamespaceDescriptor]
+    def __init__(self, backend: _Optional[bytes] = ..., removed: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., added: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ...) -> None: ...
+
+class CorrectCatalogResponse(_message.Message):
+    __slots__ = ("removed", "added")
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    removed: int
+    added: int
+    def __init__(self, removed: _Optional[int] = ..., added: _Optional[int] = ...) -> None: ...
+
+class ScanBackendRequest(_message.Message):
+    __slots__ = ("backend",)
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    backend: bytes
+    def __init__(self, backend: _Optional[bytes] = ...) -> None: ...
+
+class ScanBackendResponse(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...

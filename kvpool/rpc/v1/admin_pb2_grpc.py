@@ -65,6 +65,41 @@ class AdminStub(object):
                 request_serializer=kvpool_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=kvpool_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Backends = channel.unary_unary(
+                '/kvpool.v1.Admin/Backends',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.BackendsRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.BackendsResponse.FromString,
+                _registered_method=True)
+        self.PinBlocks = channel.unary_unary(
+                '/kvpool.v1.Admin/PinBlocks',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.PinBlocksRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.PinBlocksResponse.FromString,
+                _registered_method=True)
+        self.UnpinBlocks = channel.unary_unary(
+                '/kvpool.v1.Admin/UnpinBlocks',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.UnpinBlocksRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.UnpinBlocksResponse.FromString,
+                _registered_method=True)
+        self.Pins = channel.unary_unary(
+                '/kvpool.v1.Admin/Pins',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.PinsRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.PinsResponse.FromString,
+                _registered_method=True)
+        self.CataloguedFiles = channel.unary_stream(
+                '/kvpool.v1.Admin/CataloguedFiles',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.CataloguedFilesRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.CataloguedFilesResponse.FromString,
+                _registered_method=True)
+        self.CorrectCatalog = channel.unary_unary(
+                '/kvpool.v1.Admin/CorrectCatalog',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.CorrectCatalogRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.CorrectCatalogResponse.FromString,
+                _registered_method=True)
+        self.ScanBackend = channel.unary_unary(
+                '/kvpool.v1.Admin/ScanBackend',
+                request_serializer=kvpool_dot_v1_dot_admin__pb2.ScanBackendRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_admin__pb2.ScanBackendResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -112,6 +147,55 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backends(self, request, context):
+        """Every storage backend: what it holds, who serves it, how it fares.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinBlocks(self, request, context):
+        """Keeps blocks from eviction: hard, or until a deadline as long as anything else can go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinBlocks(self, request, context):
+        """Ends pins.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pins(self, request, context):
+        """Pins that stand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CataloguedFiles(self, request, context):
+        """The blocks that the catalog has of a backend, in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CorrectCatalog(self, request, context):
+        """Tells the master what was found by somebody who looked at the files: broken or missing ones, unknown ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScanBackend(self, request, context):
+        """Asks a node to scan a backend anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +228,41 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=kvpool_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
                     response_serializer=kvpool_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Backends': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backends,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.BackendsRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.BackendsResponse.SerializeToString,
+            ),
+            'PinBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinBlocks,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.PinBlocksRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.PinBlocksResponse.SerializeToString,
+            ),
+            'UnpinBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinBlocks,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.UnpinBlocksRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.UnpinBlocksResponse.SerializeToString,
+            ),
+            'Pins': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pins,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.PinsRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.PinsResponse.SerializeToString,
+            ),
+            'CataloguedFiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.CataloguedFiles,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.CataloguedFilesRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.CataloguedFilesResponse.SerializeToString,
+            ),
+            'CorrectCatalog': grpc.unary_unary_rpc_method_handler(
+                    servicer.CorrectCatalog,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.CorrectCatalogRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.CorrectCatalogResponse.SerializeToString,
+            ),
+            'ScanBackend': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScanBackend,
+                    request_deserializer=kvpool_dot_v1_dot_admin__pb2.ScanBackendRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_admin__pb2.ScanBackendResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -308,6 +427,195 @@ class Admin(object):
             '/kvpool.v1.Admin/Explain',
             kvpool_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
             kvpool_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backends(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/Backends',
+            kvpool_dot_v1_dot_admin__pb2.BackendsRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.BackendsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/PinBlocks',
+            kvpool_dot_v1_dot_admin__pb2.PinBlocksRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.PinBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/UnpinBlocks',
+            kvpool_dot_v1_dot_admin__pb2.UnpinBlocksRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.UnpinBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/Pins',
+            kvpool_dot_v1_dot_admin__pb2.PinsRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.PinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CataloguedFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvpool.v1.Admin/CataloguedFiles',
+            kvpool_dot_v1_dot_admin__pb2.CataloguedFilesRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.CataloguedFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CorrectCatalog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/CorrectCatalog',
+            kvpool_dot_v1_dot_admin__pb2.CorrectCatalogRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.CorrectCatalogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScanBackend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Admin/ScanBackend',
+            kvpool_dot_v1_dot_admin__pb2.ScanBackendRequest.SerializeToString,
+            kvpool_dot_v1_dot_admin__pb2.ScanBackendResponse.FromString,
             options,
             channel_credentials,
             insecure,

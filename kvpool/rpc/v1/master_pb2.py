@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvpool.rpc.v1 import types_pb2 as kvpool_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvpool/v1/master.proto\x12\tkvpool.v1\x1a\x15kvpool/v1/types.proto\"4\n\x10HandshakeRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"\x9c\x01\n\x11HandshakeResponse\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cmaster_epoch\x18\x03 \x01(\x06\x12\x11\n\tdata_port\x18\x04 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\x05 \x01(\x04\x12%\n\x05nodes\x18\x06 \x03(\x0b\x32\x16.kvpool.v1.NodeAddress\"=\n\x19RegisterNamespaceResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08warnings\x18\x02 \x03(\t\"\x88\x02\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\x12\x14\n\x0cknown_prefix\x18\x03 \x01(\r\x12\r\n\x05lease\x18\x04 \x01(\x08\x12.\n\x06groups\x18\x05 \x03(\x0b\x32\x1e.kvpool.v1.LookupRequest.Group\x1aW\n\x05Group\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12+\n\x04rule\x18\x02 \x01(\x0e\x32\x1d.kvpool.v1.LookupRequest.Rule\x12\x0e\n\x06last_n\x18\x03 \x01(\r\"&\n\x04Rule\x12\x08\n\x04\x46ULL\x10\x00\x12\n\n\x06LAST_N\x10\x01\x12\x08\n\x04LAST\x10\x02\"\x9b\x05\n\x0eLookupResponse\x12\x0e\n\x06prefix\x18\x01 \x01(\r\x12+\n\x04runs\x18\x02 \x03(\x0b\x32\x1d.kvpool.v1.LookupResponse.Run\x12%\n\x05nodes\x18\x03 \x03(\x0b\x32\x16.kvpool.v1.NodeAddress\x12\r\n\x05lease\x18\x04 \x01(\x06\x12\x30\n\x06reason\x18\x05 \x01(\x0e\x32 .kvpool.v1.LookupResponse.Reason\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x35\n\tresidents\x18\x07 \x03(\x0b\x32\".kvpool.v1.LookupResponse.Resident\x1a\x33\n\x05Owner\x12\x0c\n\x04node\x18\x01 \x01(\r\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x0e\n\x06shards\x18\x03 \x01(\x0c\x1a\x46\n\x03Run\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12/\n\x06owners\x18\x02 \x03(\x0b\x32\x1f.kvpool.v1.LookupResponse.Owner\x1aY\n\x08Resident\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12/\n\x06ranges\x18\x03 \x03(\x0b\x32\x1f.kvpool.v1.LookupResponse.Range\x1a&\n\x05Range\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"\x9c\x01\n\x06Reason\x12\x0c\n\x08\x43OMPLETE\x10\x00\x12\x0e\n\nNOT_STORED\x10\x01\x12\r\n\tNOT_WHOLE\x10\x02\x12\x11\n\rOWNER_SUSPECT\x10\x03\x12\x0b\n\x07WARMING\x10\x04\x12\x15\n\x11NAMESPACE_UNKNOWN\x10\x05\x12\x16\n\x12NAMESPACE_MISMATCH\x10\x06\x12\x16\n\x12MASTER_UNREACHABLE\x10\x07\"\x1e\n\x0cLeaseRequest\x12\x0e\n\x06leases\x18\x01 \x03(\x06\" \n\rLeaseResponse\x12\x0f\n\x07unknown\x18\x01 \x03(\x06\"\x1d\n\x0cPlaceRequest\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"5\n\rPlaceResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.kvpool.v1.NodeAddress\"\xa2\x01\n\x10ResidencyRequest\x12\r\n\x05owner\x18\x01 \x01(\x06\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\r\n\x05\x66irst\x18\x04 \x01(\x08\x12\x11\n\tnamespace\x18\x05 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x06 \x01(\x08\x12\x0f\n\x07removed\x18\x07 \x01(\r\x12\x0b\n\x03\x62ye\x18\x08 \x01(\x08\x12\x0c\n\x04keys\x18\t \x01(\x0c\"\"\n\x11ResidencyResponse\x12\r\n\x05\x61gain\x18\x01 \x01(\x08\"\xd5\x01\n\x0bMasterFrame\x12\n\n\x02id\x18\x01 \x01(\x06\x12*\n\x06lookup\x18\x02 \x01(\x0b\x32\x18.kvpool.v1.LookupRequestH\x00\x12(\n\x05renew\x18\x03 \x01(\x0b\x32\x17.kvpool.v1.LeaseRequestH\x00\x12*\n\x07release\x18\x04 \x01(\x0b\x32\x17.kvpool.v1.LeaseRequestH\x00\x12\x30\n\tresidency\x18\x05 \x01(\x0b\x32\x1b.kvpool.v1.ResidencyRequestH\x00\x42\x06\n\x04\x62ody\"\xd2\x01\n\x10MasterFrameReply\x12\n\n\x02id\x18\x01 \x01(\x06\x12\x1f\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.kvpool.v1.Error\x12+\n\x06lookup\x18\x03 \x01(\x0b\x32\x19.kvpool.v1.LookupResponseH\x00\x12)\n\x05lease\x18\x04 \x01(\x0b\x32\x18.kvpool.v1.LeaseResponseH\x00\x12\x31\n\tresidency\x18\x05 \x01(\x0b\x32\x1c.kvpool.v1.ResidencyResponseH\x00\x42\x06\n\x04\x62ody2\xfa\x03\n\x06Master\x12\x46\n\tHandshake\x12\x1b.kvpool.v1.HandshakeRequest\x1a\x1c.kvpool.v1.HandshakeResponse\x12Y\n\x11RegisterNamespace\x12\x1e.kvpool.v1.NamespaceDescriptor\x1a$.kvpool.v1.RegisterNamespaceResponse\x12=\n\x06Lookup\x12\x18.kvpool.v1.LookupRequest\x1a\x19.kvpool.v1.LookupResponse\x12@\n\x0bRenewLeases\x12\x17.kvpool.v1.LeaseRequest\x1a\x18.kvpool.v1.LeaseResponse\x12\x42\n\rReleaseLeases\x12\x17.kvpool.v1.LeaseRequest\x1a\x18.kvpool.v1.LeaseResponse\x12:\n\x05Place\x12\x17.kvpool.v1.PlaceRequest\x1a\x18.kvpool.v1.PlaceResponse\x12L\n\x0fReportResidency\x12\x1b.kvpool.v1.ResidencyRequest\x1a\x1c.kvpool.v1.ResidencyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvpool/v1/master.proto\x12\tkvpool.v1\x1a\x15kvpool/v1/types.proto\"4\n\x10HandshakeRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"\x9c\x01\n\x11HandshakeResponse\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cmaster_epoch\x18\x03 \x01(\x06\x12\x11\n\tdata_port\x18\x04 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\x05 \x01(\x04\x12%\n\x05nodes\x18\x06 \x03(\x0b\x32\x16.kvpool.v1.NodeAddress\"=\n\x19RegisterNamespaceResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08warnings\x18\x02 \x03(\t\"\x88\x02\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\x12\x14\n\x0cknown_prefix\x18\x03 \x01(\r\x12\r\n\x05lease\x18\x04 \x01(\x08\x12.\n\x06groups\x18\x05 \x03(\x0b\x32\x1e.kvpool.v1.LookupRequest.Group\x1aW\n\x05Group\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12+\n\x04rule\x18\x02 \x01(\x0e\x32\x1d.kvpool.v1.LookupRequest.Rule\x12\x0e\n\x06last_n\x18\x03 \x01(\r\"&\n\x04Rule\x12\x08\n\x04\x46ULL\x10\x00\x12\n\n\x06LAST_N\x10\x01\x12\x08\n\x04LAST\x10\x02\"\xac\x05\n\x0eLookupResponse\x12\x0e\n\x06prefix\x18\x01 \x01(\r\x12+\n\x04runs\x18\x02 \x03(\x0b\x32\x1d.kvpool.v1.LookupResponse.Run\x12%\n\x05nodes\x18\x03 \x03(\x0b\x32\x16.kvpool.v1.NodeAddress\x12\r\n\x05lease\x18\x04 \x01(\x06\x12\x30\n\x06reason\x18\x05 \x01(\x0e\x32 .kvpool.v1.LookupResponse.Reason\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x35\n\tresidents\x18\x07 \x03(\x0b\x32\".kvpool.v1.LookupResponse.Resident\x1a\x44\n\x05Owner\x12\x0c\n\x04node\x18\x01 \x01(\r\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x0e\n\x06shards\x18\x03 \x01(\x0c\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\x0c\x1a\x46\n\x03Run\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12/\n\x06owners\x18\x02 \x03(\x0b\x32\x1f.kvpool.v1.LookupResponse.Owner\x1aY\n\x08Resident\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12/\n\x06ranges\x18\x03 \x03(\x0b\x32\x1f.kvpool.v1.LookupResponse.Range\x1a&\n\x05Range\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"\x9c\x01\n\x06Reason\x12\x0c\n\x08\x43OMPLETE\x10\x00\x12\x0e\n\nNOT_STORED\x10\x01\x12\r\n\tNOT_WHOLE\x10\x02\x12\x11\n\rOWNER_SUSPECT\x10\x03\x12\x0b\n\x07WARMING\x10\x04\x12\x15\n\x11NAMESPACE_UNKNOWN\x10\x05\x12\x16\n\x12NAMESPACE_MISMATCH\x10\x06\x12\x16\n\x12MASTER_UNREACHABLE\x10\x07\"\x1e\n\x0cLeaseRequest\x12\x0e\n\x06leases\x18\x01 \x03(\x06\" \n\rLeaseResponse\x12\x0f\n\x07unknown\x18\x01 \x03(\x06\"\x1d\n\x0cPlaceRequest\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"5\n\rPlaceResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.kvpool.v1.NodeAddress\"\xa2\x01\n\x10ResidencyRequest\x12\r\n\x05owner\x18\x01 \x01(\x06\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\r\n\x05\x66irst\x18\x04 \x01(\x08\x12\x11\n\tnamespace\x18\x05 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x06 \x01(\x08\x12\x0f\n\x07removed\x18\x07 \x01(\r\x12\x0b\n\x03\x62ye\x18\x08 \x01(\x08\x12\x0c\n\x04keys\x18\t \x01(\x0c\"\"\n\x11ResidencyResponse\x12\r\n\x05\x61gain\x18\x01 \x01(\x08\"\xd5\x01\n\x0bMasterFrame\x12\n\n\x02id\x18\x01 \x01(\x06\x12*\n\x06lookup\x18\x02 \x01(\x0b\x32\x18.kvpool.v1.LookupRequestH\x00\x12(\n\x05renew\x18\x03 \x01(\x0b\x32\x17.kvpool.v1.LeaseRequestH\x00\x12*\n\x07release\x18\x04 \x01(\x0b\x32\x17.kvpool.v1.LeaseRequestH\x00\x12\x30\n\tresidency\x18\x05 \x01(\x0b\x32\x1b.kvpool.v1.ResidencyRequestH\x00\x42\x06\n\x04\x62ody\"\xd2\x01\n\x10MasterFrameReply\x12\n\n\x02id\x18\x01 \x01(\x06\x12\x1f\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.kvpool.v1.Error\x12+\n\x06lookup\x18\x03 \x01(\x0b\x32\x19.kvpool.v1.LookupResponseH\x00\x12)\n\x05lease\x18\x04 \x01(\x0b\x32\x18.kvpool.v1.LeaseResponseH\x00\x12\x31\n\tresidency\x18\x05 \x01(\x0b\x32\x1c.kvpool.v1.ResidencyResponseH\x00\x42\x06\n\x04\x62ody2\xfa\x03\n\x06Master\x12\x46\n\tHandshake\x12\x1b.kvpool.v1.HandshakeRequest\x1a\x1c.kvpool.v1.HandshakeResponse\x12Y\n\x11RegisterNamespace\x12\x1e.kvpool.v1.NamespaceDescriptor\x1a$.kvpool.v1.RegisterNamespaceResponse\x12=\n\x06Lookup\x12\x18.kvpool.v1.LookupRequest\x1a\x19.kvpool.v1.LookupResponse\x12@\n\x0bRenewLeases\x12\x17.kvpool.v1.LeaseRequest\x1a\x18.kvpool.v1.LeaseResponse\x12\x42\n\rReleaseLeases\x12\x17.kvpool.v1.LeaseRequest\x1a\x18.kvpool.v1.LeaseResponse\x12:\n\x05Place\x12\x17.kvpool.v1.PlaceRequest\x1a\x18.kvpool.v1.PlaceResponse\x12L\n\x0fReportResidency\x12\x1b.kvpool.v1.ResidencyRequest\x1a\x1c.kvpool.v1.ResidencyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,33 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOOKUPREQUEST_RULE']._serialized_start=563
   _globals['_LOOKUPREQUEST_RULE']._serialized_end=601
   _globals['_LOOKUPRESPONSE']._serialized_start=604
-  _globals['_LOOKUPRESPONSE']._serialized_end=1271
+  _globals['_LOOKUPRESPONSE']._serialized_end=1288
   _globals['_LOOKUPRESPONSE_OWNER']._serialized_start=858
-  _globals['_LOOKUPRESPONSE_OWNER']._serialized_end=909
-  _globals['_LOOKUPRESPONSE_RUN']._serialized_start=911
-  _globals['_LOOKUPRESPONSE_RUN']._serialized_end=981
-  _globals['_LOOKUPRESPONSE_RESIDENT']._serialized_start=983
-  _globals['_LOOKUPRESPONSE_RESIDENT']._serialized_end=1072
-  _globals['_LOOKUPRESPONSE_RANGE']._serialized_start=1074
-  _globals['_LOOKUPRESPONSE_RANGE']._serialized_end=1112
-  _globals['_LOOKUPRESPONSE_REASON']._serialized_start=1115
-  _globals['_LOOKUPRESPONSE_REASON']._serialized_end=1271
-  _globals['_LEASEREQUEST']._serialized_start=1273
-  _globals['_LEASEREQUEST']._serialized_end=1303
-  _globals['_LEASERESPONSE']._serialized_start=1305
-  _globals['_LEASERESPONSE']._serialized_end=1337
-  _globals['_PLACEREQUEST']._serialized_start=1339
-  _globals['_PLACEREQUEST']._serialized_end=1368
-  _globals['_PLACERESPONSE']._serialized_start=1370
-  _globals['_PLACERESPONSE']._serialized_end=1423
-  _globals['_RESIDENCYREQUEST']._serialized_start=1426
-  _globals['_RESIDENCYREQUEST']._serialized_end=1588
-  _globals['_RESIDENCYRESPONSE']._serialized_start=1590
-  _globals['_RESIDENCYRESPONSE']._serialized_end=1624
-  _globals['_MASTERFRAME']._serialized_start=1627
-  _globals['_MASTERFRAME']._serialized_end=1840
-  _globals['_MASTERFRAMEREPLY']._serialized_start=1843
-  _globals['_MASTERFRAMEREPLY']._serialized_end=2053
-  _globals['_MASTER']._serialized_start=2056
-  _globals['_MASTER']._serialized_end=2562
+  _globals['_LOOKUPRESPONSE_OWNER']._serialized_end=926
+  _globals['_LOOKUPRESPONSE_RUN']._serialized_start=928
+  _globals['_LOOKUPRESPONSE_RUN']._serialized_end=998
+  _globals['_LOOKUPRESPONSE_RESIDENT']._serialized_start=1000
+  _globals['_LOOKUPRESPONSE_RESIDENT']._serialized_end=1089
+  _globals['_LOOKUPRESPONSE_RANGE']._serialized_start=1091
+  _globals['_LOOKUPRESPONSE_RANGE']._serialized_end=1129
+  _globals['_LOOKUPRESPONSE_REASON']._serialized_start=1132
+  _globals['_LOOKUPRESPONSE_REASON']._serialized_end=1288
+  _globals['_LEASEREQUEST']._serialized_start=1290
+  _globals['_LEASEREQUEST']._serialized_end=1320
+  _globals['_LEASERESPONSE']._serialized_start=1322
+  _globals['_LEASERESPONSE']._serialized_end=1354
+  _globals['_PLACEREQUEST']._serialized_start=1356
+  _globals['_PLACEREQUEST']._serialized_end=1385
+  _globals['_PLACERESPONSE']._serialized_start=1387
+  _globals['_PLACERESPONSE']._serialized_end=1440
+  _globals['_RESIDENCYREQUEST']._serialized_start=1443
+  _globals['_RESIDENCYREQUEST']._serialized_end=1605
+  _globals['_RESIDENCYRESPONSE']._serialized_start=1607
+  _globals['_RESIDENCYRESPONSE']._serialized_end=1641
+  _globals['_MASTERFRAME']._serialized_start=1644
+  _globals['_MASTERFRAME']._serialized_end=1857
+  _globals['_MASTERFRAMEREPLY']._serialized_start=1860
+  _globals['_MASTERFRAMEREPLY']._serialized_end=2070
+  _globals['_MASTER']._serialized_start=2073
+  _globals['_MASTER']._serialized_end=2579
 # @@protoc_insertion_point(module_scope)

@@ -91,14 +91,16 @@ class LookupResponse(_message.Message):
     NAMESPACE_MISMATCH: LookupResponse.Reason
     MASTER_UNREACHABLE: LookupResponse.Reason
     class Owner(_message.Message):
-        __slots__ = ("node", "tier", "shards")
+        __slots__ = ("node", "tier", "shards", "backend")
         NODE_FIELD_NUMBER: _ClassVar[int]
         TIER_FIELD_NUMBER: _ClassVar[int]
         SHARDS_FIELD_NUMBER: _ClassVar[int]
+        BACKEND_FIELD_NUMBER: _ClassVar[int]
         node: int
         tier: str
         shards: bytes
-        def __init__(self, node: _Optional[int] = ..., tier: _Optional[str] = ..., shards: _Optional[bytes] = ...) -> None: ...
+        backend: bytes
+        def __init__(self, node: _Optional[int] = ..., tier: _Optional[str] = ..., shards: _Optional[bytes] = ..., backend: _Optional[bytes] = ...) -> None: ...
     class Run(_message.Message):
         __slots__ = ("blocks", "owners")
         BLOCKS_FIELD_NUMBER: _ClassVar[int]

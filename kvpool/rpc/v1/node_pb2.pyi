@@ -7,21 +7,27 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NodeMessage(_message.Message):
-    __slots__ = ("hello", "inventory", "delta", "heartbeat", "probed")
+    __slots__ = ("hello", "inventory", "delta", "heartbeat", "probed", "storage", "scanned", "files_removed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     INVENTORY_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     PROBED_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    SCANNED_FIELD_NUMBER: _ClassVar[int]
+    FILES_REMOVED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     inventory: Inventory
     delta: Delta
     heartbeat: Heartbeat
     probed: Probed
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ...) -> None: ...
+    storage: Storage
+    scanned: Scanned
+    files_removed: FilesRemoved
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ..., scanned: _Optional[_Union[Scanned, _Mapping]] = ..., files_removed: _Optional[_Union[FilesRemoved, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("address", "epoch", "capacity_bytes", "used_bytes", "sequence", "master_epoch", "namespaces")
+    __slots__ = ("address", "epoch", "capacity_bytes", "used_bytes", "sequence", "master_epoch", "namespaces", "backends")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +35,7 @@ class Hello(_message.Message):
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     MASTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
     address: _types_pb2.NodeAddress
     epoch: int
     capacity_bytes: int
@@ -36,7 +43,8 @@ class Hello(_message.Message):
     sequence: int
     master_epoch: int
     namespaces: _containers.RepeatedCompositeFieldContainer[_types_pb2.NamespaceDescriptor]
-    def __init__(self, address: _Optional[_Union[_types_pb2.NodeAddress, _Mapping]] = ..., epoch: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., master_epoch: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ...) -> None: ...
+    backends: _containers.RepeatedCompositeFieldContainer[_types_pb2.Backend]
+    def __init__(self, address: _Optional[_Union[_types_pb2.NodeAddress, _Mapping]] = ..., epoch: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., master_epoch: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[_types_pb2.Backend, _Mapping]]] = ...) -> None: ...
 
 class Inventory(_message.Message):
     __slots__ = ("sequence", "chunk", "last", "added")
@@ -82,8 +90,38 @@ class Probed(_message.Message):
     states: bytes
     def __init__(self, id: _Optional[int] = ..., states: _Optional[bytes] = ...) -> None: ...
 
+class Storage(_message.Message):
+    __slots__ = ("backends",)
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    backends: _containers.RepeatedCompositeFieldContainer[_types_pb2.Backend]
+    def __init__(self, backends: _Optional[_Iterable[_Union[_types_pb2.Backend, _Mapping]]] = ...) -> None: ...
+
+class Scanned(_message.Message):
+    __slots__ = ("backend", "last", "files", "files_expected", "added", "namespaces", "error")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    FILES_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    backend: bytes
+    last: bool
+    files: int
+    files_expected: int
+    added: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    namespaces: _containers.RepeatedCompositeFieldContainer[_types_pb2.NamespaceDescriptor]
+    error: str
+    def __init__(self, backend: _Optional[bytes] = ..., last: bool = ..., files: _Optional[int] = ..., files_expected: _Optional[int] = ..., added: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class FilesRemoved(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    def __init__(self, id: _Optional[int] = ...) -> None: ...
+
 class MasterMessage(_message.Message):
-    __slots__ = ("welcome", "victims", "evict", "superseded", "send_inventory", "ack", "probe")
+    __slots__ = ("welcome", "victims", "evict", "superseded", "send_inventory", "ack", "probe", "remove_files", "scan", "storage_limits", "keep")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     VICTIMS_FIELD_NUMBER: _ClassVar[int]
     EVICT_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +129,10 @@ class MasterMessage(_message.Message):
     SEND_INVENTORY_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FILES_FIELD_NUMBER: _ClassVar[int]
+    SCAN_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_LIMITS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     victims: Victims
     evict: Evict
@@ -98,7 +140,11 @@ class MasterMessage(_message.Message):
     send_inventory: SendInventory
     ack: Ack
     probe: Probe
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., victims: _Optional[_Union[Victims, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., send_inventory: _Optional[_Union[SendInventory, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
+    remove_files: RemoveFiles
+    scan: Scan
+    storage_limits: StorageLimits
+    keep: Keep
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., victims: _Optional[_Union[Victims, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., send_inventory: _Optional[_Union[SendInventory, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., remove_files: _Optional[_Union[RemoveFiles, _Mapping]] = ..., scan: _Optional[_Union[Scan, _Mapping]] = ..., storage_limits: _Optional[_Union[StorageLimits, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("master_epoch", "resume_after", "inventory")
@@ -148,8 +194,45 @@ class Probe(_message.Message):
     keys: bytes
     def __init__(self, id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
+class RemoveFiles(_message.Message):
+    __slots__ = ("id", "backend", "blocks")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    backend: bytes
+    blocks: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    def __init__(self, id: _Optional[int] = ..., backend: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
+
+class Scan(_message.Message):
+    __slots__ = ("backend",)
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    backend: bytes
+    def __init__(self, backend: _Optional[bytes] = ...) -> None: ...
+
+class StorageLimits(_message.Message):
+    __slots__ = ("limits",)
+    class Limit(_message.Message):
+        __slots__ = ("backend", "full")
+        BACKEND_FIELD_NUMBER: _ClassVar[int]
+        FULL_FIELD_NUMBER: _ClassVar[int]
+        backend: bytes
+        full: bool
+        def __init__(self, backend: _Optional[bytes] = ..., full: bool = ...) -> None: ...
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    limits: _containers.RepeatedCompositeFieldContainer[StorageLimits.Limit]
+    def __init__(self, limits: _Optional[_Iterable[_Union[StorageLimits.Limit, _Mapping]]] = ...) -> None: ...
+
+class Keep(_message.Message):
+    __slots__ = ("keep", "release")
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    keep: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    release: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    def __init__(self, keep: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., release: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
+
 class NodeFrame(_message.Message):
-    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon")
+    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon", "prefetch")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     REGISTER_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +245,7 @@ class NodeFrame(_message.Message):
     GET_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFIX_FIELD_NUMBER: _ClassVar[int]
     ABANDON_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
     id: int
     attach: Attach
     register: _types_pb2.NamespaceDescriptor
@@ -174,7 +258,8 @@ class NodeFrame(_message.Message):
     get: Get
     local_prefix: LocalPrefix
     abandon: Abandon
-    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ...) -> None: ...
+    prefetch: Prefetch
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ...) -> None: ...
 
 class NodeFrameReply(_message.Message):
     __slots__ = ("id", "error", "attached", "reserved", "committed", "pinned", "got", "local_prefix")
@@ -203,14 +288,16 @@ class Attach(_message.Message):
     def __init__(self, client: _Optional[str] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("node_id", "epoch", "segment_bytes")
+    __slots__ = ("node_id", "epoch", "segment_bytes", "backends")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     epoch: int
     segment_bytes: int
-    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., segment_bytes: _Optional[int] = ...) -> None: ...
+    backends: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., segment_bytes: _Optional[int] = ..., backends: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("namespace", "shards", "shard_bytes", "layers", "writer")
@@ -265,12 +352,16 @@ class Abandon(_message.Message):
     def __init__(self, writer: _Optional[int] = ...) -> None: ...
 
 class Pin(_message.Message):
-    __slots__ = ("namespace", "shards")
+    __slots__ = ("namespace", "shards", "fetch_ms", "backend")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ...) -> None: ...
+    fetch_ms: int
+    backend: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., fetch_ms: _Optional[int] = ..., backend: _Optional[bytes] = ...) -> None: ...
 
 class Pinned(_message.Message):
     __slots__ = ("pin", "layers")
@@ -287,16 +378,20 @@ class ReleasePin(_message.Message):
     def __init__(self, pin: _Optional[int] = ...) -> None: ...
 
 class Get(_message.Message):
-    __slots__ = ("namespace", "shards", "first_layer", "layer_count")
+    __slots__ = ("namespace", "shards", "first_layer", "layer_count", "fetch_ms", "backend")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: _containers.RepeatedScalarFieldContainer[int]
     first_layer: int
     layer_count: int
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ...) -> None: ...
+    fetch_ms: int
+    backend: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., fetch_ms: _Optional[int] = ..., backend: _Optional[bytes] = ...) -> None: ...
 
 class Got(_message.Message):
     __slots__ = ("layers",)
@@ -317,3 +412,13 @@ class LocalPrefixReply(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     prefix: int
     def __init__(self, prefix: _Optional[int] = ...) -> None: ...
+
+class Prefetch(_message.Message):
+    __slots__ = ("namespace", "shards", "backend")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    shards: _containers.RepeatedScalarFieldContainer[int]
+    backend: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., backend: _Optional[bytes] = ...) -> None: ...

@@ -63,18 +63,20 @@ class NamespaceDescriptor(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_quant: _Optional[str] = ..., block_tokens: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., layout: _Optional[str] = ..., isa: _Optional[str] = ..., kv_group: _Optional[str] = ..., layer_groups: _Optional[int] = ..., head_groups: _Optional[int] = ..., hash_algorithm: _Optional[str] = ..., hash_fingerprint: _Optional[str] = ..., format_version: _Optional[int] = ...) -> None: ...
 
 class BlockRun(_message.Message):
-    __slots__ = ("namespace", "shards", "shard_bytes", "keys", "commanded")
+    __slots__ = ("namespace", "shards", "shard_bytes", "keys", "commanded", "backend")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     COMMANDED_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: bytes
     shard_bytes: int
     keys: bytes
     commanded: bool
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[bytes] = ..., shard_bytes: _Optional[int] = ..., keys: _Optional[bytes] = ..., commanded: bool = ...) -> None: ...
+    backend: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[bytes] = ..., shard_bytes: _Optional[int] = ..., keys: _Optional[bytes] = ..., commanded: bool = ..., backend: _Optional[bytes] = ...) -> None: ...
 
 class NodeAddress(_message.Message):
     __slots__ = ("node_id", "host", "port", "socket_path", "boot_id")
@@ -89,6 +91,28 @@ class NodeAddress(_message.Message):
     socket_path: str
     boot_id: str
     def __init__(self, node_id: _Optional[str] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., socket_path: _Optional[str] = ..., boot_id: _Optional[str] = ...) -> None: ...
+
+class Backend(_message.Message):
+    __slots__ = ("id", "url", "capacity_bytes", "state", "reason")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UP: _ClassVar[Backend.State]
+        DOWN: _ClassVar[Backend.State]
+        READ_ONLY: _ClassVar[Backend.State]
+    UP: Backend.State
+    DOWN: Backend.State
+    READ_ONLY: Backend.State
+    ID_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    id: bytes
+    url: str
+    capacity_bytes: int
+    state: Backend.State
+    reason: str
+    def __init__(self, id: _Optional[bytes] = ..., url: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., state: _Optional[_Union[Backend.State, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "field", "message")
