@@ -207,8 +207,8 @@ class FaultRun:
         if load.failed:
             raise BenchError(f"storing the prefixes failed: {load.failed[0].error}")
         warning = self._fault.wait_stored(sum(len(prefix) // self._fault.block_tokens for prefix in prefixes))
-        if warning:
-            raise BenchError(warning)
+        if warning:  # a save that timed out on a busy machine is dropped: the round that asks for it computes it
+            self._report.note(f"WARNING: {warning}")
         deadline = time.monotonic() + WINDOW_S
         while not server.reset_prefix_cache():  # refused while blocks are still being saved
             if time.monotonic() > deadline:
