@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
+from kvpool.client_files import StorageGuards, only_in_files, storage_name
+from kvpool.client_gets import Call, Gets, result_of
 from kvpool.client_health import BreakerOpenError, Health
 from kvpool.client_lookup import Also, lookup_at_node, lookup_frame
 from kvpool.client_master import MasterLink, leases_frame
 from kvpool.client_node import LocalNode
-from kvpool.client_peers import Peer, Peers, Want, Wanted
+from kvpool.client_peers import Peer, Peers
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
-from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, Reason, pack_keys
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason, pack_keys
 
 __all__ = ["Client", "GetResult", "Lookup", "PutResult", "Run"]
 
@@ -39,8 +41,8 @@ CONNECT_S = 1.5
 LEASE_S = 0.25
 """Of renewing and releasing, for which nobody waits: late is better than a channel given up."""
 
-GET_LOOKUP_S = 0.25
-"""Of a get that was given no lookup: it may wait longer than a scheduler."""
+PREFETCH_S = 0.01
+"""Of asking this host's node to read ahead, for which nobody waits."""
 
 TRANSFER_BYTES_S_MIN = 100 << 20
 """A transfer's deadline grows with its size at this rate."""
@@ -88,7 +90,12 @@ class Client:
         self._copies = CopyThreads(copy_threads)
         self._health = Health(breaker_failures, _seconds(breaker_probe_interval_ms, "breaker_probe_interval_ms"))
         self._near = self._health.guard("this host", self._probe_local)
-        self._peers = Peers(self._health, _seconds(connect_timeout_ms, "connect_timeout_ms"))
+        self._storage = StorageGuards(self._health)
+        self._peers = Peers(self._health, self._storage, _seconds(connect_timeout_ms, "connect_timeout_ms"))
+        self._gets = Gets(
+            self._peers, self._storage, self._copies, self._local, lambda: self._own_id, self._ask_for_get,
+            verify_local=self._verify_local,
+        )  # fmt: skip
         self._counters: Counter[str] = Counter()
         self._namespaces: dict[bytes, Namespace] = {}
         self._lock = threading.Lock()
@@ -151,9 +158,18 @@ class Client:
         return {**self._counters, **self._health.counters()}
 
     def unusable_nodes(self) -> set[str]:
-        """Return the ids of the nodes that are not asked now because they have failed. Quick."""
+        """Return who is not asked now because they have failed: ids of nodes, names of ``storages``. Quick."""
         lost = {self._own_id} if self._own_id and (self._node is None or not self._node.alive) else set()
-        return lost | self._peers.unusable() if self._health.troubled else lost
+        return lost | self._peers.unusable() | self._storage.unusable() if self._health.troubled else lost
+
+    def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, str]]:
+        """Return who would read a backend's files for this host: ids of nodes, and the names of their way to it.
+
+        ``address``: the node that a lookup names.
+        """
+        node = self._node
+        ids = {node.node_id: 0} if node is not None and node.serves(backend, address.node_id) else {}
+        return [(node_id, storage_name(node_id, backend)) for node_id in (ids | {address.node_id: 0})]
 
     def warnings(self) -> list[str]:
         """Return what the master said about the namespaces registered here: other engines hash differently."""
@@ -177,12 +193,14 @@ class Client:
         lease: bool = False,
         timeout_ms: float | None = None,
         also: Sequence[Also] = (),
+        prefetch: bool = False,
     ) -> Lookup:
         """Return how much of a prompt the pool holds. ``hashes``: the chain, packed (16 bytes a block) or a list.
 
         The first ``known_prefix`` blocks are the engine's own: touched, not checked. With ``lease`` the
         blocks found are protected from eviction until released, or for the master's lease TTL. ``also``: the
-        other KV cache groups of a hybrid model, which a prefix must satisfy too. Raises InvalidArgumentError.
+        other KV cache groups of a hybrid model, which a prefix must satisfy too. With ``prefetch`` this host's
+        node begins to read what only files have. Raises InvalidArgumentError.
         """
         digest = self._digest(namespace)
         keys = pack_keys(hashes)
@@ -204,8 +222,28 @@ class Client:
                 self._counters["lookup.failed"] += 1
                 log.debug("lookup: %s", exc)
             else:
-                return lookup_from_proto(reply, known_prefix)
+                found = lookup_from_proto(reply, known_prefix)
+                if prefetch:
+                    self._prefetch(digest, keys, found)
+                return found
         return self._lookup_locally(digest, keys, known_prefix, Reason.MASTER_UNREACHABLE.value, also)
+
+    def _prefetch(self, digest: bytes, keys: bytes, lookup: Lookup) -> None:
+        node = self._local()
+        if node is None or not node.backends:
+            return
+        for (backend, node_id, shards), numbers in only_in_files(lookup).items():
+            if node.serves(backend, node_id):
+                wanted = b"".join([keys[number * KEY_BYTES : (number + 1) * KEY_BYTES] for number in numbers])
+                try:
+                    node.prefetch(digest, wanted, shards, backend, PREFETCH_S)
+                except KVPoolError as exc:
+                    log.debug("prefetch: %s", exc)
+                    return
+                self._counters["prefetch.blocks"] += len(numbers)
+
+    def _ask_for_get(self, namespace: Namespace, keys: bytes, timeout_s: float) -> Lookup:
+        return self.lookup(namespace, keys, timeout_ms=max(1.0, 1000 * timeout_s))
 
     def _lookup_locally(
         self, digest: bytes, keys: bytes, known_prefix: int, why: str, also: Sequence[Also]
@@ -332,70 +370,11 @@ class Client:
         _check_shard(space, shard)
         if not len(wrapped):
             return GetResult(0, [], {}, {})
-        timeout_s = self._transfer_time(wrapped, timeout_ms)
-        reasons = ["not_here"] * len(wrapped)
+        deadline = time.monotonic() + self._transfer_time(wrapped, timeout_ms)
+        call = Call(space, keys, wrapped, shard, first, deadline, ["not_here"] * len(wrapped))
         with quick_switching:
-            node = self._local()
-            if node is not None:
-                try:
-                    reasons = node.get(
-                        space.digest, keys, wrapped, shard, first, self._verify_local, self._copies, timeout_s
-                    )
-                except InvalidArgumentError:
-                    raise
-                except KVPoolError as exc:
-                    log.debug("local get: %s", exc)
-            tiers = {"local": reasons.count("")}
-            if tiers["local"] < len(wrapped):
-                tiers["remote"] = self._get_remotely(space, keys, wrapped, (shard, first), lookup, reasons, timeout_s)
-        return self._got(reasons, tiers, wrapped.shard_bytes)
-
-    def _get_remotely(
-        self,
-        space: Namespace,
-        keys: bytes,
-        blocks: Blocks,
-        place: tuple[int, int],
-        lookup: Lookup | None,
-        reasons: list[str],
-        timeout_s: float,
-    ) -> int:
-        """Fetch what is still missing from other nodes; returns how many blocks came."""
-        shard, first_layer = place
-        if lookup is None:
-            lookup = self.lookup(space, keys, timeout_ms=1000 * min(timeout_s, GET_LOOKUP_S))
-        elif lookup.reason in {"master_unreachable", "breaker_open", "no_pool"}:
-            return 0
-        own = self._own_id
-        wanted = []
-        number = 0
-        for run in lookup.runs:
-            owners = [a for a, _, shards in run.owners if shard in shards and a.node_id != own and a.port]
-            for i in range(number, min(number + run.blocks, len(blocks))):
-                if reasons[i]:
-                    key = keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]
-                    wanted.append(Wanted(i, key, blocks.pieces[i], owners.copy()))
-            number += run.blocks
-        for i in range(number, len(blocks)):
-            if reasons[i] == "not_here":
-                reasons[i] = lookup.reason if lookup.reason != "complete" else "not_stored"
-        want = Want(shard, first_layer, blocks.layers, blocks.layer_bytes)
-        found = self._peers.get(space.digest, wanted, want, self._copies, timeout_s)
-        for i, reason in found.items():
-            if not reason or reasons[i] == "not_here":
-                reasons[i] = reason
-        return sum(not reason for reason in found.values())
-
-    def _got(self, reasons: list[str], tiers: dict[str, int], block_bytes: int) -> GetResult:
-        ok = [not reason for reason in reasons]
-        prefix = ok.index(False) if False in ok else len(ok)
-        counts = Counter(reason for reason in reasons if reason) if prefix < len(ok) else {}
-        for tier, blocks in tiers.items():
-            self._counters[f"get.{tier}_blocks"] += blocks
-            self._counters[f"get.{tier}_bytes"] += blocks * block_bytes
-        for reason, blocks in counts.items():
-            self._counters[f"miss.{reason}"] += blocks
-        return GetResult(prefix, ok, dict(counts), {t: n for t, n in tiers.items() if n})
+            tiers = self._gets.run(call, lookup)
+        return result_of(call, tiers, self._counters)
 
     # ---- futures ---------------------------------------------------------------------------------
 
@@ -408,11 +387,13 @@ class Client:
         lease: bool = False,
         timeout_ms: float | None = None,
         also: Sequence[Also] = (),
+        prefetch: bool = False,
     ) -> Future[Lookup]:
         """``lookup`` on a thread of the client's."""
         return self._executor().submit(
-            self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms, also=also
-        )
+            self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms, also=also,
+            prefetch=prefetch,
+        )  # fmt: skip
 
     def put_async(
         self,

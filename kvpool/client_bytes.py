@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from copy import copy
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,6 +108,12 @@ class Blocks:
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.pieces)
+
+    def some(self, numbers: Sequence[int]) -> Blocks:
+        """Return the buffers of some of the blocks."""
+        part = copy(self)
+        part.pieces = [self.pieces[number] for number in numbers]
+        return part
 
 
 def view(array: Any) -> memoryview:

@@ -51,5 +51,5 @@ def lookup_at_node(
         if wanted and node.local_prefix(group.namespace, wanted, LOCAL_LOOKUP_S) < end - first:
             end = known_prefix  # a shorter prefix may do, but the master will soon be there to find it
     address = NodeAddress(node.node_id, socket_path=node.path)
-    run = Run(end - known_prefix, [(address, "dram", tuple(range(namespace.shards)))])
+    run = Run(end - known_prefix, [(address, "dram", tuple(range(namespace.shards)), b"")])
     return Lookup(end, why, known_prefix=known_prefix, runs=[run] if run.blocks else [])

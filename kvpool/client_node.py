@@ -7,6 +7,8 @@ import logging
 import secrets
 import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -21,6 +23,7 @@ from kvpool.client_bytes import (
     pack_digests,
     unpack_digests,
 )
+from kvpool.client_files import PART_BYTES, check_probe, fetch_ms, reason_of
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace
 from kvpool.rpc.convert import namespace_to_proto
@@ -30,7 +33,10 @@ from kvpool.transport.shm import AttachedSegment
 
 log = logging.getLogger(__name__)
 
-CHANNELS_MAX = 8
+CHANNELS_MAX = 16
+PARTS_AHEAD = 3
+"""Parts that the node may read from files for one call at once, the one waited for included."""
+
 CONNECT_S = 0.5
 HASH_FIRST_BYTES_MAX = 4 << 20
 CONTROL_S = 0.5
@@ -55,6 +61,7 @@ class LocalNode:
                 reply, _, fds = channel.call_with_fds(attach, NodeFrameReply, timeout_s=CONNECT_S)
             attached = reply.attached
             self.node_id, self.epoch = attached.node_id, attached.epoch
+            self.backends = frozenset(attached.backends)
             self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
         except KVPoolError:
             self._pool.close()
@@ -175,16 +182,92 @@ class LocalNode:
         pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace, shards=[shard]))
         with self._channel(timeout_s) as channel:
             reply, payload = channel.call(pin, NodeFrameReply, keys, timeout_s=timeout_s)
-            places = self._places(payload[: 16 * len(blocks)], len(blocks), 2, blocks.shard_bytes)
-            reasons = ["not_here"] * len(blocks)
-            if not reply.pinned.pin:
-                return reasons
-            try:
-                checksums = unpack_digests(payload[16 * len(blocks) :])
-                self._copy_out(places, checksums, reply.pinned.layers, blocks, first_layer, verify, copies, reasons)
-            finally:
-                release = NodeFrame(release=node_pb2.ReleasePin(pin=reply.pinned.pin))
-                channel.send_only(release, timeout_s=timeout_s)
+            return self._take(channel, reply.pinned, payload, blocks, first_layer, verify, copies)
+
+    def fetch(
+        self,
+        namespace: bytes,
+        parts: Sequence[tuple[bytes, Blocks]],
+        place: tuple[int, int],
+        backend: bytes,
+        verify: bool,
+        copies: CopyThreads,
+        deadline: float,
+    ) -> Iterator[list[str]]:
+        """Have blocks read from files and fill their buffers; yields "" or a miss reason for each of a part.
+
+        ``parts``: keys and buffers; ``place``: shard and first layer. While one part is copied the next ones
+        are read. Storage that fails is no failure of the node: it stays attached whatever is raised.
+        """
+        shard, first_layer = place
+        rest = deque(parts)
+        asked: deque[tuple[contextlib.ExitStack, Channel, NodeFrame, Blocks]] = deque()
+        try:
+            while rest or asked:
+                # Nobody waits for a channel while holding one.
+                while rest and (not asked or (len(asked) < PARTS_AHEAD and self._pool.any_free)):
+                    left_s = deadline - time.monotonic()
+                    if left_s <= 0:
+                        raise UnavailableError("deadline exceeded")
+                    keys, blocks = rest.popleft()
+                    pin = node_pb2.Pin(namespace=namespace, shards=[shard], fetch_ms=fetch_ms(left_s), backend=backend)
+                    held = contextlib.ExitStack()
+                    channel = held.enter_context(self._pool.channel(left_s))
+                    asked.append((held, channel, NodeFrame(pin=pin), blocks))
+                    channel.start(asked[-1][2], keys, timeout_s=left_s)
+                held, channel, request, blocks = asked[0]
+                reply, payload = channel.finish(request, NodeFrameReply)
+                reasons = self._take(channel, reply.pinned, payload, blocks, first_layer, verify, copies)
+                asked.popleft()
+                held.close()
+                yield reasons
+        finally:
+            for held, channel, _, _ in asked:
+                channel.close()  # an answer may still come
+                held.close()
+
+    def serves(self, backend: bytes, named: str) -> bool:
+        """Return whether this node reads a backend's files, given the node that the master named for them."""
+        return backend in self.backends or named == self.node_id
+
+    def part_bytes(self) -> int:
+        """Return how much to ask of storage at a time: a small segment must hold several parts for several calls."""
+        return min(PART_BYTES, len(self._memory) // (8 * PARTS_AHEAD))
+
+    def prefetch(self, namespace: bytes, keys: bytes, shards: Sequence[int], backend: bytes, timeout_s: float) -> None:
+        """Ask for blocks to be brought from files into memory; does not wait for them."""
+        with self._pool.channel(timeout_s) as channel:
+            frame = NodeFrame(prefetch=node_pb2.Prefetch(namespace=namespace, shards=shards, backend=backend))
+            channel.send_only(frame, keys, timeout_s=timeout_s)
+
+    def probe_storage(self, namespace: bytes, backend: bytes) -> None:
+        """Return when the node's storage answers. Raises UnavailableError."""
+        nothing = node_pb2.Pin(namespace=namespace, shards=[0], fetch_ms=fetch_ms(CONTROL_S), backend=backend)
+        with self._pool.channel(CONTROL_S) as channel:
+            _, payload = channel.call(NodeFrame(pin=nothing), NodeFrameReply, bytes(KEY_BYTES), timeout_s=CONTROL_S)
+        check_probe(self._places(payload[:16], 1, 2, 0)[0])
+
+    def _take(
+        self,
+        channel: Channel,
+        pinned: node_pb2.Pinned,
+        payload: memoryview,
+        blocks: Blocks,
+        first_layer: int,
+        verify: bool,
+        copies: CopyThreads,
+    ) -> list[str]:
+        """Copy what is pinned into the buffers and let go of it; returns "" or a miss reason for each block."""
+        places = self._places(payload[: 16 * len(blocks)], len(blocks), 2, blocks.shard_bytes)
+        reasons = [reason_of(offset) for offset in places[::2]]
+        if not pinned.pin:
+            return [reason or "not_here" for reason in reasons]
+        try:
+            checksums = unpack_digests(payload[16 * len(blocks) :])
+            self._copy_out(places, checksums, pinned.layers, blocks, first_layer, verify, copies, reasons)
+        finally:
+            release = NodeFrame(release=node_pb2.ReleasePin(pin=pinned.pin))
+            channel.send_only(release, timeout_s=CONTROL_S)
         return reasons
 
     def _copy_out(

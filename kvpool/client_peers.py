@@ -8,8 +8,8 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -23,9 +23,10 @@ from kvpool.client_bytes import (
     unpack_digests,
     view,
 )
-from kvpool.client_health import BreakerOpenError, Health
+from kvpool.client_files import StorageGuards, check_probe, fetch_ms, judge, part_blocks, reason_of
+from kvpool.client_health import BreakerOpenError, Guard, Health
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError, UnknownNamespaceError
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, Namespace, NodeAddress
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
@@ -58,6 +59,13 @@ class Want:
         return self.layers * self.layer_bytes
 
 
+class Source(NamedTuple):
+    """A node that has a block in its memory, or serves the storage backend that has it as a file."""
+
+    address: NodeAddress
+    backend: bytes = b""
+
+
 @dataclass(slots=True)
 class Wanted:
     """A block to fetch: its number in the call, its key, where its bytes go, who has it (nearest first)."""
@@ -65,15 +73,16 @@ class Wanted:
     number: int
     key: bytes
     pieces: list[Bytes]
-    owners: list[NodeAddress]
+    owners: list[Source]
 
 
 class Peer:
     """One remote node, behind a circuit breaker."""
 
-    def __init__(self, address: NodeAddress, health: Health, connect_s: float) -> None:
+    def __init__(self, address: NodeAddress, health: Health, storage: StorageGuards, connect_s: float) -> None:
         self.address = address
         self.guard = health.guard(address.node_id, self._probe)
+        self._storage = storage
         self._pool = ChannelPool(
             lambda timeout_s: Channel.connect_tcp(address.host, address.port, min(timeout_s, connect_s)),
             channels_max=CHANNELS_MAX,
@@ -99,16 +108,36 @@ class Peer:
         with self._pool.channel(PROGRESS_S) as channel:
             channel.call(NodeFrame(local_prefix=anything), NodeFrameReply, timeout_s=PROGRESS_S)
 
-    def get(self, namespace: bytes, items: Sequence[Wanted], want: Want, timeout_s: float) -> list[str]:
-        """Fill the buffers of these blocks; returns "" or a miss reason for each. Raises when the node fails."""
+    def storage(self, namespace: bytes, backend: bytes) -> Guard:
+        """Return the breaker of this node's way to a backend."""
+        return self._storage.of(self.address.node_id, backend, lambda: self._probe_storage(namespace, backend))
+
+    def _probe_storage(self, namespace: bytes, backend: bytes) -> None:
+        nothing = node_pb2.Get(namespace=namespace, shards=[0], fetch_ms=fetch_ms(PROGRESS_S), backend=backend)
+        with self._pool.channel(PROGRESS_S) as channel:
+            _, payload = channel.call(NodeFrame(get=nothing), NodeFrameReply, bytes(KEY_BYTES), timeout_s=PROGRESS_S)
+        if len(payload) >= 8:
+            check_probe(struct.unpack_from("<q", payload)[0])
+
+    def get(
+        self, namespace: bytes, items: Sequence[Wanted], want: Want, timeout_s: float, backend: bytes = b""
+    ) -> list[str]:
+        """Fill the buffers of these blocks; returns "" or a miss reason for each. Raises when the node fails.
+
+        With a ``backend`` the node reads from there what it does not have in memory; failing in that is no
+        failure of the node.
+        """
         request = node_pb2.Get(
             namespace=namespace, shards=[want.shard], first_layer=want.first_layer, layer_count=want.layers
         )
+        progress_s = PROGRESS_S
+        if backend:
+            request.backend, request.fetch_ms, progress_s = backend, fetch_ms(timeout_s), timeout_s
         keys = b"".join([item.key for item in items])
         reasons = []
-        with self.channel(timeout_s) as channel:
+        with self._pool.channel(timeout_s) if backend else self.channel(timeout_s) as channel:
             reply = channel.begin(
-                NodeFrame(get=request), NodeFrameReply, keys, timeout_s=timeout_s, progress_s=PROGRESS_S
+                NodeFrame(get=request), NodeFrameReply, keys, timeout_s=timeout_s, progress_s=progress_s
             )
             sizes = struct.unpack(f"<{len(items)}q", _take(channel, 8 * len(items)))
             here = sum(size >= 0 for size in sizes)
@@ -119,7 +148,7 @@ class Peer:
             at = 0
             for size, item in zip(sizes, items, strict=True):
                 if size < 0:
-                    reasons.append("not_here")
+                    reasons.append(reason_of(size))
                     continue
                 if size != want.bytes:
                     _skip(channel, size)
@@ -164,8 +193,9 @@ class Peer:
 class Peers:
     """All remote nodes, by address."""
 
-    def __init__(self, health: Health, connect_s: float) -> None:
+    def __init__(self, health: Health, storage: StorageGuards, connect_s: float) -> None:
         self._health = health
+        self._storage = storage
         self._connect_s = connect_s
         self._lock = threading.Lock()
         self._peers: dict[tuple[str, int], Peer] = {}
@@ -176,7 +206,7 @@ class Peers:
             place = (address.host, address.port)
             peer = self._peers.get(place)
             if peer is None:
-                peer = self._peers[place] = Peer(address, self._health, self._connect_s)
+                peer = self._peers[place] = Peer(address, self._health, self._storage, self._connect_s)
             return peer
 
     def unusable(self) -> set[str]:
@@ -199,41 +229,67 @@ class Peers:
         reasons: dict[int, str] = {}
         while wanted:
             requests = []
-            for peer, items in self._by_owner(wanted, reasons).items():
-                size = max(1, min(REQUEST_BYTES // want.bytes, -(-len(items) // copies.threads)))
-                requests += [(peer, items[at : at + size]) for at in range(0, len(items), size)]
+            for (peer, backend), items in self._by_owner(namespace, wanted, reasons).items():
+                most = part_blocks(want.bytes) if backend else max(1, REQUEST_BYTES // want.bytes)
+                size = max(1, min(most, -(-len(items) // copies.threads)))
+                requests += [_Request(peer, backend, items[at : at + size]) for at in range(0, len(items), size)]
             again: list[Wanted] = []  # list.extend is atomic
 
-            def work(part: Sequence[tuple[Peer, list[Wanted]]], again: list[Wanted] = again) -> None:
-                for peer, items in part:
-                    again.extend(_fetch(peer, namespace, items, want, deadline, reasons))
+            def work(part: Sequence[_Request], again: list[Wanted] = again) -> None:
+                for request in part:
+                    again.extend(_fetch(request, namespace, want, deadline, reasons))
 
             copies.run(requests, REQUEST_BYTES, work)
+            _judge_storage(namespace, requests)
             wanted = again
         return reasons
 
-    def _by_owner(self, wanted: Sequence[Wanted], reasons: dict[int, str]) -> dict[Peer, list[Wanted]]:
-        groups: dict[Peer, list[Wanted]] = {}
+    def _by_owner(
+        self, namespace: bytes, wanted: Sequence[Wanted], reasons: dict[int, str]
+    ) -> dict[tuple[Peer, bytes], list[Wanted]]:
+        groups: dict[tuple[Peer, bytes], list[Wanted]] = {}
         for item in wanted:
             found_any = bool(item.owners)
             while item.owners:
-                peer = self.at(item.owners[0])
-                if peer.usable:
-                    groups.setdefault(peer, []).append(item)
+                address, backend = item.owners[0]
+                peer = self.at(address)
+                guard = peer.storage(namespace, backend) if backend and peer.usable else peer.guard
+                if guard.closed:
+                    groups.setdefault((peer, backend), []).append(item)
                     break
-                peer.guard.rejected += 1
+                guard.rejected += 1
                 item.owners.pop(0)
             else:
                 reasons.setdefault(item.number, "breaker_open" if found_any else "not_here")
         return groups
 
 
+@dataclass(slots=True)
+class _Request:
+    """Blocks to ask of one node at once, and what came of it."""
+
+    peer: Peer
+    backend: bytes
+    items: list[Wanted]
+    answers: list[str] = field(default_factory=list)
+
+
+def _judge_storage(namespace: bytes, requests: Sequence[_Request]) -> None:
+    answers: dict[tuple[Peer, bytes], list[str]] = {}
+    for request in requests:
+        if request.backend:
+            answers.setdefault((request.peer, request.backend), []).extend(request.answers)
+    for (peer, backend), reasons in answers.items():
+        judge(peer.storage(namespace, backend), reasons)
+
+
 def _fetch(
-    peer: Peer, namespace: bytes, items: list[Wanted], want: Want, deadline: float, reasons: dict[int, str]
+    request: _Request, namespace: bytes, want: Want, deadline: float, reasons: dict[int, str]
 ) -> list[Wanted]:
     """Ask one node for some blocks; returns those that another owner may still have."""
+    peer, items = request.peer, request.items
     try:
-        answers = peer.get(namespace, items, want, max(0.001, deadline - time.monotonic()))
+        answers = peer.get(namespace, items, want, max(0.001, deadline - time.monotonic()), request.backend)
     except BreakerOpenError:
         answers = ["breaker_open"] * len(items)
     except UnavailableError:
@@ -243,6 +299,7 @@ def _fetch(
     except KVPoolError as exc:
         log.warning("node %s: %s", peer.address.node_id, exc)
         answers = ["refused"] * len(items)
+    request.answers = answers
     again = []
     for item, answer in zip(items, answers, strict=True):
         reasons[item.number] = answer

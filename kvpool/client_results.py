@@ -11,10 +11,14 @@ from kvpool.rpc.v1 import master_pb2
 
 @dataclass(slots=True)
 class Run:
-    """Consecutive blocks that lie at the same places: (address, tier, shards) of each owner."""
+    """Consecutive blocks that lie at the same places: (address, tier, shards, backend) of each owner.
+
+    Of tier "fs" is a storage backend (its id), and the address is that of some node which serves it; else
+    the backend is empty.
+    """
 
     blocks: int
-    owners: list[tuple[NodeAddress, str, tuple[int, ...]]]
+    owners: list[tuple[NodeAddress, str, tuple[int, ...], bytes]]
 
 
 @dataclass(slots=True)
@@ -50,8 +54,9 @@ class PutResult:
 class GetResult:
     """What is in the buffers now: ``prefix`` leading blocks without a gap, ``ok`` for each block.
 
-    ``reasons`` counts why others are not: not_stored, not_here, owner_lost, corrupt, wrong_size, ...;
-    ``tiers`` counts where blocks came from: local, remote.
+    ``reasons`` counts why others are not: not_stored, not_here, owner_lost, corrupt, wrong_size, file_missing,
+    file_corrupt, storage_down, storage_timeout, no_room (in the memory of the node that reads files), ...;
+    ``tiers`` counts where blocks came from: local, remote (the memory of nodes), fs.
     """
 
     prefix: int
@@ -67,7 +72,8 @@ def lookup_from_proto(reply: master_pb2.LookupResponse, known_prefix: int) -> Lo
         nodes = [convert.address_from_proto(node) for node in reply.nodes]
         for run in reply.runs:
             owners = [
-                (nodes[o.node], o.tier, tuple(mask_shards(convert.mask_from_bytes(o.shards)))) for o in run.owners
+                (nodes[o.node], o.tier, tuple(mask_shards(convert.mask_from_bytes(o.shards))), o.backend)
+                for o in run.owners
             ]
             runs.append(Run(run.blocks, owners))
     reason = convert.REASON_OF[reply.reason].value

@@ -83,12 +83,21 @@ class Watch:
         unusable = self._client.unusable_nodes().union(*self._unusable.values())
         prefix, tiers = lookup.known_prefix, dict.fromkeys(TIERS, 0)
         for run in lookup.runs:
-            near = [self._tier(address, tier) for address, tier, _ in run.owners if address.node_id not in unusable]
+            near = [
+                self._tier(address, tier)
+                for address, tier, _, backend in run.owners
+                if self._is_usable(address, backend, unusable)
+            ]
             if not near:
                 break
             tiers[min(near, key=TIERS.index)] += run.blocks
             prefix += run.blocks
         return min(prefix, lookup.prefix), farthest(tiers)
+
+    def _is_usable(self, address: NodeAddress, backend: bytes, unusable: set[str]) -> bool:
+        if not backend:
+            return address.node_id not in unusable
+        return any(unusable.isdisjoint(names) for names in self._client.storages(address, backend))
 
     def _tier(self, address: NodeAddress, tier: str) -> str:
         if tier != "dram":

@@ -346,6 +346,11 @@ class ChannelPool:
         finally:
             self._give_back(channel, pid)
 
+    @property
+    def any_free(self) -> bool:
+        """Whether a channel could be lent now."""
+        return self._lent < self._channels_max
+
     def close(self) -> None:
         """Close idle channels now, lent ones when they come back."""
         with self._changed:

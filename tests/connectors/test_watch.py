@@ -39,7 +39,7 @@ class Side:
 
     def worth(self, *runs: tuple[int, tuple[NodeAddress, ...]], reason: str = "complete", known: int = 0) -> int:
         """Judge an answer; ``runs``: blocks and who has them."""
-        found = [Run(blocks, [(owner, "dram", (0,)) for owner in owners]) for blocks, owners in runs]
+        found = [Run(blocks, [(owner, "dram", (0,), b"") for owner in owners]) for blocks, owners in runs]
         return self.watch.worth(Lookup(known + sum(run.blocks for run in found), reason, "", 0, known, found), CHAIN)
 
     def loaded(self, name: str, blocks: int, seconds: float, tiers: dict[str, int], arrived: int | None = None) -> None:
