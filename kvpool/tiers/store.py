@@ -105,6 +105,12 @@ class BlockStore(Protocol):
     def set_aside(self, name: FileName) -> None:
         """Take a broken file out of the way, so that nobody reads it again; some are kept for people to look at."""
 
+    def aside_files(self) -> list[tuple[str, int]]:
+        """Return name and length of the broken files that were kept, oldest first. Raises StoreError."""
+
+    def drop_aside(self) -> None:
+        """Remove the broken files that were kept. Raises StoreError."""
+
     def files(self) -> Iterator[StoredFile]:
         """Yield every file in no order, while others write and remove. Raises StoreError."""
 

@@ -1,0 +1,81 @@
+"""What lies in a backend beside its blocks, the same in a directory and in an object store.
+
+``kvpool.json`` says whose files these are, ``namespaces/<digest>.json`` what they mean; broken files go to
+``aside/``, blocks lie in ``blocks/`` under the names of ``kvpool/tiers/store.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Final
+
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import DIGEST_BYTES, Namespace
+from kvpool.tiers.store import StoreBrokenError
+
+IDENTITY_FILE: Final = "kvpool.json"
+BLOCKS: Final = "blocks"
+NAMESPACES: Final = "namespaces"
+ASIDE: Final = "aside"
+
+ASIDE_MAX: Final = 64
+"""Broken files kept for people to look at; the oldest go."""
+
+CAPACITY_RATIO: Final = 0.9
+"""Of what is free and what the pool has already: the capacity of a backend whose maker was not told one."""
+
+_FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A backend's own id (16 bytes) and the bytes of files it may hold, recorded once by who made it."""
+
+    id: bytes
+    capacity_bytes: int
+
+    @classmethod
+    def make(cls, capacity_bytes: int) -> Identity:
+        """Return a new one."""
+        return cls(uuid.uuid4().bytes, max(1, capacity_bytes))
+
+    def pack(self) -> bytes:
+        """Return the text of ``kvpool.json``."""
+        fields = {"format": _FORMAT, "id": str(uuid.UUID(bytes=self.id)), "capacity_bytes": self.capacity_bytes}
+        return (json.dumps(fields, indent=1) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Identity:
+        """Return what a ``kvpool.json`` says. Raises StoreBrokenError for one that was not written by a pool."""
+        try:
+            fields = json.loads(data)
+            number, text, capacity = fields["format"], fields["id"], fields["capacity_bytes"]
+            if number != _FORMAT:
+                raise StoreBrokenError(f"{IDENTITY_FILE} has format {number}, this version knows {_FORMAT}")
+            if not isinstance(capacity, int) or capacity < 1:
+                raise StoreBrokenError(f"{IDENTITY_FILE} has capacity_bytes {capacity!r}")
+            return cls(uuid.UUID(text).bytes, capacity)
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise StoreBrokenError(f"{IDENTITY_FILE} cannot be understood: {type(exc).__name__}: {exc}") from exc
+
+
+def namespace_path(digest: bytes) -> str:
+    """Return where a descriptor is kept, below the backend's root."""
+    return f"{NAMESPACES}/{digest.hex()}.json"
+
+
+def pack_namespace(namespace: Namespace) -> bytes:
+    """Return the text of a descriptor's file."""
+    return (json.dumps(namespace.as_dict(), sort_keys=True, indent=1) + "\n").encode()
+
+
+def parse_namespace(file: str, data: bytes) -> Namespace | None:
+    """Return the descriptor in a file of this name (without its directory), None for what is none, or another's."""
+    try:
+        digest = bytes.fromhex(file.removesuffix(".json"))
+        namespace = Namespace(**json.loads(data))
+    except (ValueError, TypeError, InvalidArgumentError):
+        return None
+    return namespace if len(digest) == DIGEST_BYTES and namespace.digest == digest else None

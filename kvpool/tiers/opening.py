@@ -1,0 +1,38 @@
+"""From the name of a backend, a directory or a URL, to its store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvpool.errors import ConfigError
+from kvpool.tiers.posix import FSYNC, PosixStore
+from kvpool.tiers.store import BlockStore
+
+
+def open_store(
+    url: str,
+    *,
+    owner: str,
+    capacity_bytes: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    direct: bool = True,
+    fsync: str = "off",
+    create: bool = True,
+) -> BlockStore:
+    """Open a directory, or a fsspec URL (``options`` are its), as a backend; make it one if it is none, and ``create``.
+
+    ``owner`` is unique to this process; ``capacity_bytes`` counts for who makes the backend, 90 % of what is free
+    by default; ``direct`` allows O_DIRECT; ``fsync`` is off, data or full. Raises ConfigError("storage_backends").
+    """
+    if fsync not in FSYNC:
+        raise ConfigError("storage_fsync", f"must be one of {', '.join(FSYNC)}, not {fsync!r}")
+    if "://" in url:
+        from kvpool.tiers.object import ObjectStore
+
+        return ObjectStore(url, owner=owner, capacity_bytes=capacity_bytes, options=options, create=create)
+    if not url:
+        raise ConfigError("storage_backends", "an empty name is no directory")
+    if options:
+        raise ConfigError("storage_options", f"means nothing for a directory such as {url}")
+    return PosixStore(url, owner=owner, capacity_bytes=capacity_bytes, direct=direct, fsync=fsync, create=create)

@@ -1,0 +1,379 @@
+"""A directory as a backend: local disks, NFS and other shared filesystems, opened by any number of nodes.
+
+One file for each shard of a block, named by its content. A file appears under its name by a rename, whole; who
+renames later replaces it by the same bytes. Nothing here relies on locks, on access times, or on what another
+host's page cache knows: what cannot be had is missing, and readers verify the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from kvpool.model import Namespace
+from kvpool.tiers import posix_io
+from kvpool.tiers.layout import ASIDE, ASIDE_MAX, BLOCKS, NAMESPACES, namespace_path, pack_namespace, parse_namespace
+from kvpool.tiers.posix_root import Root
+from kvpool.tiers.store import (
+    FileName,
+    StoreBrokenError,
+    StoredFile,
+    StoreError,
+    StoreFullError,
+    StoreMissingError,
+    StoreReadOnlyError,
+    StoreSizeError,
+)
+
+log = logging.getLogger(__name__)
+
+FSYNC: Final = ("off", "data", "full")
+"""Await the disk for nothing, for each file's data, or for its name too."""
+
+_ATTEMPTS = 3  # a directory that has to be made, a handle that went stale
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_TEMP = re.compile(r"\..+\.([A-Za-z0-9_-]+)\.\d+\.tmp")
+_NOT_IN_OWNERS = re.compile(r"[^A-Za-z0-9_-]")
+_HEX_NAMESPACE = re.compile(r"[0-9a-f]{32}")
+_HEX_FAN = re.compile(r"[0-9a-f]{3}")
+
+_counter = itertools.count(1)  # of all stores in this process: they may share an owner
+_writing: set[str] = set()  # temporary files that are being written right now
+
+
+class PosixStore:
+    """Block files in a directory. ``owner`` is unique to this process and part of temporary names.
+
+    ``capacity_bytes`` counts only for who makes the backend. Raises ConfigError("storage_backends") when the
+    directory cannot be one.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        owner: str,
+        capacity_bytes: int | None = None,
+        direct: bool = True,
+        fsync: str = "off",
+        create: bool = True,
+    ) -> None:
+        self._owner = _NOT_IN_OWNERS.sub("_", owner)[:64] or "nobody"
+        self._root = Root(os.path.abspath(directory), self._temporary)
+        self.url = self._root.path
+        self._blocks = f"{self.url}/{BLOCKS}"
+        self._aside = f"{self.url}/{ASIDE}"
+        identity = self._root.open(capacity_bytes, lambda: sum(file.bytes for file in self.files()), create=create)
+        self.id = identity.id
+        self.capacity_bytes = identity.capacity_bytes
+        self.direct_unit = posix_io.direct_unit(self._root.identity_path) if direct else 0
+        self._sync = fsync != "off"
+        self._sync_directory = fsync == "full"
+
+    def __repr__(self) -> str:
+        mode = f"direct in {self.direct_unit}" if self.direct_unit else "buffered"
+        return f"<PosixStore {self.url}, {mode}>"
+
+    # ---- blocks ------------------------------------------------------------------------------------
+
+    def write(self, name: FileName, data: memoryview) -> None:
+        """Write a temporary file beside the place and rename it. Raises StoreError."""
+        self._replace(f"{self._blocks}/{name}", data)
+
+    def read_into(self, name: FileName, target: memoryview) -> None:
+        """Read a file of exactly the target's length. Raises StoreMissingError, StoreSizeError, StoreError."""
+        path = f"{self._blocks}/{name}"
+        try:
+            self._retried(path, lambda: posix_io.fill(path, target, unit=self.direct_unit))
+        except posix_io.LengthError as exc:
+            raise StoreSizeError(name, exc.actual) from None
+        except posix_io.NotAFileError:
+            raise StoreBrokenError(f"{path}: not a regular file") from None
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:
+                raise StoreBrokenError(f"{path}: a symbolic link") from None
+            raise self._error(exc, path, writing=False) from exc
+
+    def remove(self, names: Sequence[FileName]) -> None:
+        """Unlink files, all that can be. Raises the first StoreError at the end."""
+        failed: StoreError | None = None
+        for name in names:
+            path = f"{self._blocks}/{name}"
+            try:
+                _unlink(path)
+            except OSError as exc:
+                failed = failed or self._error(exc, path, writing=True)
+        if failed:
+            raise failed
+
+    def set_aside(self, name: FileName) -> None:
+        """Move a file to ``aside``, of which the oldest go. Raises StoreError."""
+        path = f"{self._blocks}/{name}"
+        kept = f"{self._aside}/{time.time_ns():020d}.{name.namespace.hex()}.{name.key.hex()}.{name.shard}"
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._aside)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.rename(path, kept)
+        except OSError as exc:
+            raise self._error(exc, path, writing=True) from exc
+        self._drop_aside(ASIDE_MAX)
+
+    def aside_files(self) -> list[tuple[str, int]]:
+        """Return name and length of what was set aside, oldest first. Raises StoreError."""
+        found = []
+        for entry in self._entries(self._aside):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found.append((entry.name, entry.stat(follow_symlinks=False).st_size))
+        return sorted(found)
+
+    def drop_aside(self) -> None:
+        """Remove what was set aside. Raises StoreError."""
+        self._drop_aside(0)
+
+    def files(self) -> Iterator[StoredFile]:
+        """Yield every block's file; others come and go meanwhile. Raises StoreError."""
+        for namespace, fan in self._directories():
+            prefix = f"{namespace}/{fan}/"
+            for entry in self._entries(f"{self._blocks}/{prefix}"):
+                name = FileName.parse(prefix + entry.name)
+                if name is None:
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:  # gone, or stale: then it is not there for us
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    yield StoredFile(name, status.st_size)
+
+    # ---- beside the blocks -------------------------------------------------------------------------
+
+    def namespaces(self) -> list[Namespace]:
+        """Return the descriptors that can be read. Raises StoreError."""
+        found = []
+        for entry in self._entries(f"{self.url}/{NAMESPACES}"):
+            if entry.name.startswith("."):
+                continue
+            try:
+                with open(entry.path, "rb") as file:
+                    namespace = parse_namespace(entry.name, file.read(1 << 16))
+            except OSError as exc:
+                log.warning("%s cannot be read: %s", entry.path, exc.strerror)
+                continue
+            if namespace is not None:
+                found.append(namespace)
+        return found
+
+    def keep_namespace(self, namespace: Namespace) -> None:
+        """Write a descriptor unless it is there. Raises StoreError."""
+        path = f"{self.url}/{namespace_path(namespace.digest)}"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if parse_namespace(os.path.basename(path), file.read(1 << 16)) == namespace:
+                return
+        self._replace(path, memoryview(pack_namespace(namespace)))
+
+    def clean(self, older_than_s: float) -> int:
+        """Remove temporary files that nobody writes any more. Raises StoreError."""
+        now = self._now()
+        removed = 0
+        blocks = (f"{self._blocks}/{namespace}/{fan}" for namespace, fan in self._directories())
+        for directory in itertools.chain((self.url, self._blocks, f"{self.url}/{NAMESPACES}"), blocks):
+            for entry in self._entries(directory):
+                match = _TEMP.fullmatch(entry.name)
+                if match is None or entry.path in _writing:
+                    continue
+                with contextlib.suppress(OSError):  # its owner was faster, or it is not ours to remove
+                    if match[1] == self._owner or now - entry.stat(follow_symlinks=False).st_mtime > older_than_s:
+                        os.unlink(entry.path)
+                        removed += 1
+        return removed
+
+    def probe(self) -> None:
+        """Write, read back and remove a small file; a root that was deleted is made again. Raises StoreError."""
+        path = ""
+        try:
+            self._root.check()
+            with self._temporary(f"{self.url}/probe") as path:
+                unit = max(self.direct_unit, 512)
+                data = memoryview(os.urandom(unit))
+                posix_io.create(path, data, unit=self.direct_unit, sync=self._sync)
+                back = memoryview(bytearray(unit))
+                posix_io.fill(path, back, unit=self.direct_unit)
+                os.unlink(path)
+        except OSError as exc:
+            raise self._error(exc, path or self.url, writing=True) from exc
+        except (posix_io.LengthError, posix_io.NotAFileError) as exc:
+            raise StoreError(f"{self.url}: what is written is not there: {exc}") from exc
+        if back != data:
+            raise StoreError(f"{self.url}: what is read is not what was written")
+
+    def free_bytes(self) -> int | None:
+        """Return what the filesystem has for us. Raises StoreError."""
+        try:
+            return self._root.free_bytes()
+        except OSError as exc:
+            raise self._error(exc, self.url, writing=False) from exc
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    # ---- parts -------------------------------------------------------------------------------------
+
+    def _drop_aside(self, kept: int) -> None:
+        names = sorted(entry.name for entry in self._entries(self._aside))
+        for name in names[: max(0, len(names) - kept)]:
+            path = f"{self._aside}/{name}"
+            try:
+                _unlink(path)
+            except IsADirectoryError:  # stood where a block belongs
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError as exc:
+                raise self._error(exc, path, writing=True) from exc
+
+    def _replace(self, path: str, data: memoryview) -> None:
+        try:
+            self._retried(path, lambda: self._replace_once(path, data), make=True)
+        except OSError as exc:
+            raise self._error(exc, path, writing=True) from exc
+
+    def _replace_once(self, path: str, data: memoryview) -> None:
+        with self._temporary(path) as temporary:
+            posix_io.create(temporary, data, unit=self.direct_unit, sync=self._sync)
+            try:
+                os.rename(temporary, path)
+            except OSError as exc:
+                # Where a lost answer makes a client ask twice, the first time may have done it.
+                if exc.errno not in {errno.ENOENT, errno.EEXIST} or not _has_length(path, len(data)):
+                    raise
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+        if self._sync_directory:
+            _sync_directory(os.path.dirname(path))
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str) -> Iterator[str]:
+        """Yield a name beside a path that nobody else uses; what fails leaves nothing there."""
+        directory, file = os.path.split(path)
+        temporary = f"{directory}/.{file}.{self._owner}.{next(_counter)}.tmp"
+        _writing.add(temporary)
+        try:
+            yield temporary
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        finally:
+            _writing.discard(temporary)
+
+    def _retried(self, path: str, action: Callable[[], None], *, make: bool = False) -> None:
+        """Do something with a file, again if what we know of the directory was old, or there is none yet."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                action()
+            except OSError as exc:
+                if exc.errno not in {errno.ENOENT, errno.ESTALE} or attempt == _ATTEMPTS:
+                    raise
+                if exc.errno == errno.ENOENT and not make and attempt > 1:
+                    raise
+                self._refresh(os.path.dirname(path), make=make)
+            else:
+                return
+
+    def _refresh(self, directory: str, *, make: bool) -> None:
+        """Have a network filesystem look at a directory again, which opening it does; make it if wanted."""
+        try:
+            os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except OSError as exc:
+            if exc.errno not in {errno.ENOENT, errno.ESTALE}:
+                raise
+            if make:
+                self._root.check()
+                os.makedirs(directory, exist_ok=True)
+
+    def _directories(self) -> Iterator[tuple[str, str]]:
+        for namespace in self._entries(self._blocks):
+            if _HEX_NAMESPACE.fullmatch(namespace.name):
+                for fan in self._entries(namespace.path):
+                    if _HEX_FAN.fullmatch(fan.name):
+                        yield namespace.name, fan.name
+
+    def _entries(self, directory: str) -> Iterator[os.DirEntry[str]]:
+        """Yield what lies in a directory, nothing for one that is gone, or a file. Raises StoreError."""
+        try:
+            with os.scandir(directory) as found:
+                yield from found
+        except (FileNotFoundError, NotADirectoryError):
+            self._present(directory)
+        except OSError as exc:
+            if exc.errno != errno.ESTALE:
+                raise self._error(exc, directory, writing=False) from exc
+
+    def _present(self, path: str) -> None:
+        """Raise StoreError if the whole backend is away: then nothing is known of what it holds."""
+        try:
+            self._root.present()
+        except OSError as exc:
+            raise StoreError(f"{path}: {self._root.identity_path}: {exc.strerror}") from exc
+
+    def _now(self) -> float:
+        """Return the time by the clock that stamps this filesystem's files. Raises StoreError."""
+        path = ""
+        try:
+            with self._temporary(f"{self.url}/clock") as path:
+                posix_io.create(path, memoryview(b"?"), unit=0, sync=False)
+                now = os.stat(path).st_mtime
+                os.unlink(path)
+        except OSError as exc:
+            raise self._error(exc, path, writing=True) from exc
+        return now
+
+    def _error(self, exc: OSError, path: str, *, writing: bool) -> StoreError:
+        text = f"{path}: {exc.strerror or exc}"
+        if writing and exc.errno in _FULL:
+            return StoreFullError(text)
+        if writing and exc.errno in _READ_ONLY:
+            return StoreReadOnlyError(text)
+        if writing and exc.errno in {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY}:
+            return StoreBrokenError(text)  # something foreign lies where a file or a directory belongs
+        if not writing and exc.errno in {errno.ENOENT, errno.ENOTDIR}:
+            self._present(path)
+            return StoreMissingError(text)
+        return StoreError(text)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as exc:
+        if exc.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}:
+            raise
+
+
+def _has_length(path: str, length: int) -> bool:
+    try:
+        # By opening, as only that asks a server what is there now.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return os.fstat(fd).st_size == length
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,182 @@
+"""Whole files in a few system calls: past the page cache where that is possible, without the GIL.
+
+With O_DIRECT, memory, offsets and lengths must be multiples of the filesystem's unit. Extents of a segment are
+multiples of 512 bytes, which most local disks take as they are: then there is no copy. What is aligned to less
+than the unit goes through an aligned buffer of the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import threading
+
+import numpy as np
+
+DIRECT_UNITS = (512, 4096)
+"""What filesystems ask of O_DIRECT, the better first."""
+
+_BOUNCE_BYTES = 1 << 20
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+# A fifo or a link that somebody put at a block's place neither blocks the open nor leads elsewhere.
+_OLD = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+_local = threading.local()
+
+
+class NotAFileError(Exception):
+    """Something else than a regular file lies at the path."""
+
+
+class LengthError(Exception):
+    """A file has ``actual`` bytes, not as many as were asked for."""
+
+    def __init__(self, actual: int) -> None:
+        super().__init__(f"{actual} bytes")
+        self.actual = actual
+
+
+def direct_unit(path: str) -> int:
+    """Return the bytes that O_DIRECT wants in multiples, found by reading a file; 0 where it does not work."""
+    buffer = memoryview(mmap.mmap(-1, 3 * max(DIRECT_UNITS)))
+    for unit in DIRECT_UNITS:
+        try:
+            fd = os.open(path, _OLD | os.O_DIRECT)
+        except OSError:
+            return 0
+        try:
+            os.preadv(fd, [buffer[unit : 2 * unit]], 0)
+            return unit
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+    return 0
+
+
+def create(path: str, data: memoryview, *, unit: int, sync: bool) -> None:
+    """Write a new file, and await the disk if ``sync``. ``unit``: O_DIRECT's, 0 for the page cache. Raises OSError."""
+    fd = _open(path, _NEW, unit)
+    try:
+        if unit and not _aligned(data, unit):
+            _write_bounced(fd, data, unit)
+        else:
+            _write(fd, data, 0)
+        if sync:
+            os.fdatasync(fd)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        raise
+    os.close(fd)  # network filesystems say only here that there was no room
+
+
+def fill(path: str, target: memoryview, *, unit: int) -> None:
+    """Read a whole file of exactly the target's length. Raises OSError, NotAFileError, LengthError."""
+    fd = _open(path, _OLD, unit)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotAFileError
+        if status.st_size != len(target):
+            raise LengthError(status.st_size)
+        bounced = unit and not _aligned(target, unit)
+        done = _read_bounced(fd, target, unit) if bounced else _read(fd, target, 0)
+        if done != len(target):
+            raise LengthError(done)
+    finally:
+        with contextlib.suppress(OSError):  # nothing is lost
+            os.close(fd)
+
+
+def _open(path: str, flags: int, unit: int) -> int:
+    if unit:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            flags &= ~os.O_EXCL  # some filesystems make the file before they refuse the flag
+    return os.open(path, flags, 0o666)
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as exc:
+            if not _buffered_from_now_on(fd, exc):
+                raise
+
+
+def _read(fd: int, target: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(target):
+        try:
+            got = os.preadv(fd, [target[done:]], offset + done)
+        except OSError as exc:
+            if not _buffered_from_now_on(fd, exc):
+                raise
+            continue
+        if not got:
+            break
+        done += got
+    return done
+
+
+def _buffered_from_now_on(fd: int, exc: OSError) -> bool:
+    """Take O_DIRECT off a file when that may have been the trouble: after a short write, on an odd filesystem."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if exc.errno != errno.EINVAL or not flags & os.O_DIRECT:
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return True
+
+
+def _write_bounced(fd: int, data: memoryview, unit: int) -> None:
+    bounce, array = _bounce()
+    source = np.frombuffer(data, np.uint8)
+    for at in range(0, len(data), _BOUNCE_BYTES):
+        used = min(_BOUNCE_BYTES, len(data) - at)
+        whole = -(-used // unit) * unit
+        np.copyto(array[:used], source[at : at + used])  # gives up the GIL, unlike slices of memoryviews
+        array[used:whole] = 0
+        _write(fd, bounce[:whole], at)
+    if len(data) % unit:
+        os.ftruncate(fd, len(data))
+
+
+def _read_bounced(fd: int, target: memoryview, unit: int) -> int:
+    bounce, array = _bounce()
+    sink = np.frombuffer(target, np.uint8)
+    for at in range(0, len(target), _BOUNCE_BYTES):
+        wanted = min(_BOUNCE_BYTES, len(target) - at)
+        got = min(wanted, _read_up_to(fd, bounce[: -(-wanted // unit) * unit], at, wanted))
+        np.copyto(sink[at : at + got], array[:got])
+        if got < wanted:
+            return at + got
+    return len(target)
+
+
+def _read_up_to(fd: int, buffer: memoryview, offset: int, wanted: int) -> int:
+    """Read until ``wanted`` bytes are there; the buffer is longer, as the file's end need not be aligned."""
+    done = os.preadv(fd, [buffer], offset)
+    return done if done >= wanted else done + _read(fd, buffer[done:wanted], offset + done)
+
+
+def _aligned(view: memoryview, unit: int) -> bool:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return not (address % unit or len(view) % unit)
+
+
+def _bounce() -> tuple[memoryview, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    try:
+        view: memoryview = _local.bounce
+    except AttributeError:
+        view = _local.bounce = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+    return view, np.frombuffer(view, np.uint8)
