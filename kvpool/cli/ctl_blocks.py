@@ -17,13 +17,13 @@ from kvpool.rpc.v1 import admin_pb2, master_pb2
 
 HASHES_CHARS_MAX = 256 << 20
 
-_NAMESPACE_HELP = "Digest in hex, the beginning of one that is unique, or a model's name."
-_HASHES_HELP = "Prefix hashes in hex, in prompt order: separated by commas, @FILE, or - for standard input."
+NAMESPACE_HELP = "Digest in hex, the beginning of one that is unique, or a model's name."
+HASHES_HELP = "Prefix hashes in hex, in prompt order: separated by commas, @FILE, or - for standard input."
 
 
 @click.command("lookup", context_settings=CONTEXT)
-@click.option("--namespace", required=True, metavar="NS", help=_NAMESPACE_HELP)
-@click.option("--hashes", required=True, metavar="HEX", help=_HASHES_HELP)
+@click.option("--namespace", required=True, metavar="NS", help=NAMESPACE_HELP)
+@click.option("--hashes", required=True, metavar="HEX", help=HASHES_HELP)
 @asks_master
 def lookup(remote: Remote, namespace: str, hashes: str) -> None:
     """Show how much of a prompt is in the pool, and where. Touches and leases nothing. Exit code 1 on no hit.
@@ -46,8 +46,8 @@ def lookup(remote: Remote, namespace: str, hashes: str) -> None:
 
 
 @click.command("evict", context_settings=CONTEXT)
-@click.option("--namespace", metavar="NS", help=f"Drop blocks of one namespace. {_NAMESPACE_HELP}")
-@click.option("--hashes", metavar="HEX", help=f"Only these of it. {_HASHES_HELP}")
+@click.option("--namespace", metavar="NS", help=f"Drop blocks of one namespace. {NAMESPACE_HELP}")
+@click.option("--hashes", metavar="HEX", help=f"Only these of it. {HASHES_HELP}")
 @click.option("--coldest", metavar="SIZE", help="Instead: this many bytes, coldest first, whatever they belong to.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @asks_master

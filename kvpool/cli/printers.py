@@ -48,7 +48,8 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s"
 
 
-def _share(used: int, capacity: int) -> str:
+def share(used: int, capacity: int) -> str:
+    """Return a part of a capacity for people."""
     return f"{format_size(used)} of {format_size(capacity)} ({used / capacity:.1%})" if capacity else format_size(used)
 
 
@@ -76,6 +77,7 @@ def status_data(reply: admin_pb2.StatusResponse) -> dict[str, Any]:
         "removals_max": reply.removals_max,
         "engines": reply.engines,
         "engine_blocks": reply.engine_blocks,
+        "backends": [backend_data(backend) for backend in reply.backends],
     }
 
 
@@ -87,18 +89,85 @@ def print_status(reply: admin_pb2.StatusResponse) -> None:
         ("uptime", seconds(reply.uptime_s)),
         ("nodes", f"{reply.nodes_live} live of {reply.nodes_known} known"),
         ("blocks", f"{reply.blocks}{warming}"),
-        ("memory", _share(reply.used_bytes, reply.capacity_bytes)),
+        ("memory", share(reply.used_bytes, reply.capacity_bytes)),
         ("leases", f"{reply.leases} on {reply.leased_blocks} blocks"),
         ("engines", f"{reply.engines} report {reply.engine_blocks} blocks of their own (hbm)"),
         ("removals kept", f"{reply.removals} of {reply.removals_max}"),
     ]
     print_table("Pool", ("", ""), rows)
+    if reply.backends:
+        print_backends([backend_data(backend) for backend in reply.backends])
     for warning in reply.warnings:
         click.echo(plain(f"warning: {warning}").plain)
     if reply.counters:
         print_table("Counters since start", ("counter", "value"), sorted(reply.counters.items()))
     if reply.settings:
         print_table("Settings", ("setting", "value"), sorted(reply.settings.items()))
+
+
+# ---- backends --------------------------------------------------------------------------------------
+
+
+def state_name(state: types_pb2.Backend.State) -> str:
+    """Return a backend's state in a word: up, down, read_only."""
+    value = types_pb2.Backend.State.DESCRIPTOR.values_by_number.get(state)
+    return value.name.lower() if value is not None else f"state_{state}"
+
+
+def backend_data(backend: admin_pb2.BackendStatus) -> dict[str, Any]:
+    """Return one storage backend, as the master knows it, as plain data."""
+    return {
+        "id": backend.id.hex(),
+        "url": backend.url,
+        "state": state_name(backend.state),
+        "reason": backend.reason,
+        "capacity_bytes": backend.capacity_bytes,
+        "used_bytes": backend.used_bytes,
+        "blocks": backend.blocks,
+        "removing_bytes": backend.removing_bytes,
+        "full": backend.full,
+        "scanning": backend.scanning,
+        "scanned_files": backend.scanned_files,
+        "scan_expected": backend.scan_expected,
+        "servers": [
+            {
+                "node": server.node,
+                "url": server.backend.url,
+                "state": state_name(server.backend.state),
+                "reason": server.backend.reason,
+            }
+            for server in sorted(backend.servers, key=lambda server: server.node)
+        ],
+    }
+
+
+def print_backends(backends: Sequence[dict[str, Any]]) -> None:
+    """Print storage backends for people: one row each, and one for each node that sees it otherwise."""
+    rows: list[tuple[object, ...]] = []
+    for each in backends:
+        used = share(each["used_bytes"], each["capacity_bytes"])
+        names = ", ".join(server["node"] for server in each["servers"])
+        rows.append((each["url"], _backend_state(each), used, each["blocks"], names))
+        rows += [
+            ("", f"{server['node']}: {server['state'].replace('_', ' ')}, {server['reason']}", "", "", "")
+            for server in each["servers"]
+            if (server["state"], server["reason"]) != (each["state"], each["reason"])
+        ]
+    print_table("Storage", ("backend", "state", "files", "blocks", "served by"), rows)
+
+
+def _backend_state(each: dict[str, Any]) -> str:
+    words = [each["state"].replace("_", " ")]
+    if each["reason"]:
+        words.append(each["reason"])
+    if each["full"]:
+        words.append("full: nothing is written")
+    if each["scanning"]:
+        of = f" of about {each['scan_expected']}" if each["scan_expected"] else ""
+        words.append(f"scanning: {each['scanned_files']}{of} files")
+    if each["removing_bytes"]:
+        words.append(f"removing {format_size(each['removing_bytes'])}")
+    return ", ".join(words)
 
 
 # ---- nodes -----------------------------------------------------------------------------------------
@@ -133,7 +202,7 @@ def print_nodes(reply: admin_pb2.NodesResponse) -> None:
             node.address.node_id,
             node.state,
             f"{node.address.host}:{node.address.port}",
-            _share(node.used_bytes, node.capacity_bytes),
+            share(node.used_bytes, node.capacity_bytes),
             node.blocks,
             f"{seconds(node.last_seen_s)} ago",
         )
@@ -207,6 +276,7 @@ def lookup_data(reply: master_pb2.LookupResponse, digest: bytes, asked: int) -> 
                 "node": _node_id(reply, owner.node),
                 "tier": owner.tier,
                 "shards": mask_shards(int.from_bytes(owner.shards, "little")),
+                "backend": owner.backend.hex(),
             }
             for owner in run.owners
         ]

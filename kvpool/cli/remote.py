@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -18,6 +18,9 @@ from kvpool.model import parse_duration_ms
 from kvpool.rpc.v1 import admin_pb2_grpc
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+STREAM_S = 600.0
+"""All pieces of one answer together."""
 
 
 class ExitCode(IntEnum):
@@ -69,12 +72,23 @@ class Remote:
 
     def call(self, method: str, request: Any) -> Any:
         """Call one rpc of the Admin service; raises RemoteError."""
-        options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
         try:
-            with grpc.insecure_channel(self.address, options=options) as channel:
+            with self._channel() as channel:
                 return getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
             raise self._explained(error) from None
+
+    def stream(self, method: str, request: Any) -> Iterator[Any]:
+        """Call one rpc that answers in pieces, and yield them; raises RemoteError."""
+        try:
+            with self._channel() as channel:
+                yield from getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=STREAM_S)
+        except grpc.RpcError as error:
+            raise self._explained(error) from None
+
+    def _channel(self) -> grpc.Channel:
+        options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
+        return grpc.insecure_channel(self.address, options=options)
 
     def _explained(self, error: grpc.RpcError) -> RemoteError:
         status = error.code()

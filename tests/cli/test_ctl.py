@@ -16,6 +16,7 @@ KEYS = [bytes([n]) * 32 for n in range(4)]
 HEX = ",".join(key.hex() for key in KEYS)
 PACKED = b"".join(key[:16] for key in KEYS)
 Block = admin_pb2.ExplainedBlock
+FILE_OWNER = master_pb2.LookupResponse.Owner(node=0, tier="fs", shards=b"\x01", backend=b"\xab" * 16)
 
 
 class FakeMaster(admin_pb2_grpc.AdminServicer):
@@ -65,9 +66,7 @@ class FakeMaster(admin_pb2_grpc.AdminServicer):
                 master_pb2.LookupResponse.Run(
                     blocks=2, owners=[master_pb2.LookupResponse.Owner(node=1, tier="dram", shards=b"\x05")]
                 ),
-                master_pb2.LookupResponse.Run(
-                    blocks=1, owners=[master_pb2.LookupResponse.Owner(node=0, tier="fs", shards=b"\x01")]
-                ),
+                master_pb2.LookupResponse.Run(blocks=1, owners=[FILE_OWNER]),
             ],
         )
         self.evicted = admin_pb2.EvictBlocksResponse(blocks=4, bytes=4096)
@@ -206,8 +205,8 @@ class TestLookup:
         data = json.loads(result.stdout)
         assert (data["asked"], data["prefix"], data["reason"]) == (4, 3, "not_whole")
         assert data["runs"] == [
-            {"first": 0, "blocks": 2, "owners": [{"node": "b", "tier": "dram", "shards": [0, 2]}]},
-            {"first": 2, "blocks": 1, "owners": [{"node": "a", "tier": "fs", "shards": [0]}]},
+            {"first": 0, "blocks": 2, "owners": [{"node": "b", "tier": "dram", "shards": [0, 2], "backend": ""}]},
+            {"first": 2, "blocks": 1, "owners": [{"node": "a", "tier": "fs", "shards": [0], "backend": "ab" * 16}]},
         ]
         request = master.asked[-1]
         assert request.namespace == ONE.digest
