@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
-from kvpool.core.messages import MasterMessage, NodeMessage
-from kvpool.model import Namespace
+from kvpool.core.messages import BlockRun, MasterMessage, NodeMessage
+from kvpool.model import Backend, Namespace
 
 # ---- events ------------------------------------------------------------------------------------------
 
@@ -59,6 +60,41 @@ class Remember:
     namespace: Namespace
 
 
+class FileChange(Enum):
+    """What the catalog is told of files."""
+
+    ADDED = "added"
+    LOST = "lost"  # found to be missing or broken
+    DOOMED = "doomed"  # no hits any more; to be removed
+    REMOVED = "removed"  # doomed ones that are gone, or were written again
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogFiles:
+    """Keep across restarts what has changed about a backend's files."""
+
+    backend: bytes
+    change: FileChange
+    blocks: tuple[BlockRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogBackend:
+    """Keep what is known of a backend; ``complete``: a scan of it has come to its end, once."""
+
+    backend: Backend
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChanged:
+    """Something about a backend is worth a line in the log; ``bad`` if somebody should look at it."""
+
+    name: str
+    what: str
+    bad: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class NodeChanged:
     """A node's state changed; for the log and for people."""
@@ -68,4 +104,4 @@ class NodeChanged:
     why: str
 
 
-Effect = Send | Close | Remember | NodeChanged
+Effect = Send | Close | Remember | CatalogFiles | CatalogBackend | BackendChanged | NodeChanged

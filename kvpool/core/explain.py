@@ -183,7 +183,11 @@ def _describe(state: MasterState, block: Explained, row: int, now: float) -> Non
     for owner in owners:
         there |= owner.shards
         node = state.owner_of(owner.incarnation)
-        name, how = (node.address.node_id, node.state) if node is not None else ("(gone)", "dead")
+        backend = state.backends.at(owner.incarnation)
+        if backend is not None:
+            name, how = backend.name, "live" if backend.live else "suspect"
+        else:
+            name, how = (node.address.node_id, node.state) if node is not None else ("(gone)", "dead")
         block.holders.append(Holder(name, owner.tier, how, tuple(mask_shards(owner.shards))))
     block.missing = tuple(mask_shards(full & ~there))
     block.leases = int(index.leased[row])

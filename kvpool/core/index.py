@@ -19,10 +19,14 @@ from kvpool.core.keytable import KeyTable, Rows, Words, as_words
 from kvpool.core.messages import BlockRun
 from kvpool.core.placement import NOWHERE, Owner, PlacementTable
 from kvpool.core.recency import Recency
+from kvpool.core.slots import file_bytes
 from kvpool.model import Namespace
 
 ROWS_PER_SLICE = 1024
 NAMESPACES_MAX = 4096
+SOFT, HARD = 1, 2
+"""How an operator has pinned a block: to be evicted when nothing else is left, or never."""
+
 _NO_NAMESPACE = -1
 
 
@@ -37,6 +41,7 @@ class Space:
     stored_bytes: int = 0
     siblings: list[Space] = field(default_factory=list)  # other descriptors of the same model
     announced: float | None = None  # by an engine, when last
+    pins: dict[bytes, int] = field(default_factory=dict)  # key -> SOFT or HARD
 
     @property
     def full(self) -> int:
@@ -61,6 +66,7 @@ class Index:
         self.placement: NDArray[np.int32] = zeros(rows_max, np.int32)
         self.shard_bytes: NDArray[np.int64] = zeros(rows_max, np.int64)
         self.leased: NDArray[np.int32] = zeros(rows_max, np.int32)
+        self.pinned: NDArray[np.uint8] = zeros(rows_max, np.uint8)  # by an operator: 0, SOFT or HARD
         self.space_of: NDArray[np.int16] = zeros(rows_max, np.int16)
         self.listed: NDArray[np.bool_] = zeros(rows_max, bool)  # on some node's victim list
         self.asked: NDArray[np.uint8] = zeros(rows_max, np.uint8)  # why the master last asked for its eviction
@@ -72,6 +78,7 @@ class Index:
         self._free_count = 0
         self.rows_used = 0  # rows ever handed out: the columns are live below this
         self.blocks_on: dict[int, int] = {}  # by incarnation
+        self.file_bytes: dict[int, int] = {}  # by incarnation, of those that are storage backends
         self.refused = 0  # blocks that found no row
 
     def __len__(self) -> int:
@@ -106,8 +113,11 @@ class Index:
 
     # ---- what nodes report ---------------------------------------------------------------------
 
-    def add(self, run: BlockRun, incarnation: int, tier: str) -> None:
-        """Record that an incarnation holds these shards of these blocks; they become the hottest."""
+    def add(self, run: BlockRun, incarnation: int, tier: str, *, touch: bool = True) -> None:
+        """Record that an incarnation holds these shards of these blocks; they become the hottest.
+
+        Without ``touch`` only those do that were not known at all.
+        """
         space = self.space(run.namespace)
         rows, fresh = space.table.insert(as_words(run.keys), self._take_rows)
         if len(fresh):
@@ -116,17 +126,24 @@ class Index:
             self.leased[fresh] = 0
             self.listed[fresh] = False
             self.asked[fresh] = 0
+            self.pinned[fresh] = self._pins_of(space, fresh) if space.pins else 0
         if (rows < 0).any():
             self.refused += int(np.count_nonzero(rows < 0))
             rows = rows[rows >= 0]
         # A put walks its chain head first; reversed, the tail ages before the head.
-        if not self.recency.touch(rows[::-1]):
+        if touch:
+            if not self.recency.touch(rows[::-1]):
+                rows = np.unique(rows)
+        else:
+            self.recency.touch(fresh[::-1])
             rows = np.unique(rows)
         owner = Owner(incarnation, tier, run.shards)
         before = self.placement.take(rows)
         # The newest report's size counts for all copies, or the account would not come down to zero.
         grown = self.placements.copies.take(before) * (run.shard_bytes - self.shard_bytes.take(rows))
         space.stored_bytes += int(grown.sum())
+        if self.file_bytes and grown.any():
+            self._resize_files(space, rows, before, run.shard_bytes)
         self.shard_bytes[rows] = run.shard_bytes
         after = self.placements.added(before, space.full, owner)
         self._replace(space, rows, before, after, incarnation)
@@ -202,6 +219,9 @@ class Index:
         self.placement[rows] = after
         copies = self.placements.copies
         space.stored_bytes += int(((copies.take(after) - copies.take(before)) * self.shard_bytes.take(rows)).sum())
+        if incarnation in self.file_bytes:
+            shards = self._shards_on(after, incarnation) - self._shards_on(before, incarnation)
+            self.file_bytes[incarnation] += int((shards * self._file_sizes(space, rows)).sum())
         held = self.placements.held_by(incarnation)
         change = int(np.count_nonzero(held.take(after))) - int(np.count_nonzero(held.take(before)))
         self.blocks_on[incarnation] = self.blocks_on.get(incarnation, 0) + change
@@ -212,7 +232,25 @@ class Index:
             self.space_of[gone] = _NO_NAMESPACE
             self._give_back(gone[self.leased.take(gone) == 0])
 
+    def _resize_files(self, space: Space, rows: Rows, before: NDArray[np.int32], shard_bytes: int) -> None:
+        """Keep the accounts of backends right when blocks are reported with another size than before."""
+        grown = file_bytes(shard_bytes, self._layers(space)) - self._file_sizes(space, rows)
+        for incarnation in self.file_bytes:
+            self.file_bytes[incarnation] += int((self._shards_on(before, incarnation) * grown).sum())
+
+    def _file_sizes(self, space: Space, rows: Rows) -> NDArray[np.int64]:
+        """Return, for each row of a namespace, the bytes that a file of one of its shards takes."""
+        sizes, back = np.unique(self.shard_bytes.take(rows), return_inverse=True)
+        return np.array([file_bytes(size, self._layers(space)) for size in sizes.tolist()], np.int64)[back.ravel()]
+
+    @staticmethod
+    def _layers(space: Space) -> int:
+        return space.descriptor.shard_layers if space.descriptor is not None else 1
+
     # ---- rows ----------------------------------------------------------------------------------
+
+    def _pins_of(self, space: Space, rows: Rows) -> list[int]:
+        return [space.pins.get(self.keys[row].tobytes(), 0) for row in rows.tolist()]
 
     def _take_rows(self, count: int) -> Rows:
         reused = min(count, self._free_count)
@@ -258,9 +296,22 @@ class Index:
 
     def bytes_on(self, rows: Rows, incarnation: int) -> NDArray[np.int64]:
         """Return, for each row, the payload bytes that one incarnation holds of it."""
-        numbers, back = np.unique(self.placement.take(rows), return_inverse=True)
+        return self._shards_on(self.placement.take(rows), incarnation) * self.shard_bytes.take(rows)
+
+    def file_bytes_on(self, rows: Rows, incarnation: int) -> NDArray[np.int64]:
+        """Return, for each row, what its files take of a storage backend."""
+        sizes = np.zeros(len(rows), np.int64)
+        spaces = self.space_of.take(rows)
+        for number in np.unique(spaces).tolist():
+            mine = np.flatnonzero(spaces == number)
+            sizes[mine] = self._file_sizes(self._by_number[number], rows.take(mine))
+        return self._shards_on(self.placement.take(rows), incarnation) * sizes
+
+    def _shards_on(self, placements: NDArray[np.int32], incarnation: int) -> NDArray[np.int64]:
+        """Return, for each placement, how many shards one incarnation holds."""
+        numbers, back = np.unique(placements, return_inverse=True)
         shards = [self.placements.shards_of(n, incarnation).bit_count() for n in numbers.tolist()]
-        return np.array(shards, np.int64)[back.ravel()] * self.shard_bytes.take(rows)
+        return np.array(shards, np.int64)[back.ravel()]
 
     def _groups(self, rows: Rows) -> Iterator[tuple[Rows, Space, int]]:
         if not len(rows):
@@ -272,13 +323,16 @@ class Index:
             yield rows[start:end], self._by_number[int(spaces[start])], int(numbers[start])
 
     def coldest(self, incarnation: int, *, leased: bool = False) -> Iterator[Rows]:
-        """Yield the rows an incarnation holds, coldest first, slice by slice; under a lease only with ``leased``.
+        """Yield the rows an incarnation holds, coldest first, slice by slice.
 
-        The index may change between two slices. Empty slices are yielded too, so that the caller
-        can stop to do something else.
+        Those under a lease or a soft pin come only with ``leased``, and then alone; those pinned hard
+        never do. The index may change between two slices. Empty slices are yielded too, so that the
+        caller can stop to do something else.
         """
         position = 0
         while (piece := self.recency.after(position)) is not None:
             rows, position = piece[0].astype(np.int64), piece[1]
             held = self.placements.held_by(incarnation).take(self.placement.take(rows))
-            yield rows[held & ((self.leased.take(rows) > 0) == leased)]
+            pinned = self.pinned.take(rows)
+            spared = (self.leased.take(rows) > 0) | (pinned > 0)
+            yield rows[held & (spared == leased) & (pinned < HARD)]

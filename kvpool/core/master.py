@@ -17,10 +17,11 @@ import numpy as np
 
 from kvpool.core.ages import Ages
 from kvpool.core.agreement import disagreeing, warning
+from kvpool.core.backends import Backends
 from kvpool.core.effects import Close, Closed, Effect, Event, NodeChanged, Received, Remember, Send
 from kvpool.core.eviction import pick_victims, slices_for_eviction
-from kvpool.core.index import NAMESPACES_MAX, ROWS_PER_SLICE, Index
-from kvpool.core.keytable import Rows, as_words
+from kvpool.core.index import NAMESPACES_MAX, Index
+from kvpool.core.keytable import Rows
 from kvpool.core.leases import Leases
 from kvpool.core.lookup import Answer, Query, check, longest_prefix
 from kvpool.core.messages import (
@@ -28,21 +29,25 @@ from kvpool.core.messages import (
     BlockRun,
     Delta,
     Evict,
+    FilesRemoved,
     Heartbeat,
     Hello,
     Inventory,
     NodeMessage,
     Probed,
+    Scanned,
     SendInventory,
+    Storage,
     Superseded,
     Victims,
     Welcome,
 )
 from kvpool.core.nodes import MasterLimits, Node, Retired, bounded, slices_of
+from kvpool.core.operators import Evictions
 from kvpool.core.removals import Removals, Why
 from kvpool.core.residency import Residency
-from kvpool.errors import OverloadedError, UnknownNamespaceError
-from kvpool.model import Namespace, Reason
+from kvpool.errors import OverloadedError
+from kvpool.model import Namespace, NodeAddress, Reason
 
 __all__ = ["MasterLimits", "MasterState", "Node"]
 
@@ -84,6 +89,11 @@ class MasterState:
         self._jobs: deque[Iterator[list[Effect]]] = deque()
         self._next_evict = 1
         self._place_turn = 0
+        self.evictions = Evictions(self.index, self._jobs, self._evict)
+        self.backends = Backends(
+            self.index, self.nodes, limits, self.counters, self.removals, self._jobs, self._number, self._drop_rest
+        )
+        self.backends.next_batch = (epoch & 0x7FFFFFFF) << 32 | 1  # never one that an earlier master has sent
 
     # ---- time ----------------------------------------------------------------------------------
 
@@ -98,8 +108,9 @@ class MasterState:
 
     @property
     def warming(self) -> bool:
-        """Whether some node is still reporting what it holds."""
-        return any(n.awaiting and n.session is not None and n.state != "dead" for n in self.nodes.values())
+        """Whether some node is still reporting what it holds, or the catalog is still being read."""
+        reporting = (n.awaiting and n.session is not None and n.state != "dead" for n in self.nodes.values())
+        return self.backends.loading or any(reporting)
 
     # ---- events --------------------------------------------------------------------------------
 
@@ -144,6 +155,13 @@ class MasterState:
             yield from self._delta(session, node, message, up, effects)
         elif isinstance(message, Probed):
             yield effects  # its answer is for whoever asked
+        elif isinstance(message, Storage):
+            yield effects + self.backends.announce(node, message.backends)
+        elif isinstance(message, FilesRemoved):
+            yield effects + self.backends.confirm(message.id)
+        elif isinstance(message, Scanned):
+            yield effects + self._learn(message.namespaces)
+            yield from self.backends.scanned(node, message, up, self._usable)
         elif isinstance(message, Heartbeat):
             node.used_bytes = message.used_bytes
             node.heard_sequence = message.sequence
@@ -185,7 +203,8 @@ class MasterState:
         if not resume:
             self._await_inventory(node, up)
         effects.append(Send(session, Welcome(self.epoch, node.sequence if resume else 0, inventory=not resume)))
-        return effects + self._judge(node, up, "resumed" if resume else "says hello")
+        effects += self._judge(node, up, "resumed" if resume else "says hello")
+        return effects + self.backends.announce(node, hello.backends) + self.backends.greet(node)
 
     def _await_inventory(self, node: Node, up: float) -> None:
         node.awaiting, node.asked_at, node.next_chunk = True, up, 0
@@ -217,10 +236,10 @@ class MasterState:
         for piece in slices_of(message.added):
             if node.pending != incarnation or self._sessions.get(session) is not node:
                 return
-            if not self._add(piece, incarnation):
+            if (added := self._add(piece, incarnation)) is None:
                 node.next_chunk = -1  # what would make it known was lost: the tick asks again
                 return
-            yield []
+            yield added
         if not message.last or node.pending != incarnation:
             return
         if node.incarnation:
@@ -251,6 +270,9 @@ class MasterState:
         for piece in slices_of(delta.removed):
             if node.incarnation != incarnation:
                 return
+            if piece.backend:
+                yield self.backends.remove(piece, self._last_now)
+                continue
             rows, broken = self.index.remove(piece, incarnation, TIER)
             self._note_removed(node, piece, rows)
             self.counters["blocks_removed"] += len(piece)
@@ -259,10 +281,10 @@ class MasterState:
         for piece in slices_of(delta.added):
             if node.incarnation != incarnation:
                 return
-            if not self._add(piece, incarnation):
+            if (added := self._add(piece, incarnation)) is None:
                 yield self._ask_inventory(node, up)
                 return
-            yield []
+            yield added
         node.applying = False
         yield [Send(session, Ack(delta.sequence)), *self._relieve(node, up)]
 
@@ -273,17 +295,26 @@ class MasterState:
             number = self.index.spaces[piece.namespace].number
             self.removals.push(keys, number, why, node.address.node_id, self._last_now)
 
-    def _add(self, piece: BlockRun, incarnation: int) -> bool:
-        """Add blocks; returns False if their namespace is not known, so that the node must say it again."""
+    def _add(self, piece: BlockRun, incarnation: int) -> list[Effect] | None:
+        """Add blocks or files; returns None if their namespace is not known, so that the node must say it again."""
+        if not self._usable(piece):
+            space = self.index.spaces.get(piece.namespace)
+            told = (space is not None and space.descriptor is not None) or len(self.index.spaces) >= NAMESPACES_MAX
+            return [] if told else None  # if it is full, nothing could make it known
+        if piece.backend:
+            return self.backends.add(piece)
+        self.index.add(piece, incarnation, TIER)
+        self.counters["blocks_added"] += len(piece)
+        return []
+
+    def _usable(self, piece: BlockRun) -> bool:
         space = self.index.spaces.get(piece.namespace)
         if space is None or space.descriptor is None:
             self.counters["blocks_of_unknown_namespace"] += len(piece)
-            return len(self.index.spaces) >= NAMESPACES_MAX  # then nothing could make it known
+            return False
         if piece.shards & ~space.full or not piece.shards:
             self.counters["blocks_with_bad_shards"] += len(piece)
-            return True
-        self.index.add(piece, incarnation, TIER)
-        self.counters["blocks_added"] += len(piece)
+            return False
         return True
 
     def _closed(self, session: int, up: float) -> list[Effect]:
@@ -311,11 +342,17 @@ class MasterState:
             self.index.placements.set_live(node.incarnation, live=present and not node.awaiting)
         if node.pending:
             self.index.placements.set_live(node.pending, live=present)
-        return [NodeChanged(node.address.node_id, node.state, why)] if node.state != before else []
+        if node.state == before:
+            return []
+        self.backends.judge(node)
+        return [NodeChanged(node.address.node_id, node.state, why)]
+
+    def _number(self) -> int:
+        self._next_incarnation += 1
+        return self._next_incarnation - 1
 
     def _new_incarnation(self, node: Node) -> int:
-        number = self._next_incarnation
-        self._next_incarnation += 1
+        number = self._number()
         self._incarnations[number] = node
         return number
 
@@ -375,6 +412,7 @@ class MasterState:
             if node.state == "dead":
                 if up - node.last_seen > FORGET_DEAD_S:
                     del self.nodes[node_id]
+                    self.backends.forget(node)
                     if node.session is not None:
                         del self._sessions[node.session]
                         effects.append(Close(node.session, "silent for too long"))
@@ -385,6 +423,7 @@ class MasterState:
                 effects += self._ask_inventory(node, up)
             effects += self._relieve(node, up)
             self._refresh_victims(node, up)
+        effects += self.backends.tick(up, self._last_now)
         if not self._tidying and self.index.moving():
             self._tidying = True
             self._jobs.append(self._tidy())
@@ -423,6 +462,8 @@ class MasterState:
             node.victims_stale = True
 
     def _evict(self, incarnation: int, rows: Rows, why: Why) -> list[Effect]:
+        if self.backends.at(incarnation) is not None:
+            return self.backends.doom(incarnation, rows, why, self._last_now)
         node = self._incarnations.get(incarnation)
         if node is None or node.session is None or not len(rows):
             return []
@@ -554,6 +595,11 @@ class MasterState:
         self._place_turn += 1
         return nodes[self._place_turn % len(nodes)]
 
+    def reach(self, incarnation: int) -> tuple[NodeAddress, bytes] | None:
+        """Return where an incarnation's bytes are reached now, and of a storage backend its id; None if nowhere."""
+        node = self.node_of(incarnation)
+        return (node.address, b"") if node is not None else self.backends.reach(incarnation)
+
     def node_of(self, incarnation: int) -> Node | None:
         """Return the node of an incarnation that lookups count on, None for others."""
         return self._incarnations.get(incarnation) if self.index.placements.is_live(incarnation) else None
@@ -561,53 +607,3 @@ class MasterState:
     def owner_of(self, incarnation: int) -> Node | None:
         """Return the node of an incarnation, None for one that is over."""
         return self._incarnations.get(incarnation)
-
-    # ---- operators -----------------------------------------------------------------------------
-
-    def evict_keys(self, namespace: bytes, keys: bytes) -> tuple[int, int, list[Effect]]:
-        """Ask for these blocks to be dropped everywhere; returns (blocks, bytes, effects).
-
-        Raises UnknownNamespaceError.
-        """
-        space = self.index.spaces.get(namespace)
-        if space is None:
-            raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
-        rows = space.table.find(as_words(keys))
-        return self._evict_rows(np.unique(rows[rows >= 0]))
-
-    def evict_namespace(self, namespace: bytes) -> tuple[int, int]:
-        """Start dropping a whole namespace; returns (blocks, bytes). Raises UnknownNamespaceError."""
-        space = self.index.spaces.get(namespace)
-        if space is None:
-            raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
-
-        def job() -> Iterator[list[Effect]]:
-            for start in range(0, self.index.rows_used, 16 * ROWS_PER_SLICE):
-                part = slice(start, min(start + 16 * ROWS_PER_SLICE, self.index.rows_used))
-                mine = np.flatnonzero(self.index.space_of[part] == space.number) + start
-                for i in range(0, len(mine), ROWS_PER_SLICE):
-                    rows = mine[i : i + ROWS_PER_SLICE]
-                    # Since the last slice a row may have gone to another namespace.
-                    yield self._evict_rows(rows[self.index.space_of.take(rows) == space.number])[2]
-
-        self._jobs.append(job())
-        return len(space.table), space.stored_bytes
-
-    def evict_coldest(self, size: int) -> tuple[int, int, list[Effect]]:
-        """Drop about ``size`` bytes of the coldest unleased blocks, over all nodes."""
-        picked, total, position = [], 0, 0
-        while total < size and (piece := self.index.recency.after(position)) is not None:
-            rows, position = piece[0].astype(np.int64), piece[1]
-            rows = rows[self.index.leased.take(rows) == 0]
-            sizes = self.index.placements.copies.take(self.index.placement.take(rows)) * self.index.shard_bytes[rows]
-            enough = int(np.searchsorted(np.cumsum(sizes), size - total)) + 1
-            picked.append(rows[:enough])
-            total += int(sizes[:enough].sum())
-        return self._evict_rows(np.concatenate(picked)) if picked else (0, 0, [])
-
-    def _evict_rows(self, rows: Rows) -> tuple[int, int, list[Effect]]:
-        sizes = self.index.placements.copies.take(self.index.placement.take(rows)) * self.index.shard_bytes.take(rows)
-        effects: list[Effect] = []
-        for incarnation in self.index.owners(rows):
-            effects += self._evict(incarnation, rows, Why.OPERATOR)
-        return len(rows), int(sizes.sum()), effects

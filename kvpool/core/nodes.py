@@ -16,12 +16,14 @@ from kvpool.model import KEY_BYTES, NodeAddress
 
 @dataclass(frozen=True, slots=True)
 class MasterLimits:
-    """The operator's settings; times in seconds, shares of a node's capacity."""
+    """The operator's settings; times in seconds, shares of a node's (or backend's) capacity."""
 
     eviction_high_watermark_ratio: float = 0.99
     eviction_ratio: float = 0.01
     lease_ttl_s: float = 10.0
     client_ttl_s: float = 10.0
+    storage_high_watermark_ratio: float = 0.95
+    storage_eviction_ratio: float = 0.05
     blocks_max: int = 1 << 24
     removals_max: int = REMOVALS_MAX
 

@@ -44,7 +44,7 @@ class Why(IntEnum):
     FILE_LOST = 9  # its file was missing or broken when somebody read it
 
 
-EVICTIONS = frozenset({Why.MASTER, Why.ROOM, Why.WATERMARK, Why.OPERATOR, Why.INCOMPLETE})
+EVICTIONS = frozenset({Why.MASTER, Why.ROOM, Why.WATERMARK, Why.OPERATOR, Why.INCOMPLETE, Why.CAPACITY})
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ from kvpool.model import (
 HEADER_FIXED_BYTES: Final = 96
 """Of a slot's header, before the checksums."""
 
+FILE_PAGE_BYTES: Final = 4096
+"""Files are accounted in multiples of this."""
+
 STORED: Final = -1
 """Reserve's answer for an item that is already here."""
 
@@ -50,6 +53,11 @@ def header_bytes(layers: int) -> int:
     return round_up(HEADER_FIXED_BYTES + CHECKSUM_BYTES * layers, UNIT_BYTES)
 
 
+def file_bytes(shard_bytes: int, layers: int) -> int:
+    """Return what a shard's file takes of a storage backend, by the pool's account: whole pages."""
+    return round_up(header_bytes(layers) + round_up(shard_bytes, UNIT_BYTES), FILE_PAGE_BYTES)
+
+
 class Block:
     """All that this node holds of one block: its shards go together when it is evicted."""
 
@@ -71,6 +79,7 @@ class Slot:
         "block",
         "checksums",
         "extent_bytes",
+        "filed",
         "generation",
         "layers",
         "offset",
@@ -94,6 +103,7 @@ class Slot:
         self.generation = generation
         self.checksums: bytes | None = None
         self.pins = 0
+        self.filed = False  # is in a file, or about to be
 
     def __repr__(self) -> str:
         state = "reserved" if self.checksums is None else f"{self.pins} pins"

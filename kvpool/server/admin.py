@@ -106,7 +106,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Look up without touching or leasing."""
         request.lease = False
         answer = self.pool.state.lookup(wire.query_from_proto(request, request.hashes))
-        response = wire.answer_to_proto(answer, self.pool.address_of)
+        response = wire.answer_to_proto(answer, self.pool.state.reach)
         await self._add_residents(request, response)
         return response
 
@@ -139,15 +139,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if request.coldest_bytes:
             if request.namespace or request.keys:
                 raise InvalidArgumentError("coldest_bytes", "goes alone, without namespace or keys")
-            blocks, size, effects = state.evict_coldest(request.coldest_bytes)
+            blocks, size, effects = state.evictions.coldest(request.coldest_bytes)
             self.pool.perform(effects)
         elif request.keys:
             if len(request.keys) % KEY_BYTES:
                 raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(request.keys)}")
-            blocks, size, effects = state.evict_keys(request.namespace, request.keys)
+            blocks, size, effects = state.evictions.keys(request.namespace, request.keys)
             self.pool.perform(effects)
         elif request.namespace:
-            blocks, size = state.evict_namespace(request.namespace)
+            blocks, size = state.evictions.namespace(request.namespace)
             self.pool.perform([])
         else:
             raise InvalidArgumentError("namespace", "give keys, a namespace or coldest_bytes")

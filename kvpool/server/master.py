@@ -23,11 +23,10 @@ from grpc_reflection.v1alpha import reflection
 
 from kvpool import __version__
 from kvpool.config import MasterSettings
-from kvpool.core.effects import Close, Closed, Effect, NodeChanged, Received, Remember, Send, Tick
+from kvpool.core.effects import BackendChanged, Close, Closed, Effect, NodeChanged, Received, Remember, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
 from kvpool.core.messages import MasterMessage, Probe, Probed
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, TooLargeError
-from kvpool.model import NodeAddress
 from kvpool.rpc import convert
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.status import status_of
@@ -64,6 +63,8 @@ class Pool:
             eviction_ratio=settings.eviction_ratio,
             lease_ttl_s=settings.default_kv_lease_ttl / 1000,
             client_ttl_s=settings.client_ttl / 1000,
+            storage_high_watermark_ratio=settings.storage_high_watermark_ratio,
+            storage_eviction_ratio=settings.storage_eviction_ratio,
             blocks_max=settings.max_blocks,
         )
         self.settings = settings
@@ -91,6 +92,8 @@ class Pool:
             elif isinstance(effect, Remember):
                 if self._catalog is not None:
                     self._catalog.keep(effect.namespace)
+            elif isinstance(effect, BackendChanged):
+                log.log(logging.WARNING if effect.bad else logging.INFO, "backend %s %s", effect.name, effect.what)
             elif isinstance(effect, NodeChanged):
                 level = logging.INFO if effect.state in {"live", "warming"} else logging.WARNING
                 log.log(level, "node %s is %s (%s)", effect.node_id, effect.state, effect.why)
@@ -165,11 +168,6 @@ class Pool:
             await asyncio.sleep(0)  # lookups that have come meanwhile go before the next slice
             return True
 
-    def address_of(self, incarnation: int) -> NodeAddress | None:
-        """Return where an incarnation's bytes are reached."""
-        node = self.state.node_of(incarnation)
-        return node.address if node is not None else None
-
     # ---- frames ----------------------------------------------------------------------------------
 
     def frame(self, header: bytes, payload: memoryview, peer_host: str) -> tuple[list[bytes], After | None]:
@@ -192,7 +190,7 @@ class Pool:
         body = request.WhichOneof("body")
         if body == "lookup":
             answer = self.state.lookup(wire.query_from_proto(request.lookup, payload))
-            reply = master_pb2.MasterFrameReply(lookup=wire.answer_to_proto(answer, self.address_of))
+            reply = master_pb2.MasterFrameReply(lookup=wire.answer_to_proto(answer, self.state.reach))
             return reply, lambda: self.state.settle(answer, time.monotonic())
         if body == "renew":
             unknown = self.state.renew(list(request.renew.leases), time.monotonic())
@@ -246,7 +244,7 @@ class MasterService(master_pb2_grpc.MasterServicer):
     async def Lookup(self, request: master_pb2.LookupRequest, context: Any) -> master_pb2.LookupResponse:
         """Answer as the frames do."""
         answer = self.pool.state.lookup(wire.query_from_proto(request, request.hashes))
-        response = wire.answer_to_proto(answer, self.pool.address_of)
+        response = wire.answer_to_proto(answer, self.pool.state.reach)
         self.pool.state.settle(answer, time.monotonic())
         return response
 

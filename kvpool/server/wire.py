@@ -262,24 +262,28 @@ def query_from_proto(request: master_pb2.LookupRequest, keys: bytes | memoryview
 
 
 def answer_to_proto(
-    answer: Answer, address_of: Callable[[int], NodeAddress | None]
+    answer: Answer, reach: Callable[[int], tuple[NodeAddress, bytes] | None]
 ) -> master_pb2.LookupResponse:
-    """Return a lookup's answer; ``address_of`` gives an incarnation's address, None when it is over."""
+    """Return a lookup's answer; ``reach`` gives an incarnation's address and backend, None when out of reach."""
     response = master_pb2.LookupResponse(
         prefix=answer.prefix, lease=answer.lease, reason=REASONS[answer.reason], detail=answer.detail
     )
-    numbers: dict[int, int] = {}
+    reached: dict[int, tuple[int, bytes] | None] = {}  # by incarnation: index into nodes, backend
+    numbers: dict[str, int] = {}
     for blocks, placement in answer.runs:
         run = response.runs.add(blocks=blocks)
         for owner in placement.owners:
-            number = numbers.get(owner.incarnation)
-            if number is None:
-                address = address_of(owner.incarnation)
-                if address is None:
-                    continue
-                number = numbers[owner.incarnation] = len(numbers)
-                response.nodes.append(address_to_proto(address))
-            run.owners.add(node=number, tier=owner.tier, shards=mask_to_bytes(owner.shards))
+            if owner.incarnation not in reached:
+                found = reach(owner.incarnation)
+                reached[owner.incarnation] = None
+                if found is not None:
+                    address, backend = found
+                    if address.node_id not in numbers:
+                        numbers[address.node_id] = len(numbers)
+                        response.nodes.append(address_to_proto(address))
+                    reached[owner.incarnation] = numbers[address.node_id], backend
+            if (there := reached[owner.incarnation]) is not None:
+                run.owners.add(node=there[0], tier=owner.tier, shards=mask_to_bytes(owner.shards), backend=there[1])
     return response
 
 

@@ -86,6 +86,8 @@ def held_by_index(state: MasterState) -> Held:
         for row in _rows(index, space).tolist():
             at: dict[str, int] = {}
             for owner in index.placements[int(index.placement[row])].owners:
+                if state.backends.at(owner.incarnation) is not None:
+                    continue
                 node = state.node_of(owner.incarnation)
                 name = node.address.node_id if node is not None else f"incarnation {owner.incarnation}"
                 at[name] = at.get(name, 0) | owner.shards

@@ -20,8 +20,7 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kvpool.core import index, keytable, nodes, recency, reporter, segment
-from kvpool.core import master as master_module
+from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, segment
 from kvpool.core.effects import Close, Closed, Effect, Received, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
 from kvpool.core.messages import Evict, MasterMessage, NodeMessage, Superseded
@@ -458,7 +457,8 @@ class Cluster:
 
 _SMALL: tuple[tuple[ModuleType, str, int], ...] = (
     (index, "ROWS_PER_SLICE", 2),
-    (master_module, "ROWS_PER_SLICE", 2),
+    (operators, "ROWS_PER_SLICE", 2),
+    (backends, "ROWS_PER_SLICE", 2),
     (nodes, "ROWS_PER_SLICE", 2),
     (recency, "SEGMENT", 16),
     (keytable, "BUCKETS_MIN", 1),

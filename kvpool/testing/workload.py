@@ -204,12 +204,12 @@ class Workload:
         choice = self._random.random()
         try:
             if choice < 0.5:
-                self._cluster.perform(master.state.evict_keys(digest, self._keys())[2])
+                self._cluster.perform(master.state.evictions.keys(digest, self._keys())[2])
             elif choice < 0.7:
-                master.state.evict_namespace(digest)
+                master.state.evictions.namespace(digest)
                 self._cluster.perform([])
             else:
-                self._cluster.perform(master.state.evict_coldest(self._random.randrange(4000))[2])
+                self._cluster.perform(master.state.evictions.coldest(self._random.randrange(4000))[2])
         except UnknownNamespaceError:
             assert digest not in master.state.index.spaces
 

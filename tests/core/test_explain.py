@@ -13,7 +13,7 @@ from kvpool.core.removals import Why
 from kvpool.core.residency import Report
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
-from tests.core.test_master import ONE, TWO, Pool, key, keys, run
+from tests.core.master_pool import ONE, TWO, Pool, key, keys, run
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_who_evicted_it_and_when():
     """Commanded removals carry the master's reason, others were the node's own; the newest comes first."""
     pool = Pool()
     pool.join(1, "a", run(1, 2, 3))
-    pool.perform(pool.master.evict_keys(ONE.digest, keys(1))[2])
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
     pool.pass_time(2.0, 1)
     pool.say(1, Delta(1, (), (gone(1), run(2)), 100))
     (first,), (second,) = ask(pool, 1), ask(pool, 2)
@@ -94,7 +94,7 @@ def test_a_word_of_the_master_counts_for_one_life_of_a_block():
     """A row that is given to another block does not hand on why its last one had to go."""
     pool = Pool(MasterLimits(blocks_max=1))
     pool.join(1, "a", run(1))
-    pool.perform(pool.master.evict_keys(ONE.digest, keys(1))[2])
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
     pool.say(1, Delta(1, (), (gone(1),), 0), Delta(2, (run(2),), (), 100), Delta(3, (), (gone(2),), 0))
     assert [removal.why for removal in ask(pool, 2)[0].removals] == [Why.MASTER]
 

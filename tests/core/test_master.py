@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 import pytest
 
 from kvpool.core import index as index_module
 from kvpool.core import master as master_module
 from kvpool.core import nodes as nodes_module
-from kvpool.core.effects import Close, Closed, NodeChanged, Received, Remember, Send, Tick
-from kvpool.core.lookup import Group, Query
-from kvpool.core.master import FORGET_DEAD_S, MasterLimits, MasterState
+from kvpool.core import operators as operators_module
+from kvpool.core.effects import Received, Remember, Tick
+from kvpool.core.master import FORGET_DEAD_S
 from kvpool.core.messages import (
     Ack,
-    BlockRun,
     Delta,
     Evict,
     Heartbeat,
-    Hello,
     Inventory,
     SendInventory,
     Superseded,
@@ -26,94 +22,9 @@ from kvpool.core.messages import (
     Welcome,
 )
 from kvpool.errors import OverloadedError, UnknownNamespaceError
-from kvpool.model import Namespace, NodeAddress, Reason, split_keys
+from kvpool.model import Namespace, Reason, split_keys
 from kvpool.testing.checks import check_master
-from kvpool.testing.clock import ManualClock
-
-ONE = Namespace(model="one")
-TWO = Namespace(model="two", layers=2, layer_groups=2)
-SIZE = 100
-LIMITS = MasterLimits(eviction_high_watermark_ratio=0.9, eviction_ratio=0.1, lease_ttl_s=10, client_ttl_s=10)
-
-
-def key(number: int) -> bytes:
-    return blake2b(number.to_bytes(8), digest_size=16).digest()
-
-
-def keys(*numbers: int) -> bytes:
-    return b"".join(key(n) for n in numbers)
-
-
-def run(*numbers: int, namespace: Namespace = ONE, shards: int = 0) -> BlockRun:
-    return BlockRun(namespace.digest, shards or (1 << namespace.shards) - 1, SIZE, keys(*numbers))
-
-
-class Pool:
-    """A master with nodes that say what a test tells them to."""
-
-    def __init__(self, limits: MasterLimits = LIMITS, epoch: int = 77) -> None:
-        self.clock = ManualClock(100.0)
-        self.master = MasterState(limits, epoch, self.clock())
-        self.sent: list[tuple[int, object]] = []
-        self.closed: list[int] = []
-        self.changes: list[tuple[str, str]] = []
-
-    def perform(self, effects) -> None:
-        for effect in effects:
-            if isinstance(effect, Send):
-                self.sent.append((effect.session, effect.message))
-            elif isinstance(effect, Close):
-                self.closed.append(effect.session)
-            elif isinstance(effect, NodeChanged):
-                self.changes.append((effect.node_id, effect.state))
-
-    def say(self, session: int, *messages) -> None:
-        for message in messages:
-            self.perform(self.master.handle(Received(session, message), self.clock()))
-
-    def hello(self, session: int, node: str = "a", epoch: int = 1, **about) -> None:
-        about = {"capacity_bytes": 1000, "used_bytes": 0, "sequence": 0, "namespaces": (ONE, TWO), **about}
-        self.say(session, Hello(NodeAddress(node), epoch, **about))
-
-    def join(self, session: int, node: str = "a", *runs: BlockRun, epoch: int = 1, **about) -> None:
-        """Hello and an inventory in one chunk."""
-        self.hello(session, node, epoch, **about)
-        self.say(session, Inventory(about.get("sequence", 0), 0, last=True, added=runs))
-
-    def pass_time(self, seconds: float, *beating: int, sequence: int = 0, used: int = 0) -> None:
-        """Let time pass in ticks; these sessions send heartbeats."""
-        for _ in range(round(seconds * 10)):
-            self.clock.advance(0.1)
-            self.say_beats(beating, sequence, used)
-            self.perform(self.master.handle(Tick(), self.clock()))
-            self.work()
-
-    def say_beats(self, sessions: tuple[int, ...], sequence: int, used: int) -> None:
-        for session in sessions:
-            self.say(session, Heartbeat(used, sequence))
-
-    def work(self) -> None:
-        self.perform(self.master.finish_work())
-
-    def close(self, session: int) -> None:
-        self.perform(self.master.handle(Closed(session), self.clock()))
-
-    def lookup(self, *numbers: int, namespace: Namespace = ONE, lease: bool = False, known: int = 0):
-        answer = self.master.lookup(Query((Group(namespace.digest),), keys(*numbers), known, lease))
-        self.master.settle(answer, self.clock())
-        return answer
-
-    def prefix(self, *numbers: int, namespace: Namespace = ONE) -> int:
-        return self.lookup(*numbers, namespace=namespace).prefix
-
-    def told(self, session: int, kind: type) -> list:
-        return [message for to, message in self.sent if to == session and isinstance(message, kind)]
-
-    def evicted(self, session: int) -> list[bytes]:
-        return [k for evict in self.told(session, Evict) for r in evict.blocks for k in split_keys(r.keys)]
-
-    def state(self, node: str = "a") -> str:
-        return self.master.nodes[node].state
+from tests.core.master_pool import ONE, SIZE, TWO, Pool, key, keys, run
 
 
 @pytest.fixture
@@ -475,22 +386,22 @@ def test_keys_are_evicted_wherever_they_are(pool):
     """Every owner is asked; unknown keys count for nothing; an unknown namespace is an error."""
     pool.join(1, "a", run(1, 2))
     pool.join(2, "b", run(2))
-    blocks, size, effects = pool.master.evict_keys(ONE.digest, keys(2, 2, 9))
+    blocks, size, effects = pool.master.evictions.keys(ONE.digest, keys(2, 2, 9))
     pool.perform(effects)
     assert (blocks, size) == (1, 2 * SIZE)
     assert pool.evicted(1) == pool.evicted(2) == [key(2)]
-    assert pool.master.evict_keys(ONE.digest, b"") == (0, 0, [])
+    assert pool.master.evictions.keys(ONE.digest, b"") == (0, 0, [])
     with pytest.raises(UnknownNamespaceError):
-        pool.master.evict_keys(b"x" * 16, keys(1))
+        pool.master.evictions.keys(b"x" * 16, keys(1))
 
 
 def test_a_namespace_is_evicted_and_nothing_else(monkeypatch):
     """Rows that come to hold another namespace's blocks while the job runs are left alone."""
-    monkeypatch.setattr(master_module, "ROWS_PER_SLICE", 2)
+    monkeypatch.setattr(operators_module, "ROWS_PER_SLICE", 2)
     monkeypatch.setattr(index_module, "ROWS_PER_SLICE", 2)
     pool = Pool()
     pool.join(1, "a", run(*range(8)), run(100, namespace=TWO))
-    assert pool.master.evict_namespace(ONE.digest) == (8, 8 * SIZE)
+    assert pool.master.evictions.namespace(ONE.digest) == (8, 8 * SIZE)
     pool.perform(pool.master.work())
     pool.say(1, Delta(1, (), (run(*range(8)),), 0))
     pool.say(1, Delta(2, (run(*range(200, 208), namespace=TWO),), (), 0))
@@ -499,7 +410,7 @@ def test_a_namespace_is_evicted_and_nothing_else(monkeypatch):
     assert evicted <= {key(n) for n in range(8)}
     assert {r.namespace for evict in pool.told(1, Evict) for r in evict.blocks} == {ONE.digest}
     with pytest.raises(UnknownNamespaceError):
-        pool.master.evict_namespace(b"x" * 16)
+        pool.master.evictions.namespace(b"x" * 16)
 
 
 def test_the_coldest_are_evicted_up_to_a_size(pool):
@@ -508,11 +419,11 @@ def test_the_coldest_are_evicted_up_to_a_size(pool):
     pool.join(2, "b", run(1))
     pool.prefix(1)
     pool.lookup(0, lease=True)
-    blocks, size, effects = pool.master.evict_coldest(2 * SIZE)
+    blocks, size, effects = pool.master.evictions.coldest(2 * SIZE)
     pool.perform(effects)
     assert (blocks, size, pool.evicted(1)) == (2, 2 * SIZE, [key(2), key(3)])
-    assert pool.master.evict_coldest(0) == (0, 0, [])
-    blocks, size, effects = pool.master.evict_coldest(1 << 40)
+    assert pool.master.evictions.coldest(0) == (0, 0, [])
+    blocks, size, effects = pool.master.evictions.coldest(1 << 40)
     assert (blocks, size) == (5, 6 * SIZE)
 
 

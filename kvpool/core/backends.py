@@ -1,0 +1,470 @@
+"""What the master knows of storage backends: who serves them, what they hold, what must be removed.
+
+A backend is an incarnation of tier ``fs`` in the index. Its files stay when nodes come and go; they can be
+hits while some node that is alive serves it. What is evicted from it is *doomed* first, which takes it out
+of the index and is kept in the catalog, then removed by one of its nodes, and forgotten when that is confirmed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from kvpool.core.effects import BackendChanged, CatalogBackend, CatalogFiles, Effect, FileChange, Send
+from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.keytable import Rows
+from kvpool.core.messages import BlockRun, RemoveFiles, Scan, Scanned, StorageLimits
+from kvpool.core.nodes import MasterLimits, Node, slices_of
+from kvpool.core.removals import Removals, Why
+from kvpool.core.slots import file_bytes
+from kvpool.model import KEY_BYTES, Backend, BackendState, NodeAddress, mask_shards
+
+TIER = "fs"
+
+DOOMED_MAX = 16384
+"""Files that may await their removal before more are evicted to make room."""
+
+BATCH_FILES = 1024
+BATCHES_AT_ONCE = 2
+REMOVE_RETRY_S = 30.0
+SCAN_RETRY_S = 60.0
+
+_PRESENT = frozenset({"live", "warming"})
+
+
+@dataclass(slots=True)
+class Batch:
+    """A RemoveFiles that was sent and is not confirmed."""
+
+    id: int
+    blocks: tuple[BlockRun, ...]
+    sent_to: str
+    sent_at: float
+
+
+@dataclass(slots=True)
+class StorageBackend:
+    """One backend. ``servers``: how each node that has it sees it, by node id."""
+
+    id: bytes
+    incarnation: int
+    url: str = ""
+    capacity_bytes: int = 0
+    complete: bool = False  # a scan of it has ended, once: what it holds is in the catalog
+    servers: dict[str, Backend] = field(default_factory=dict)
+    full: bool = False
+    live: bool = False
+    job: bool = False  # an eviction is under way
+    turn: int = 0
+    scanner: str = ""  # the node that scans it
+    scan_heard: float = 0.0
+    scanned_files: int = 0
+    scan_expected: int = 0
+    scan_not_before: float = float("-inf")
+    scan_wanted: bool = True
+    doomed: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # file -> (batch, or 0; bytes)
+    removing_bytes: int = 0
+    waiting: deque[BlockRun] = field(default_factory=deque)  # doomed, in no batch yet
+    batches: OrderedDict[int, Batch] = field(default_factory=OrderedDict)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.url or self.id.hex()
+
+
+class Backends:
+    """Every backend. ``drop_rest`` asks other owners to drop blocks that are whole no more."""
+
+    def __init__(
+        self, index: Index, nodes: dict[str, Node], limits: MasterLimits, counters: Counter[str],
+        removals: Removals, jobs: deque[Iterator[list[Effect]]], number: Callable[[], int],
+        drop_rest: Callable[[Rows], list[Effect]],
+    ) -> None:  # fmt: skip
+        self.by_id: dict[bytes, StorageBackend] = {}
+        self.loading = False  # the catalog is still being read
+        self.next_batch = 1
+        self._index = index
+        self._nodes = nodes
+        self._limits = limits
+        self._counters = counters
+        self._removals = removals
+        self._jobs = jobs
+        self._number = number
+        self._drop_rest = drop_rest
+        self._by_incarnation: dict[int, StorageBackend] = {}
+
+    # ---- who serves it -------------------------------------------------------------------------
+
+    def of(self, backend_id: bytes) -> StorageBackend:
+        """Return a backend, made on first sight."""
+        backend = self.by_id.get(backend_id)
+        if backend is None:
+            backend = self.by_id[backend_id] = StorageBackend(backend_id, self._number())
+            self._by_incarnation[backend.incarnation] = backend
+            self._index.file_bytes[backend.incarnation] = 0
+        return backend
+
+    def at(self, incarnation: int) -> StorageBackend | None:
+        """Return the backend that an incarnation is, None for a node's."""
+        return self._by_incarnation.get(incarnation)
+
+    def used_bytes(self, backend: StorageBackend) -> int:
+        """Return what its files take, without those that are to be removed."""
+        return self._index.file_bytes[backend.incarnation]
+
+    def blocks(self, backend: StorageBackend) -> int:
+        """Return how many blocks it has something of."""
+        return self._index.blocks_on.get(backend.incarnation, 0)
+
+    def announce(self, node: Node, seen: tuple[Backend, ...]) -> list[Effect]:
+        """Take in how a node sees its backends: all of them, whatever it said before."""
+        effects: list[Effect] = []
+        named = {backend.id for backend in seen}
+        for backend in self.by_id.values():
+            if backend.id not in named and backend.servers.pop(node.address.node_id, None) is not None:
+                self._judge(backend)
+        for told in seen:
+            backend = self.of(told.id)
+            before = backend.servers.get(node.address.node_id)
+            backend.servers[node.address.node_id] = told
+            if told.capacity_bytes and (told.capacity_bytes != backend.capacity_bytes or told.url != backend.url):
+                backend.url, backend.capacity_bytes = told.url or backend.url, told.capacity_bytes
+                effects.append(self._keep(backend))
+            self._judge(backend)
+            if (before.state if before else BackendState.UP) is not told.state:
+                what = f"is {told.state.name.lower()} at node {node.address.node_id}"
+                bad = told.state is not BackendState.UP
+                effects.append(BackendChanged(backend.name, f"{what}: {told.reason}" if bad else what, bad))
+        return effects
+
+    def greet(self, node: Node) -> list[Effect]:
+        """Tell a node that has just said hello which of its backends are full."""
+        served = any(node.address.node_id in backend.servers for backend in self.by_id.values())
+        return self._limits_of(node) if served else []
+
+    def judge(self, node: Node) -> None:
+        """Bring what lookups may count on in line with a node's new state."""
+        for backend in self.by_id.values():
+            if node.address.node_id in backend.servers:
+                self._judge(backend)
+
+    def forget(self, node: Node) -> None:
+        """Forget a node that is gone for long."""
+        for backend in self.by_id.values():
+            backend.servers.pop(node.address.node_id, None)
+
+    def _judge(self, backend: StorageBackend) -> None:
+        backend.live = bool(self.serving(backend))
+        self._index.placements.set_live(backend.incarnation, live=backend.live)
+
+    def serving(self, backend: StorageBackend) -> list[Node]:
+        """Return the nodes that can read it now."""
+        return [
+            node
+            for node_id, seen in backend.servers.items()
+            if seen.state is not BackendState.DOWN
+            and (node := self._nodes.get(node_id)) is not None
+            and node.state in _PRESENT
+            and node.session is not None
+        ]
+
+    def reach(self, incarnation: int) -> tuple[NodeAddress, bytes] | None:
+        """Return a node that reads a backend's files for others, in turns, and the backend's id."""
+        backend = self._by_incarnation.get(incarnation)
+        nodes = self.serving(backend) if backend is not None and backend.live else []
+        if backend is None or not nodes:
+            return None
+        backend.turn += 1
+        return nodes[backend.turn % len(nodes)].address, backend.id
+
+    # ---- what it holds -------------------------------------------------------------------------
+
+    def add(self, piece: BlockRun, *, touch: bool = True) -> list[Effect]:
+        """Files were written, or found: of a known namespace, with shards that it has."""
+        backend = self.of(piece.backend)
+        effects: list[Effect] = []
+        if backend.doomed:
+            written = self._undoom(backend, self._doomed_of(backend, piece))
+            effects += self._told(backend, FileChange.REMOVED, written)
+        self._index.add(piece, backend.incarnation, TIER, touch=touch)
+        self._counters["files_added"] += len(piece)
+        return [*effects, CatalogFiles(backend.id, FileChange.ADDED, (piece,))]
+
+    def remove(self, piece: BlockRun, now: float) -> list[Effect]:
+        """Files are missing or broken."""
+        backend = self.of(piece.backend)
+        rows, broken = self._index.remove(piece, backend.incarnation, TIER)
+        self._counters["files_lost"] += len(rows)
+        self._note(backend, piece.namespace, rows, Why.FILE_LOST, now)
+        return [CatalogFiles(backend.id, FileChange.LOST, (piece,)), *self._drop_rest(broken)]
+
+    def _note(self, backend: StorageBackend, namespace: bytes, rows: Rows, why: Why, now: float) -> None:
+        keys = self._index.keys.take(rows, axis=0)
+        self._removals.push(keys, self._index.spaces[namespace].number if len(rows) else 0, why, backend.name, now)
+
+    def load(self, piece: BlockRun) -> None:
+        """Take in files that the catalog has, or doomed ones that it remembers."""
+        self._index.add(piece, self.of(piece.backend).incarnation, TIER, touch=False)
+
+    def load_doomed(self, piece: BlockRun) -> None:
+        """Take in files that were to be removed when the last master ended."""
+        self._await_removal(self.of(piece.backend), piece)
+
+    def load_backend(self, known: Backend, *, complete: bool) -> None:
+        """Take in what the catalog knows of a backend."""
+        backend = self.of(known.id)
+        backend.url, backend.capacity_bytes, backend.complete = known.url, known.capacity_bytes, complete
+
+    # ---- removal -------------------------------------------------------------------------------
+
+    def doom(self, incarnation: int, rows: Rows, why: Why, now: float) -> list[Effect]:
+        """Take blocks out of a backend: no hits any more from now on, their files removed later."""
+        backend = self._by_incarnation[incarnation]
+        effects: list[Effect] = []
+        for run in list(self._index.runs_on(rows, incarnation)):
+            for shard in mask_shards(run.shards):
+                self._await_removal(backend, BlockRun(run.namespace, 1 << shard, run.shard_bytes, run.keys))
+            # Doomed before it is gone for everybody else: a file is in the catalog in one way or the other.
+            effects.append(CatalogFiles(backend.id, FileChange.DOOMED, (run,)))
+            gone, broken = self._index.remove(run, incarnation, TIER)
+            self._note(backend, run.namespace, gone, why, now)
+            self._counters["files_doomed"] += len(gone)
+            effects += self._drop_rest(broken)
+        return effects
+
+    def _await_removal(self, backend: StorageBackend, run: BlockRun) -> None:
+        size = self._size(run)
+        for name in _names(run):
+            if name not in backend.doomed:
+                backend.removing_bytes += size
+            backend.doomed[name] = (0, size)
+        backend.waiting.append(run)
+
+    def _size(self, run: BlockRun) -> int:
+        space = self._index.spaces.get(run.namespace)
+        layers = space.descriptor.shard_layers if space is not None and space.descriptor is not None else 1
+        return file_bytes(run.shard_bytes, layers)
+
+    def _doomed_of(self, backend: StorageBackend, piece: BlockRun) -> list[tuple[BlockRun, list[bytes]]]:
+        """Return the doomed files among those of a run, by shard."""
+        found = []
+        for shard in mask_shards(piece.shards):
+            single = BlockRun(piece.namespace, 1 << shard, piece.shard_bytes, piece.keys)
+            found.append((single, [name for name in _names(single) if name in backend.doomed]))
+        return found
+
+    def _undoom(self, backend: StorageBackend, found: list[tuple[BlockRun, list[bytes]]]) -> tuple[BlockRun, ...]:
+        """Await the removal of these files no more; returns them as runs."""
+        runs = []
+        for run, names in found:
+            for name in names:
+                backend.removing_bytes -= backend.doomed.pop(name)[1]
+            if names:
+                keys = b"".join(name[-KEY_BYTES:] for name in names)
+                runs.append(BlockRun(run.namespace, run.shards, run.shard_bytes, keys))
+        return tuple(runs)
+
+    @staticmethod
+    def _told(backend: StorageBackend, change: FileChange, runs: tuple[BlockRun, ...]) -> list[Effect]:
+        return [CatalogFiles(backend.id, change, runs)] if runs else []
+
+    def confirm(self, batch_id: int) -> list[Effect]:
+        """A node has removed the files of a batch; those that were written again meanwhile stay in the index."""
+        for backend in self.by_id.values():
+            batch = backend.batches.pop(batch_id, None)
+            if batch is not None:
+                left = [self._still(backend, run, batch_id) for run in batch.blocks]
+                removed = self._undoom(backend, [(run, _names(run)) for run in left])
+                self._counters["files_removed"] += sum(len(run) for run in removed)
+                return self._told(backend, FileChange.REMOVED, removed)
+        return []
+
+    @staticmethod
+    def _batch_of(backend: StorageBackend, name: bytes) -> int:
+        return backend.doomed.get(name, (-1, 0))[0]
+
+    def _send_removals(self, backend: StorageBackend, up: float) -> list[Effect]:
+        """Keep a few batches under way; what is not confirmed in time goes to another node."""
+        effects: list[Effect] = []
+        nodes = self.serving(backend)
+        able = [n for n in nodes if backend.servers[n.address.node_id].state is BackendState.UP] or nodes
+        if not able:
+            return []
+        for batch in list(backend.batches.values()):
+            serving = any(node.address.node_id == batch.sent_to for node in able)
+            if serving and up - batch.sent_at < REMOVE_RETRY_S:
+                continue
+            blocks = tuple(r for run in batch.blocks if len(r := self._still(backend, run, batch.id)))
+            del backend.batches[batch.id]
+            if blocks:
+                others = [node for node in able if node.address.node_id != batch.sent_to] or able
+                effects.append(self._remove_by(backend, batch.id, blocks, others, up))
+        while len(backend.batches) < BATCHES_AT_ONCE and backend.waiting:
+            number, self.next_batch = self.next_batch, self.next_batch + 1
+            blocks = self._next_blocks(backend, number)
+            if blocks:
+                effects.append(self._remove_by(backend, number, blocks, able, up))
+        return effects
+
+    def _still(self, backend: StorageBackend, run: BlockRun, batch: int) -> BlockRun:
+        keys = b"".join(n[-KEY_BYTES:] for n in _names(run) if self._batch_of(backend, n) == batch)
+        return BlockRun(run.namespace, run.shards, run.shard_bytes, keys)
+
+    def _next_blocks(self, backend: StorageBackend, number: int) -> tuple[BlockRun, ...]:
+        blocks: list[BlockRun] = []
+        room = BATCH_FILES
+        while backend.waiting and room > 0:
+            run = backend.waiting.popleft()
+            if len(run) > room:
+                cut = room * KEY_BYTES
+                backend.waiting.appendleft(BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[cut:]))
+                run = BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[:cut])
+            run = self._still(backend, run, 0)
+            for name in _names(run):
+                backend.doomed[name] = (number, backend.doomed[name][1])
+            if len(run):
+                blocks.append(run)
+                room -= len(run)
+        return tuple(blocks)
+
+    def _remove_by(
+        self, backend: StorageBackend, number: int, blocks: tuple[BlockRun, ...], nodes: list[Node], up: float
+    ) -> Effect:
+        backend.turn += 1
+        node = nodes[backend.turn % len(nodes)]
+        backend.batches[number] = Batch(number, blocks, node.address.node_id, up)
+        return Send(node.session or 0, RemoveFiles(number, backend.id, blocks))
+
+    # ---- capacity ------------------------------------------------------------------------------
+
+    def tick(self, up: float, now: float) -> list[Effect]:
+        """Send what is due: removals, limits, scans; start evictions where too much is stored."""
+        effects: list[Effect] = []
+        for backend in self.by_id.values():
+            effects += self._send_removals(backend, up)
+            effects += self._judge_room(backend)
+            if not self.loading:
+                self._relieve(backend, now)
+                effects += self._scan_if_due(backend, up)
+        return effects
+
+    def _judge_room(self, backend: StorageBackend) -> list[Effect]:
+        taken = self.used_bytes(backend) + backend.removing_bytes
+        least = self._limits.storage_high_watermark_ratio * backend.capacity_bytes
+        full = backend.capacity_bytes > 0 and (taken >= backend.capacity_bytes or (backend.full and taken > least))
+        if full == backend.full:
+            return []
+        backend.full = full
+        effects: list[Effect] = [BackendChanged(backend.name, "is full" if full else "has room again", full)]
+        for node in self.serving(backend):
+            effects += self._limits_of(node)
+        return effects
+
+    def _limits_of(self, node: Node) -> list[Effect]:
+        served = [b for b in self.by_id.values() if node.address.node_id in b.servers]
+        full = frozenset(b.id for b in served if b.full)
+        return [Send(node.session, StorageLimits(full))] if node.session is not None else []
+
+    def _relieve(self, backend: StorageBackend, now: float) -> None:
+        """Start an eviction if the backend is over its high watermark and removals keep up."""
+        capacity = backend.capacity_bytes
+        over = self.used_bytes(backend) - self._limits.storage_high_watermark_ratio * capacity
+        if over <= 0 or not capacity or backend.job or not backend.live or len(backend.doomed) >= DOOMED_MAX:
+            return
+        backend.job = True
+        target = max(over, self._limits.storage_eviction_ratio * capacity)
+        self._jobs.append(self._eviction(backend, int(target), now))
+
+    def _eviction(self, backend: StorageBackend, target: int, now: float) -> Iterator[list[Effect]]:
+        try:
+            freed, index = 0, self._index
+            for found in index.coldest(backend.incarnation):
+                stamps = index.recency.stamps_of(found)
+                for start in range(0, len(found), ROWS_PER_SLICE):
+                    part = slice(start, start + ROWS_PER_SLICE)
+                    # Between slices rows were touched, leased (which touches), pinned, freed or given to others.
+                    rows = found[part][index.recency.stamps_of(found[part]) == stamps[part]]
+                    rows = rows[index.pinned.take(rows) == 0]
+                    sizes = np.cumsum(index.file_bytes_on(rows, backend.incarnation))
+                    enough = int(np.searchsorted(sizes, target - freed)) + 1
+                    freed += int(sizes[:enough].max(initial=0))
+                    yield self.doom(backend.incarnation, rows[:enough], Why.CAPACITY, now)
+                    if freed >= target or len(backend.doomed) >= DOOMED_MAX:
+                        return
+                yield []
+        finally:
+            backend.job = False
+
+    # ---- scans ---------------------------------------------------------------------------------
+
+    def scan(self, backend: StorageBackend, up: float) -> list[Effect]:
+        """Ask a node to say what a backend holds; returns nothing when none can."""
+        nodes = self.serving(backend)
+        if not nodes:
+            return []
+        backend.turn += 1
+        node = nodes[backend.turn % len(nodes)]
+        backend.scanner, backend.scan_heard, backend.scan_wanted = node.address.node_id, up, False
+        backend.scanned_files = backend.scan_expected = 0
+        self._counters["scans_asked"] += 1
+        what = f"is scanned by node {node.address.node_id}"
+        return [Send(node.session or 0, Scan(backend.id)), BackendChanged(backend.name, what)]
+
+    def _scan_if_due(self, backend: StorageBackend, up: float) -> list[Effect]:
+        """Scan what the catalog does not know; begin again elsewhere when nothing is heard of a scan."""
+        if backend.scanner:
+            serving = any(node.address.node_id == backend.scanner for node in self.serving(backend))
+            if serving and up - backend.scan_heard < SCAN_RETRY_S:
+                return []
+            backend.scanner, backend.scan_wanted = "", True
+        if up < backend.scan_not_before:
+            return []
+        if backend.scan_wanted and backend.complete and self.blocks(backend):
+            backend.scan_wanted = False
+        return self.scan(backend, up) if backend.scan_wanted else []
+
+    def scanned(
+        self, node: Node, message: Scanned, up: float, known: Callable[[BlockRun], bool]
+    ) -> Iterator[list[Effect]]:
+        """Take in a piece of what a scan has found; ``known`` says whether a run can be taken in."""
+        backend = self.of(message.backend)
+        ours = backend.scanner == node.address.node_id
+        if ours:
+            backend.scan_heard = up
+            backend.scanned_files, backend.scan_expected = message.files, message.files_expected
+        for piece in slices_of(message.added):
+            if known(piece):
+                yield self._found(backend, piece)
+        if not message.last or not ours:
+            return
+        backend.scanner = ""
+        if message.error:
+            backend.scan_wanted, backend.scan_not_before = True, up + SCAN_RETRY_S
+            yield [BackendChanged(backend.name, f"could not be scanned: {message.error}", bad=True)]
+            return
+        backend.complete = True
+        yield [self._keep(backend), BackendChanged(backend.name, f"is scanned: {message.files} files")]
+
+    def _found(self, backend: StorageBackend, piece: BlockRun) -> list[Effect]:
+        """Files that a scan has seen, less those that are about to be removed."""
+        effects: list[Effect] = []
+        for shard in mask_shards(piece.shards):
+            run = BlockRun(piece.namespace, 1 << shard, piece.shard_bytes, piece.keys, backend=backend.id)
+            if backend.doomed:
+                run = replace(run, keys=b"".join(n[-KEY_BYTES:] for n in _names(run) if n not in backend.doomed))
+            effects += self.add(run, touch=False) if len(run) else []
+        return effects
+
+    @staticmethod
+    def _keep(backend: StorageBackend) -> Effect:
+        return CatalogBackend(Backend(backend.id, backend.url, backend.capacity_bytes), backend.complete)
+
+
+def _names(run: BlockRun) -> list[bytes]:
+    """Name each file of a run of one shard: namespace, shard, key."""
+    head = run.namespace + bytes([run.shards.bit_length() - 1])
+    return [head + run.keys[at : at + KEY_BYTES] for at in range(0, len(run.keys), KEY_BYTES)]

@@ -1,0 +1,83 @@
+"""What operators ask for: that blocks are dropped, wherever they lie."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.effects import Effect
+from kvpool.core.index import HARD, ROWS_PER_SLICE, Index
+from kvpool.core.keytable import Rows, as_words
+from kvpool.core.removals import Why
+from kvpool.errors import UnknownNamespaceError
+
+
+class Evictions:
+    """Evictions by hand, of everything but what is pinned hard. ``evict`` asks a node or a backend to drop rows."""
+
+    def __init__(
+        self,
+        index: Index,
+        jobs: deque[Iterator[list[Effect]]],
+        evict: Callable[[int, Rows, Why], list[Effect]],
+    ) -> None:
+        self._index = index
+        self._jobs = jobs
+        self._evict = evict
+
+    def keys(self, namespace: bytes, keys: bytes) -> tuple[int, int, list[Effect]]:
+        """Ask for these blocks to be dropped everywhere; returns (blocks, bytes, effects).
+
+        Raises UnknownNamespaceError.
+        """
+        space = self._index.spaces.get(namespace)
+        if space is None:
+            raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
+        rows = space.table.find(as_words(keys))
+        return self._rows(np.unique(rows[rows >= 0]))
+
+    def namespace(self, namespace: bytes) -> tuple[int, int]:
+        """Start dropping a whole namespace; returns (blocks, bytes). Raises UnknownNamespaceError."""
+        space = self._index.spaces.get(namespace)
+        if space is None:
+            raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
+
+        def job() -> Iterator[list[Effect]]:
+            for start in range(0, self._index.rows_used, 16 * ROWS_PER_SLICE):
+                part = slice(start, min(start + 16 * ROWS_PER_SLICE, self._index.rows_used))
+                mine = np.flatnonzero(self._index.space_of[part] == space.number) + start
+                for i in range(0, len(mine), ROWS_PER_SLICE):
+                    rows = mine[i : i + ROWS_PER_SLICE]
+                    # Since the last slice a row may have gone to another namespace.
+                    yield self._rows(rows[self._index.space_of.take(rows) == space.number])[2]
+
+        self._jobs.append(job())
+        return len(space.table), space.stored_bytes
+
+    def coldest(self, size: int) -> tuple[int, int, list[Effect]]:
+        """Drop about ``size`` bytes of the coldest blocks without lease or pin, memory and files."""
+        picked, total, position = [], 0, 0
+        while total < size and (piece := self._index.recency.after(position)) is not None:
+            rows, position = piece[0].astype(np.int64), piece[1]
+            rows = rows[(self._index.leased.take(rows) == 0) & (self._index.pinned.take(rows) == 0)]
+            sizes = self._sizes(rows)
+            enough = int(np.searchsorted(np.cumsum(sizes), size - total)) + 1
+            picked.append(rows[:enough])
+            total += int(sizes[:enough].sum())
+        return self._rows(np.concatenate(picked)) if picked else (0, 0, [])
+
+    def _rows(self, rows: Rows) -> tuple[int, int, list[Effect]]:
+        rows = rows[self._index.pinned.take(rows) < HARD]
+        size = int(self._sizes(rows).sum())
+        effects: list[Effect] = []
+        for incarnation in self._index.owners(rows):
+            effects += self._evict(incarnation, rows, Why.OPERATOR)
+        return len(rows), size, effects
+
+    def _sizes(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the payload bytes of all copies of each row."""
+        copies = self._index.placements.copies.take(self._index.placement.take(rows))
+        return np.multiply(copies, self._index.shard_bytes.take(rows))

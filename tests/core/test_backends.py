@@ -1,0 +1,376 @@
+"""MasterState and its storage backends: who serves them, what they hold, removal, capacity, scans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvpool.core import backends as backends_module
+from kvpool.core.backends import REMOVE_RETRY_S, SCAN_RETRY_S
+from kvpool.core.effects import CatalogBackend, CatalogFiles, FileChange
+from kvpool.core.explain import Holder, Verdict, explain
+from kvpool.core.messages import (
+    Ack,
+    BlockRun,
+    Delta,
+    Evict,
+    FilesRemoved,
+    RemoveFiles,
+    Scan,
+    Scanned,
+    Storage,
+    StorageLimits,
+    Victims,
+)
+from kvpool.core.removals import Why
+from kvpool.core.slots import file_bytes
+from kvpool.model import Backend, BackendState, Namespace, Reason, split_keys
+from kvpool.testing.checks import check_master
+from tests.core.master_pool import ONE, SIZE, TWO, Pool, key, keys, run
+
+HERE = bytes(range(16))
+THERE = bytes(range(16, 32))
+FILE = file_bytes(SIZE, ONE.shard_layers)
+UP, DOWN, READ_ONLY = BackendState.UP, BackendState.DOWN, BackendState.READ_ONLY
+
+
+def seen(backend: bytes = HERE, state: BackendState = UP, files: int = 1000) -> Backend:
+    return Backend(backend, f"dir-{backend[0]}", files * FILE, state, "" if state is UP else "EIO")
+
+
+def files(*numbers: int, namespace: Namespace = ONE, shards: int = 1, backend: bytes = HERE) -> BlockRun:
+    return replace(run(*numbers, namespace=namespace, shards=shards), backend=backend)
+
+
+def finish(steps):
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class Shared(Pool):
+    """A pool whose nodes have backends."""
+
+    def serve(self, session: int, node: str, *runs: BlockRun, backends: tuple[Backend, ...] = (seen(),), **about):
+        self.join(session, node, *runs, backends=backends, **about)
+
+    def scanned(self, session: int = 1, backend: bytes = HERE) -> None:
+        """End the scan that a new backend gets, with nothing found."""
+        self.pass_time(0.1, session)
+        assert self.told(session, Scan) == [Scan(backend)]
+        self.say(session, Scanned(backend, last=True))
+        self.sent.clear()
+        self.kept.clear()
+
+    def backend(self, backend: bytes = HERE):
+        return self.master.backends.by_id[backend]
+
+    def used(self, backend: bytes = HERE) -> int:
+        return self.master.backends.used_bytes(self.backend(backend))
+
+    def cataloged(self, change: FileChange) -> list[bytes]:
+        told = [e for e in self.kept if isinstance(e, CatalogFiles) and e.change is change]
+        return [k for effect in told for r in effect.blocks for k in split_keys(r.keys)]
+
+    def removing(self, session: int) -> list[bytes]:
+        return [k for m in self.told(session, RemoveFiles) for r in m.blocks for k in split_keys(r.keys)]
+
+    def reach(self, *numbers: int, namespace: Namespace = ONE) -> list[tuple[str, bytes] | None]:
+        (found,) = self.lookup(*numbers, namespace=namespace).runs
+        reached = [self.master.reach(owner.incarnation) for owner in found[1].owners]
+        return [(there[0].node_id, there[1]) if there else None for there in reached]
+
+
+@pytest.fixture
+def pool():
+    pool = Shared()
+    yield pool
+    pool.work()
+    check_master(pool.master)
+
+
+# ---- files and who serves them -----------------------------------------------------------------------
+
+
+def test_a_file_is_a_hit_at_any_live_node_that_serves_its_backend(pool):
+    """Files outlive the node that wrote them; the nodes that serve their backend are named in turns."""
+    pool.serve(1, "a", run(1))
+    pool.serve(2, "b")
+    pool.say(1, Delta(1, (files(1, 2),), (), 0))
+    assert pool.prefix(1, 2) == 2
+    assert {pool.reach(2)[0] for _ in range(4)} == {("a", HERE), ("b", HERE)}
+    pool.close(1)
+    assert pool.prefix(1, 2) == 2
+    assert pool.reach(2) == [("b", HERE)]
+    pool.close(2)
+    assert pool.lookup(1, 2).reason is Reason.OWNER_SUSPECT
+    pool.pass_time(12)
+    assert pool.state("a") == "dead"
+    pool.serve(3, "c")
+    assert pool.prefix(1, 2) == 2
+
+
+def test_a_backend_that_is_down_at_a_node_is_reached_through_another(pool):
+    """A read-only backend is still read; one that is down everywhere holds no hits, and loses nothing."""
+    pool.serve(1, "a")
+    pool.serve(2, "b")
+    pool.say(1, Delta(1, (files(1),), (), 0), Storage((seen(state=DOWN),)))
+    assert [pool.reach(1) for _ in range(3)] == [[("b", HERE)]] * 3
+    pool.say(2, Storage((seen(state=READ_ONLY),)))
+    assert pool.prefix(1) == 1
+    pool.say(2, Storage(()))
+    assert pool.prefix(1) == 0
+    pool.say(1, Storage((seen(),)))
+    assert pool.reach(1) == [("a", HERE)]
+
+
+def test_a_restarted_node_loses_its_memory_and_not_its_files(pool):
+    """A new process of a node finds what the old one wrote."""
+    pool.serve(1, "a", run(1, 2))
+    pool.say(1, Delta(1, (files(1),), (), 0))
+    pool.serve(2, "a", epoch=2)
+    pool.work()
+    assert [pool.prefix(1), pool.prefix(2)] == [1, 0]
+
+
+def test_shards_in_files_and_shards_in_memory_make_a_block(pool):
+    """A block is whole when its shards are somewhere; what is left of one that no node has whole is dropped."""
+    pool.serve(1, "a", run(1, namespace=TWO, shards=1))
+    pool.scanned()
+    pool.say(1, Delta(1, (files(1, namespace=TWO, shards=2),), (), 0))
+    assert pool.prefix(1, namespace=TWO) == 1
+    pool.say(1, Delta(2, (), (run(1, namespace=TWO, shards=1),), 0))
+    assert pool.cataloged(FileChange.DOOMED) == [key(1)]
+    pool.pass_time(0.1, 1)
+    assert pool.removing(1) == [key(1)]
+
+
+def test_a_file_that_was_lost_is_no_hit_and_is_explained(pool):
+    """A missing or broken file leaves index and catalog, under its own reason, with the backend's name."""
+    pool.serve(1, "a", run(1))
+    pool.say(1, Delta(1, (files(1, 2),), (), 0), Delta(2, (), (files(1, 2),), 0))
+    assert [pool.prefix(1), pool.prefix(2)] == [1, 0]
+    assert pool.cataloged(FileChange.LOST) == [key(1), key(2)]
+    block = finish(explain(pool.master, ONE.digest, key(2), pool.clock()))[0]
+    assert (block.removals[0].why, block.removals[0].node_id) == (Why.FILE_LOST, "dir-0")
+    assert (pool.used(), block.verdict) == (0, Verdict.OWNER_LOST)
+
+
+def test_explain_names_the_backend_of_a_file(pool):
+    """A holder of tier fs is a backend, with the state that lookups count on."""
+    pool.serve(1, "a")
+    pool.say(1, Delta(1, (files(1),), (), 0))
+    block = finish(explain(pool.master, ONE.digest, key(1), pool.clock()))[0]
+    assert block.holders == [Holder("dir-0", "fs", "live", (0,))]
+
+
+def test_deltas_with_files_are_acknowledged_after_the_catalog_was_told(pool):
+    """The effects come in that order, so that a server can hold the Ack back until the catalog has them."""
+    pool.serve(1, "a")
+    effects = []
+    pool.perform = effects.extend
+    pool.say(1, Delta(1, (files(1),), (), 0))
+    kinds = [type(getattr(effect, "message", effect)) for effect in effects]
+    assert kinds.index(CatalogFiles) < kinds.index(Ack)
+
+
+def test_blocks_that_are_in_files_too_leave_memory_first(pool):
+    """The victim list begins with blocks that stay hits without this node."""
+    pool.serve(1, "a", run(1, 2, 3, 4), capacity_bytes=60 * SIZE, used_bytes=50 * SIZE)
+    pool.say(1, Delta(1, (files(3),), (), 50 * SIZE))
+    pool.lookup(3)
+    pool.lookup(2)
+    pool.lookup(1)
+    pool.pass_time(1.2, 1, sequence=1, used=50 * SIZE)
+    victims = [k for r in pool.told(1, Victims)[-1].blocks for k in split_keys(r.keys)]
+    assert victims == [key(3), key(4), key(2)]
+
+
+# ---- removal -----------------------------------------------------------------------------------------
+
+
+def test_removal_is_announced_first_and_confirmed_by_a_node(pool):
+    """An operator's eviction takes files out of the index at once, out of the storage when a node says so."""
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.say(1, Delta(1, (files(1, 2, 3),), (), 0))
+    assert pool.used() == 3 * FILE
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1, 2))[2])
+    assert (pool.prefix(1), pool.prefix(3)) == (0, 1)
+    assert sorted(pool.cataloged(FileChange.DOOMED)) == sorted((key(1), key(2)))
+    assert (pool.used(), pool.backend().removing_bytes) == (FILE, 2 * FILE)
+    pool.pass_time(0.1, 1)
+    (message,) = pool.told(1, RemoveFiles)
+    pool.say(1, FilesRemoved(message.id))
+    assert sorted(pool.cataloged(FileChange.REMOVED)) == sorted((key(1), key(2)))
+    assert (pool.backend().removing_bytes, pool.backend().doomed) == (0, {})
+    pool.say(1, FilesRemoved(message.id))
+
+
+def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
+    """When its node falls silent or goes, the next one gets the same files under the same number."""
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.serve(2, "b")
+    pool.say(1, Delta(1, (files(1),), (), 0))
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
+    pool.pass_time(0.1, 1, 2, sequence=1)
+    first = 1 if pool.told(1, RemoveFiles) else 2
+    pool.pass_time(REMOVE_RETRY_S + 0.2, 1, 2, sequence=1)
+    assert pool.told(3 - first, RemoveFiles) == pool.told(first, RemoveFiles)
+    pool.close(3 - first)
+    pool.pass_time(0.2, first, sequence=1)
+    assert len(pool.told(first, RemoveFiles)) == 2
+    pool.say(first, FilesRemoved(pool.told(first, RemoveFiles)[0].id))
+    assert not pool.backend().doomed
+
+
+def test_a_file_written_again_is_not_waited_for(pool):
+    """What is written anew before its removal is confirmed is a hit, and is asked for no more."""
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.say(1, Delta(1, (files(1, 2),), (), 0))
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1, 2))[2])
+    pool.say(1, Delta(2, (files(1),), (), 0))
+    assert pool.cataloged(FileChange.REMOVED) == [key(1)]
+    pool.pass_time(0.1, 1, sequence=2)
+    assert pool.removing(1) == [key(2)]
+    pool.say(1, Delta(3, (files(2),), (), 0), FilesRemoved(pool.told(1, RemoveFiles)[0].id))
+    assert (pool.prefix(1, 2), pool.used(), pool.backend().removing_bytes) == (2, 2 * FILE, 0)
+
+
+def test_removals_come_in_bounded_messages(pool, monkeypatch):
+    """Some files a message and some messages at once; the next ones follow confirmations."""
+    monkeypatch.setattr(backends_module, "BATCH_FILES", 3)
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.say(1, Delta(1, (files(*range(10)),), (), 0))
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(*range(10)))[2])
+    removed: list[bytes] = []
+    for _ in range(4):
+        pool.pass_time(0.1, 1, sequence=1)
+        for message in pool.told(1, RemoveFiles):
+            assert sum(len(r) for r in message.blocks) <= 3
+            pool.say(1, FilesRemoved(message.id))
+        assert len(pool.told(1, RemoveFiles)) <= backends_module.BATCHES_AT_ONCE
+        removed += pool.removing(1)
+        pool.sent.clear()
+    assert sorted(removed) == sorted(key(n) for n in range(10))
+    assert not pool.backend().doomed
+
+
+# ---- capacity ----------------------------------------------------------------------------------------
+
+
+def test_the_coldest_files_go_above_the_high_watermark(pool):
+    """Least recently used first, down by the ratio; under a lease they stay; several nodes count once."""
+    pool.serve(1, "a", backends=(seen(files=20),))
+    pool.serve(2, "b", backends=(seen(files=20),))
+    pool.say(1, Delta(1, (files(*range(19)),), (), 0))
+    pool.say(2, Delta(1, (files(*range(19)),), (), 0))
+    assert pool.used() == 19 * FILE
+    pool.lookup(18, lease=True)  # the coldest: a put's tail
+    pool.pass_time(0.1, 1, 2, sequence=1)
+    assert pool.backend().doomed == {}
+    pool.say(1, Delta(2, (files(19),), (), 0))
+    pool.pass_time(0.2, 1, 2, sequence=1)
+    assert pool.cataloged(FileChange.DOOMED) == [key(17)]
+    assert [pool.prefix(n) for n in (19, 18, 17, 16)] == [1, 1, 0, 1]
+
+
+def test_a_full_backend_is_written_no_more_until_there_is_room(pool):
+    """At its capacity, files that await their removal included; all its nodes are told, later ones too."""
+    pool.serve(1, "a", backends=(seen(files=10),))
+    pool.say(1, Delta(1, (files(*range(10)),), (), 0))
+    pool.pass_time(0.3, 1, sequence=1)
+    assert pool.told(1, StorageLimits)[-1] == StorageLimits(frozenset({HERE}))
+    pool.serve(2, "b", backends=(seen(files=10), seen(THERE)))
+    assert pool.told(2, StorageLimits)[-1] == StorageLimits(frozenset({HERE}))
+    for session in (1, 2):
+        for message in pool.told(session, RemoveFiles):
+            pool.say(session, FilesRemoved(message.id))
+    pool.pass_time(0.3, 1, 2, sequence=1)
+    assert [pool.told(s, StorageLimits)[-1].full for s in (1, 2)] == [frozenset(), frozenset()]
+
+
+def test_another_size_for_a_block_keeps_the_account(pool):
+    """The newest report's size counts, for every backend that has it; the account comes down to zero."""
+    pool.serve(1, "a", backends=(seen(), seen(THERE)))
+    pool.say(1, Delta(1, (files(1), files(1, backend=THERE)), (), 0))
+    larger = replace(files(1), shard_bytes=10_000)
+    pool.say(1, Delta(2, (larger,), (), 0))
+    assert pool.used() == pool.used(THERE) == file_bytes(10_000, ONE.shard_layers)
+    pool.say(1, Delta(3, (), (files(1), files(1, backend=THERE)), 0))
+    assert pool.used() == pool.used(THERE) == 0
+
+
+# ---- scans -------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_nobody_knows_is_scanned(pool):
+    """By one node; what is found are hits at once; the end is kept, and it is not scanned again."""
+    pool.serve(1, "a")
+    pool.pass_time(0.1, 1)
+    assert pool.told(1, Scan) == [Scan(HERE)]
+    third = Namespace(model="three")
+    pool.say(1, Scanned(HERE, False, 2, 9, (files(1, 2), files(1, namespace=third)), (third,)))
+    backend = pool.backend()
+    assert (backend.scanner, backend.scanned_files, backend.scan_expected) == ("a", 2, 9)
+    assert (pool.prefix(1, 2), pool.prefix(1, namespace=third)) == (2, 1)
+    pool.say(1, Scanned(HERE, True, 9, 9, (files(3),)))
+    assert [e.complete for e in pool.kept if isinstance(e, CatalogBackend)][-1]
+    pool.pass_time(SCAN_RETRY_S + 1, 1)
+    assert (pool.prefix(1, 2, 3), len(pool.told(1, Scan)), backend.scanner) == (3, 1, "")
+
+
+def test_a_scan_that_is_not_heard_of_begins_again_elsewhere(pool):
+    """When its node goes, and later when it ends with an error."""
+    pool.serve(1, "a")
+    pool.pass_time(0.1, 1)
+    pool.serve(2, "b")
+    pool.close(1)
+    pool.pass_time(0.2, 2)
+    assert pool.told(2, Scan) == [Scan(HERE)]
+    pool.say(2, Scanned(HERE, True, error="EIO"))
+    pool.pass_time(0.2, 2)
+    assert (len(pool.told(2, Scan)), pool.backend().complete) == (1, False)
+    pool.pass_time(SCAN_RETRY_S + 1, 2)
+    assert len(pool.told(2, Scan)) == 2
+
+
+def test_a_scan_does_not_bring_back_what_is_about_to_be_removed(pool):
+    """A file seen by a scan and doomed meanwhile stays doomed."""
+    pool.serve(1, "a")
+    pool.say(1, Delta(1, (files(1, 2),), (), 0))
+    pool.pass_time(0.1, 1, sequence=1)
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
+    pool.say(1, Scanned(HERE, True, 2, 2, (files(1, 2),)))
+    assert [pool.prefix(1), pool.prefix(2)] == [0, 1]
+
+
+def test_what_the_catalog_knows_is_not_scanned(pool):
+    """Files of a complete backend are loaded: hits as soon as a node serves it; warming until then."""
+    backends = pool.master.backends
+    backends.loading = True
+    pool.master.register(ONE)
+    backends.load_backend(seen(), complete=True)
+    backends.load(files(1, 2))
+    assert pool.lookup(3).reason is Reason.WARMING
+    pool.serve(1, "a")
+    backends.loading = False
+    pool.pass_time(0.2, 1)
+    assert (pool.prefix(1, 2), pool.told(1, Scan)) == (2, [])
+    assert not pool.told(1, Evict)
+
+
+def test_doomed_files_of_an_earlier_master_are_removed(pool):
+    """A master that ended between the announcement and the removal leaves that to the next one."""
+    pool.master.register(ONE)
+    pool.master.backends.load_doomed(files(5))
+    pool.serve(1, "a")
+    pool.pass_time(0.1, 1)
+    assert pool.removing(1) == [key(5)]
+    assert pool.backend().removing_bytes == FILE
