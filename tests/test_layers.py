@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "server": CONTROL | {"core", "tiers", "transport", "rpc"},
     "testing": WORDS | {"core", "tiers", "transport", "rpc", "client"},
     "bench": CONTROL | {"core", "tiers", "transport", "rpc", "client", "server", "testing"},
-    "cli": CONTROL | {"client", "rpc", "server", "bench"},
+    "proxy": CONTROL | {"client", "rpc", "server"},
+    "cli": CONTROL | {"client", "rpc", "server", "bench", "proxy"},
     "kvpool": {"client", "model"},
     "kvpool_vllm": CONTROL | {"client", "kvpool"},
 }
@@ -48,12 +49,13 @@ CORE_FORBIDDEN = {
 
 # Third-party or system module -> the parts that may import it.
 ONLY_IN = {
-    "grpc": {"rpc", "server", "client", "cli", "bench"},
+    "grpc": {"rpc", "server", "client", "cli", "bench", "proxy"},
     "grpc_health": {"server", "cli", "bench"},
     "grpc_reflection": {"server"},
     "lmdb": {"tiers"},
     "fsspec": {"tiers"},
-    "prometheus_client": {"server", "kvpool_vllm"},
+    "aiohttp": {"proxy"},
+    "prometheus_client": {"server", "kvpool_vllm", "proxy"},
     "uvloop": {"server", "transport", "bench"},
     "click": {"cli", "bench"},
     "rich": {"cli", "bench"},

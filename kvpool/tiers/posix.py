@@ -183,7 +183,7 @@ class PosixStore:
         self._replace(path, memoryview(pack_namespace(namespace)))
 
     def clean(self, older_than_s: float) -> int:
-        """Remove temporary files that nobody writes any more. Raises StoreError."""
+        """Remove temporary files that nobody writes any more, and empty directories. Raises StoreError."""
         now = self._now()
         removed = 0
         blocks = (f"{self._blocks}/{namespace}/{fan}" for namespace, fan in self._directories())
@@ -196,7 +196,15 @@ class PosixStore:
                     if match[1] == self._owner or now - entry.stat(follow_symlinks=False).st_mtime > older_than_s:
                         os.unlink(entry.path)
                         removed += 1
+        self._remove_empty()
         return removed
+
+    def _remove_empty(self) -> None:
+        """Remove directories without files; a writer that finds its own gone makes it again."""
+        for namespace, fan in list(self._directories()):
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(f"{self._blocks}/{namespace}/{fan}")
+                os.rmdir(f"{self._blocks}/{namespace}")
 
     def probe(self) -> None:
         """Write, read back and remove a small file; a root that was deleted is made again. Raises StoreError."""

@@ -121,7 +121,10 @@ class BlockStore(Protocol):
         """Keep a descriptor beside the files; idempotent. Raises StoreError."""
 
     def clean(self, older_than_s: float) -> int:
-        """Remove what interrupted writers left behind, if it is older than that or our own; return how many."""
+        """Remove what interrupted writers left behind, if it is older than that or our own; return how many.
+
+        Directories that have become empty go too.
+        """
 
     def probe(self) -> None:
         """Write, read back and remove something small. Raises StoreError when that does not work."""

@@ -1,0 +1,147 @@
+"""``kvpoolctl fs scrub``: what writers left behind, and where files and catalog do not agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpool.cli import fs_print
+from kvpool.cli.fs_catalog import Catalog
+from kvpool.cli.fs_files import Verdict, check_files
+from kvpool.cli.fs_verify import Disposal
+from kvpool.model import format_size
+from kvpool.tiers.store import BlockStore, FileName, StoredFile
+
+
+class Scrub:
+    """One run over one backend; without a catalog only the backend itself is tidied."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        catalog: Catalog | None,
+        *,
+        threads: int,
+        older_than_s: float,
+        remove_unknown: bool,
+        keep_aside: bool,
+        dry_run: bool,
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._threads = threads
+        self._older_than_s = older_than_s
+        self._remove_unknown = remove_unknown
+        self._keep_aside = keep_aside
+        self._dry_run = dry_run
+        self._aside: list[tuple[str, int]] = []
+        self._leftovers = 0
+        self._files = 0
+        self._unknown: list[StoredFile] = []
+        self._missing: list[FileName] = []
+        self._broken: dict[str, str] = {}
+        self._adopted = 0
+        self._removed = 0
+        self._forgotten = 0
+
+    def run(self) -> None:
+        """Look at everything, and tidy up unless it is a dry run. Raises StoreError, RemoteError."""
+        self._compare()
+        if not self._dry_run:
+            self._agree()
+            self._leftovers = self._store.clean(self._older_than_s)
+        self._aside = self._store.aside_files()
+        if not (self._dry_run or self._keep_aside):
+            self._store.drop_aside()
+
+    def _compare(self) -> None:
+        """Find what only one side knows. The catalog is asked before the files are listed, and again after."""
+        if self._catalog is None:
+            self._files = len(fs_print.listed(self._store))
+            return
+        before = self._catalog.files()
+        files = fs_print.listed(self._store)
+        self._files = len(files)
+        there = {file.name for file in files}
+        self._missing = [name for name in before if name not in there]
+        self._unknown = [file for file in files if file.name not in before]
+        if self._unknown:  # those that were written meanwhile are none
+            now = self._catalog.files()
+            self._unknown = [file for file in self._unknown if file.name not in now]
+
+    def _agree(self) -> None:
+        if self._catalog is None:
+            return
+        if self._missing:
+            self._forgotten = self._catalog.remove(self._missing)
+        if self._remove_unknown:
+            self._store.remove([file.name for file in self._unknown])
+            self._removed = len(self._unknown)
+        else:
+            self._adopt(self._catalog)
+
+    def _adopt(self, catalog: Catalog) -> None:
+        """Tell the master of unknown files that are whole; set aside those that are not."""
+        spaces = {space.digest: space for space in self._store.namespaces()}
+        dispose = Disposal(self._store, None, remove=False, dry_run=False)
+        whole: dict[FileName, int] = {}
+        with fs_print.reading(self._store.url, self._unknown) as (shown, task):
+            for checked in check_files(self._store, self._unknown, spaces, self._threads):
+                name = checked.file.name
+                if checked.verdict is Verdict.WHOLE and name.namespace not in spaces:
+                    self._broken[str(name)] = "whole, but its namespace has no descriptor here: left as it is"
+                elif checked.verdict is Verdict.WHOLE:
+                    whole[name] = checked.shard_bytes
+                elif checked.verdict is not Verdict.GONE:
+                    self._broken[str(name)] = checked.problem
+                if checked.verdict is Verdict.BROKEN:
+                    dispose(name)
+                shown.advance(task, checked.file.bytes)
+        self._adopted = catalog.add(whole, spaces)
+
+    @property
+    def clean(self) -> bool:
+        """Whether files and catalog agreed."""
+        return not (self._unknown or self._missing)
+
+    def data(self) -> dict[str, Any]:
+        """Return what was found and done as plain data."""
+        return {
+            "id": fs_print.backend_id(self._store.id),
+            "url": self._store.url,
+            "files": self._files,
+            "compared": self._catalog is not None,
+            "leftovers_removed": self._leftovers,
+            "aside": [{"file": name, "bytes": size} for name, size in self._aside],
+            "unknown": [str(file.name) for file in sorted(self._unknown)],
+            "missing": sorted(map(str, self._missing)),
+            "broken": [{"file": name, "reason": reason} for name, reason in sorted(self._broken.items())],
+            "adopted": self._adopted,
+            "removed": self._removed,
+            "forgotten": self._forgotten,
+        }
+
+    def show(self) -> None:
+        """Print what was found and done for people."""
+        data = self.data()
+        rows = [(name, "on storage, not in the catalog") for name in data["unknown"] if name not in self._broken]
+        rows += [(name, "in the catalog, not on storage") for name in data["missing"]]
+        rows += [(each["file"], each["reason"]) for each in data["broken"]]
+        fs_print.print_problems(f"{self._store.url} and the catalog", ("file", "what"), rows)
+        done = "would be" if self._dry_run else "were"
+        aside = sum(size for _, size in self._aside)
+        words = [f"{self._files} files"]
+        if self._catalog is not None:
+            words.append(f"{len(self._unknown)} unknown to the catalog{self._said()}")
+            words.append(f"{len(self._missing)} missing{', forgotten by the master' if self._forgotten else ''}")
+        if not self._dry_run:
+            words.append(f"{self._leftovers} leftovers of writers removed")
+        kept = "are kept" if self._keep_aside else f"{done} removed"
+        words.append(f"{len(self._aside)} files set aside ({format_size(aside)}) {kept}")
+        fs_print.say(f"{self._store.url}: {'; '.join(words)}")
+
+    def _said(self) -> str:
+        if self._dry_run or not self._unknown:
+            return ""
+        if self._remove_unknown:
+            return ", removed"
+        return f", {self._adopted} adopted, {len(self._broken)} broken"
