@@ -7,15 +7,19 @@ message of the master may be lost, late or doubled: the worst that follows is an
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from kvpool.core.file_changes import FileChanges
+from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import (
     Ack,
     BlockRun,
     Delta,
     Evict,
+    FilesRemoved,
     Heartbeat,
     Hello,
     Inventory,
@@ -23,7 +27,10 @@ from kvpool.core.messages import (
     NodeMessage,
     Probe,
     Probed,
+    RemoveFiles,
+    Scan,
     SendInventory,
+    StorageLimits,
     Superseded,
     Victims,
     Welcome,
@@ -48,14 +55,27 @@ _RUN_BYTES: Final = 80
 class Reporter:
     """Turns a segment's changes into messages to the master, and the master's messages into calls."""
 
-    def __init__(self, segment: SegmentState, address: NodeAddress, epoch: int) -> None:
-        """Report ``segment`` as node ``address``; ``epoch`` is this process's random number."""
+    def __init__(
+        self,
+        segment: SegmentState,
+        address: NodeAddress,
+        epoch: int,
+        tier: FileTierState | None = None,
+        *,
+        memory: bool = True,
+    ) -> None:
+        """Report ``segment`` and ``tier`` as node ``address``; ``epoch`` is this process's random number.
+
+        Without ``memory`` the segment is only a buffer of the file tier: nobody is told what it holds.
+        """
         self.superseded = False
         self.welcomed = False
         self.sequence = 0
         self.master_epoch = 0
         self.inventories = 0
         self._segment = segment
+        self._tier = tier
+        self._memory = memory
         self._address = address
         self._epoch = epoch
         self._connected = False
@@ -81,10 +101,11 @@ class Reporter:
                 self._address,
                 self._epoch,
                 self._segment.capacity_bytes,
-                self._segment.used_bytes,
+                self._used_bytes,
                 self.sequence,
                 self.master_epoch,
                 namespaces,
+                self._tier.storage().backends if self._tier is not None else (),
             )
         ]
 
@@ -133,6 +154,13 @@ class Reporter:
         elif isinstance(message, Superseded):
             self.superseded = True
             self.disconnected()
+        elif self._tier is not None:
+            if isinstance(message, RemoveFiles):
+                self._tier.remove(message)
+            elif isinstance(message, StorageLimits):
+                self._tier.set_full(message.full)
+            elif isinstance(message, Scan):
+                self._tier.scans_asked.append(message.backend)
         return []
 
     def flush(self) -> list[NodeMessage]:
@@ -142,15 +170,32 @@ class Reporter:
         """
         if not self.welcomed:
             return []
+        messages: list[NodeMessage] = []
+        tier = self._tier
+        if tier is not None:
+            messages += [FilesRemoved(command) for command in tier.take_removed()]
+            if tier.storage_changed:
+                messages.append(tier.storage())
         untold = self._namespaces_told < len(self._segment.namespaces) or self._evictions_told < self._evictions_done
-        if not untold and not self._segment.has_changes:
-            return []
-        changes = self._record_changes()
-        return [] if self.reporting else list(changes)
+        if untold or self._has_changes():
+            changes = self._record_changes()
+            messages += [] if self.reporting else changes
+        while tier is not None and tier.changes.untold and not self.reporting:
+            messages += self._record_files(tier.changes)
+        return messages
 
     def heartbeat(self) -> Heartbeat:
         """Return a sign of life that also shows when the last delta was lost."""
-        return Heartbeat(self._segment.used_bytes, self.sequence)
+        return Heartbeat(self._used_bytes, self.sequence)
+
+    @property
+    def _used_bytes(self) -> int:
+        return self._segment.used_bytes if self._memory else 0
+
+    def _has_changes(self) -> bool:
+        if not self._memory:
+            self._segment.take_changes()
+        return self._segment.has_changes
 
     def _welcome(self, message: Welcome) -> list[NodeMessage]:
         if not self._connected or self.superseded:
@@ -158,6 +203,8 @@ class Reporter:
         if message.master_epoch != self.master_epoch:
             self.master_epoch = message.master_epoch
             self._evictions_done = self._evictions_told = 0  # ids of another master
+            if self._tier is not None:
+                self._tier.forget_commands()
         self.welcomed = True
         oldest = self._journal[0].sequence if self._journal else self.sequence + 1
         if message.inventory or not oldest - 1 <= message.resume_after <= self.sequence:
@@ -170,32 +217,37 @@ class Reporter:
 
         Pending changes become deltas too, unsent: the snapshot has them, but if it is lost, a resumed
         session does not. The one delta that is sent names every namespace: an earlier one may be lost.
+        Changes of files are in no snapshot: those that are not acknowledged are told again after it.
         """
         self.inventories += 1
-        if self._segment.has_changes:
+        if self._has_changes():
             self._record_changes()
+        if self._tier is not None:
+            self._tier.changes.tell_again()
         told = self._delta((), (), self._segment.namespaces, self._evictions_done)
         self._namespaces_told = len(told.namespaces)
         self._inventory_sequence, self._chunk = self.sequence, 0
-        self._chunks = (
-            batch for runs in self._segment.snapshot_slices() for batch in _batches(runs, INVENTORY_KEYS_MAX)
-        )
+        slices = self._segment.snapshot_slices() if self._memory else iter(())
+        self._chunks = (batch for runs in slices for batch in _batches(runs, INVENTORY_KEYS_MAX))
         return [told]
 
     def _record_changes(self) -> list[Delta]:
-        added, removed = self._segment.take_changes()
+        added, removed = self._segment.take_changes() if self._memory else ((), ())
         namespaces = self._segment.namespaces[self._namespaces_told :]
         self._namespaces_told += len(namespaces)
-        parts: list[tuple[tuple[BlockRun, ...], tuple[BlockRun, ...]]] = [(added, removed)]
-        if len(list(_batches((*removed, *added), DELTA_KEYS_MAX))) > 1:
-            parts = [((), runs) for runs in _batches(removed, DELTA_KEYS_MAX)]
-            parts += [(runs, ()) for runs in _batches(added, DELTA_KEYS_MAX)]
         deltas = []
+        parts = _parts(added, removed)
         for at, (new, gone) in enumerate(parts, 1):
             # An eviction is done when all of what it removed is told.
             evictions = self._evictions_done if at == len(parts) else self._evictions_told
             deltas.append(self._delta(new, gone, namespaces, evictions))
             namespaces = ()
+        return deltas
+
+    def _record_files(self, changes: FileChanges) -> list[Delta]:
+        taken, added, removed = changes.take(DELTA_KEYS_MAX)
+        deltas = [self._delta(new, gone, (), self._evictions_told) for new, gone in _parts(added, removed)]
+        changes.told(self.sequence, taken)
         return deltas
 
     def _delta(
@@ -204,7 +256,7 @@ class Reporter:
         """Number a delta and keep it until it is acknowledged, within the journal's bounds."""
         self.sequence += 1
         self._evictions_told = done
-        delta = Delta(self.sequence, added, removed, self._segment.used_bytes, done, namespaces)
+        delta = Delta(self.sequence, added, removed, self._used_bytes, done, namespaces)
         self._journal.append(delta)
         self._journal_keys += _keys_in(delta)
         while len(self._journal) > JOURNAL_DELTAS_MAX or self._journal_keys > JOURNAL_KEYS_MAX:
@@ -216,6 +268,19 @@ class Reporter:
             return  # of another process with this node id
         while self._journal and self._journal[0].sequence <= sequence:
             self._journal_keys -= _keys_in(self._journal.popleft())
+        if self._tier is not None:
+            self._tier.changes.acknowledged(sequence)
+
+
+_Runs = tuple[BlockRun, ...]
+
+
+def _parts(added: _Runs, removed: _Runs) -> list[tuple[_Runs, _Runs]]:
+    """Return what changed in parts of one delta each, removed ones first."""
+    if len(list(_batches((*removed, *added), DELTA_KEYS_MAX))) <= 1:
+        return [(added, removed)]
+    parts: list[tuple[_Runs, _Runs]] = [((), runs) for runs in _batches(removed, DELTA_KEYS_MAX)]
+    return parts + [(runs, ()) for runs in _batches(added, DELTA_KEYS_MAX)]
 
 
 def _keys_in(delta: Delta) -> int:
@@ -235,7 +300,7 @@ def _batches(runs: Iterable[BlockRun], keys_max: int) -> Iterator[tuple[BlockRun
                 batch, keys_left, bytes_left = [], keys_max, _MESSAGE_BYTES_MAX
                 continue
             keys = run.keys[at : at + room * KEY_BYTES]
-            batch.append(BlockRun(run.namespace, run.shards, run.shard_bytes, keys, run.commanded))
+            batch.append(dataclasses.replace(run, keys=keys))
             at += len(keys)
             keys_left -= len(keys) // KEY_BYTES
             bytes_left -= len(keys) + _RUN_BYTES

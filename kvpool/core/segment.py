@@ -97,6 +97,10 @@ class SegmentState:
         """Every registered namespace, oldest first."""
         return tuple(self._namespaces.values())
 
+    def namespace(self, digest: bytes) -> Namespace | None:
+        """Return the namespace with this digest, None if it was never registered."""
+        return self._namespaces.get(digest)
+
     @property
     def has_changes(self) -> bool:
         """Whether ``take_changes`` would return anything."""
@@ -273,6 +277,28 @@ class SegmentState:
         self._owner(owner).pins[pin_id] = found
         return Pin(pin_id, slots)
 
+    def slot(self, block_key: bytes, shard: int) -> Slot | None:
+        """Return a committed slot (``block_key``: namespace digest and key), None if there is none."""
+        block = self._blocks.get(block_key)
+        slot = block.shards.get(shard) if block is not None else None
+        return slot if slot is not None and slot.checksums is not None else None
+
+    def hold(self, owner: int, block_key: bytes, shard: int) -> Pin | None:
+        """Protect one committed slot until ``release``, as ``pin`` does, without counting as a use of it."""
+        slot = self.slot(block_key, shard)
+        if slot is None:
+            return None
+        if not slot.pins:
+            self.pinned += 1
+        slot.pins += 1
+        block = slot.block
+        if not block.busy:
+            self._busy_bytes += block.bytes
+        block.busy += 1
+        self._last_id = pin_id = self._last_id + 1
+        self._owner(owner).pins[pin_id] = [slot]
+        return Pin(pin_id, [slot])
+
     def release(self, owner: int, pin_id: int) -> None:
         """End a pin; one that this owner does not hold is ignored."""
         held = self._owners.get(owner)
@@ -415,6 +441,7 @@ class SegmentState:
             block.shards = {shard: slot}
             slot.shard = shard
         slot.checksums = None
+        slot.filed = False
         block.key = key
         block.committed = 0
         block.busy = 1

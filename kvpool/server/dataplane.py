@@ -8,18 +8,21 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import xxhash
 
-from kvpool.core.segment import SegmentState, Slot
+from kvpool.core.file_jobs import File, Miss
+from kvpool.core.segment import STORED, Pin, SegmentState, Slot
+from kvpool.core.slots import check_items
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnknownIdError
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES
 from kvpool.rpc.convert import namespace_from_proto
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1 import node_pb2
+from kvpool.server.filetier import FileTier
 from kvpool.server.peers import Guard
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.transport.connection import BlockingIO, Connection
@@ -34,6 +37,11 @@ PROGRESS_S = 5.0
 
 HASH_BYTES = 256 << 10
 """Received bytes are hashed in steps that still lie in the cache."""
+
+FETCH_MS_MAX = 60_000
+"""A request may wait this long for the file tier."""
+
+_NO_MISSES: Mapping[File, Miss] = {}
 
 
 @dataclass(slots=True)
@@ -58,6 +66,7 @@ class DataPlane:
         self._guard = guard
         self._processes: dict[int, _Process] = {}
         self.changed: Callable[[], None] = lambda: None
+        self.tier: FileTier | None = None
         self.counters: Counter[str] = Counter()
 
     # ---- connections -----------------------------------------------------------------------------
@@ -78,6 +87,8 @@ class DataPlane:
         log.debug("%r is closed: %s", conn, reason)
         process = self._processes.get(conn.id)
         alive = process is not None and not process.gone
+        if self.tier is not None:
+            self.tier.cancel(conn.id)
         self._state.disconnect(conn.id, quarantine=alive)
         if process is not None:
             process.closed = True
@@ -126,7 +137,12 @@ class DataPlane:
     def _attach(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         if not conn.peer.unix:
             raise InvalidArgumentError("attach", "only on the unix socket")
-        attached = node_pb2.Attached(node_id=self._node_id, epoch=self._epoch, segment_bytes=self._segment.size)
+        attached = node_pb2.Attached(
+            node_id=self._node_id,
+            epoch=self._epoch,
+            segment_bytes=self._segment.size,
+            backends=[store.id for store in self.tier.stores] if self.tier is not None else (),
+        )
         conn.reply(NodeFrameReply(id=message.id, attached=attached), fds=(self._segment.fd,))
 
     def _register(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
@@ -145,6 +161,11 @@ class DataPlane:
             NodeFrameReply(id=message.id, reserved=node_pb2.Reserved(reservation=reservation.id)),
             array("q", reservation.offsets).tobytes(),
         )
+        if self.tier is not None and STORED in reservation.offsets:
+            items = _items(request.namespace, request.shards, payload)
+            again = [file for file, offset in zip(items, reservation.offsets, strict=True) if offset == STORED]
+            self.tier.state.used(self._state.slot(*file) for file in again)
+            self.tier.pump()
         if self._state.has_changes:
             self.changed()
 
@@ -152,7 +173,13 @@ class DataPlane:
         request = message.commit
         slots = self._state.commit(conn.id, request.reservation, bytes(payload), request.keep or None)
         conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(slots))))
+        self._committed(slots)
+
+    def _committed(self, slots: list[Slot]) -> None:
         self._describe(slots)
+        if self.tier is not None:
+            self.tier.state.committed(slots)
+            self.tier.pump()
         self.changed()
 
     def _describe(self, slots: list[Slot]) -> None:
@@ -183,15 +210,63 @@ class DataPlane:
 
     def _pin(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.pin
-        pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
-        places = array("q", [x for s in pin.slots for x in ((-1, 0) if s is None else (s.offset, s.shard_bytes))])
-        here = [slot for slot in pin.slots if slot is not None]
-        checksums = [slot.checksums or b"" for slot in here]
-        layers = here[0].layers if here else 0
-        conn.reply(
-            NodeFrameReply(id=message.id, pinned=node_pb2.Pinned(pin=pin.id, layers=layers)),
-            b"".join((places.tobytes(), *checksums)),
-        )
+        keys = bytes(payload)
+
+        def answer(pin: Pin, misses: Mapping[File, Miss]) -> None:
+            places = array("q")
+            for at, slot in enumerate(pin.slots):
+                if slot is not None:
+                    places.extend((slot.offset, slot.shard_bytes))
+                else:
+                    places.extend((_miss(misses, request, keys, at), 0))
+            here = [slot for slot in pin.slots if slot is not None]
+            checksums = [slot.checksums or b"" for slot in here]
+            layers = here[0].layers if here else 0
+            conn.reply(
+                NodeFrameReply(id=message.id, pinned=node_pb2.Pinned(pin=pin.id, layers=layers)),
+                b"".join((places.tobytes(), *checksums)),
+            )
+            conn.release()
+
+        self._find(conn, request, keys, answer)
+
+    def _find(
+        self,
+        conn: Connection,
+        request: node_pb2.Pin | node_pb2.Get,
+        keys: bytes,
+        answer: Callable[[Pin, Mapping[File, Miss]], None],
+    ) -> None:
+        """Pin what is asked for and answer: now, or when the file tier has brought what is not here."""
+        namespace, shards = request.namespace, request.shards
+        pin = self._state.pin(conn.id, namespace, shards, keys)
+        tier = self.tier
+        if tier is None:
+            answer(pin, _NO_MISSES)
+            return
+        tier.state.used(pin.slots)
+        if not request.fetch_ms or all(pin.slots):
+            answer(pin, _NO_MISSES)
+            tier.pump()
+            return
+        files = _items(namespace, shards, keys)
+        conn.hold()
+
+        def fetched(misses: Mapping[File, Miss]) -> None:
+            whole = self._state.pin(conn.id, namespace, shards, keys)
+            self._state.release(conn.id, pin.id)
+            answer(whole, misses)
+
+        absent = [file for file, slot in zip(files, pin.slots, strict=True) if slot is None]
+        tier.fetch(conn.id, absent, request.backend, min(request.fetch_ms, FETCH_MS_MAX) / 1000, fetched)
+
+    def _prefetch(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        if self.tier is not None:
+            request = message.prefetch
+            check_items(request.namespace, request.shards, bytes(payload))
+            files = _items(request.namespace, request.shards, payload)
+            self.tier.state.reads.ahead((f for f in files if self._state.slot(*f) is None), request.backend)
+            self.tier.pump()
 
     def _release(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         self._state.release(conn.id, message.release.pin)
@@ -205,29 +280,37 @@ class DataPlane:
 
     def _get(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.get
-        pin = self._state.pin(conn.id, request.namespace, request.shards, bytes(payload))
-        try:
-            frame = self._get_frame(message, pin.slots)
-        except KVPoolError:
-            self._state.release(conn.id, pin.id)
-            raise
+        keys = bytes(payload)
 
-        def send(io: BlockingIO) -> None:
-            io.send_all(frame, PROGRESS_S)
+        def answer(pin: Pin, misses: Mapping[File, Miss]) -> None:
+            try:
+                frame = self._get_frame(message, keys, pin.slots, misses)
+            except KVPoolError as exc:
+                self._state.release(conn.id, pin.id)
+                conn.reply_error(message.id, exc)
+                conn.release()
+                return
 
-        def done(_: None, error: BaseException | None) -> None:
-            self._state.release(conn.id, pin.id)
-            self.counters["get_failed" if error else "get_sent"] += 1
+            def send(io: BlockingIO) -> None:
+                io.send_all(frame, PROGRESS_S)
 
-        conn.run_blocking(send, done)
+            def done(_: None, error: BaseException | None) -> None:
+                self._state.release(conn.id, pin.id)
+                self.counters["get_failed" if error else "get_sent"] += 1
 
-    def _get_frame(self, message: node_pb2.NodeFrame, slots: list[Slot | None]) -> list[memoryview]:
+            conn.run_blocking(send, done)
+
+        self._find(conn, request, keys, answer)
+
+    def _get_frame(
+        self, message: node_pb2.NodeFrame, keys: bytes, slots: Sequence[Slot | None], misses: Mapping[File, Miss]
+    ) -> list[memoryview]:
         request = message.get
         sizes, checksums, data = array("q"), [], []
         sent_layers = 0
-        for slot in slots:
+        for at, slot in enumerate(slots):
             if slot is None:
-                sizes.append(-1)
+                sizes.append(_miss(misses, request, keys, at))
                 continue
             layers = request.layer_count or slot.layers - request.first_layer
             if layers < 1 or request.first_layer + layers > slot.layers:
@@ -274,8 +357,7 @@ class DataPlane:
             self.counters["write_corrupt"] += keep.count(0)
             stored = self._state.commit(conn.id, reservation, bytes(checksums), keep)
             conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(stored))))
-            self._describe(stored)
-            self.changed()
+            self._committed(stored)
 
         conn.run_blocking(receive, done)
 
@@ -290,7 +372,23 @@ class DataPlane:
         "get": _get,
         "local_prefix": _local_prefix,
         "abandon": _abandon,
+        "prefetch": _prefetch,
     }
+
+
+def _items(namespace: bytes, shards: Sequence[int], keys: bytes | memoryview) -> list[File]:
+    """Return what a request is about, key-major."""
+    blocks = [namespace + keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+    return [(block, shard) for block in blocks for shard in shards]
+
+
+def _miss(misses: Mapping[File, Miss], request: node_pb2.Pin | node_pb2.Get, keys: bytes, item: int) -> int:
+    """Return why an item of a request is not here."""
+    if not misses:
+        return Miss.NOT_HERE
+    at, shard = divmod(item, len(request.shards))
+    block = request.namespace + keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]
+    return misses.get((block, request.shards[shard]), Miss.NOT_HERE)
 
 
 def _receive_hashed(io: BlockingIO, target: memoryview) -> int:

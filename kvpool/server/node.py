@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 
 from kvpool.config import NodeSettings, boot_id, split_address
-from kvpool.core.messages import NodeMessage
+from kvpool.core.messages import NodeMessage, Scanned
 from kvpool.core.reporter import Reporter
 from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, InvalidArgumentError, KVPoolError, UnavailableError
@@ -24,7 +24,9 @@ from kvpool.rpc.v1 import node_pb2, node_pb2_grpc
 from kvpool.server import metrics, wire
 from kvpool.server.daemon import run_daemon
 from kvpool.server.dataplane import DataPlane
+from kvpool.server.filetier import FileTier
 from kvpool.server.peers import Guard, is_loopback
+from kvpool.server.storage import open_tier
 from kvpool.tiers.dram import Segment
 from kvpool.transport.server import FrameServer
 
@@ -47,10 +49,13 @@ EXIT_SUPERSEDED = 3
 class Session:
     """Keeps a session with the master: connects, says Hello, reports, and begins again when it breaks."""
 
-    def __init__(self, master: str, state: SegmentState, reporter: Reporter) -> None:
+    def __init__(self, master: str, state: SegmentState, reporter: Reporter, tier: FileTier | None = None) -> None:
         self._master = master
         self._state = state
         self._reporter = reporter
+        self._tier = tier
+        if tier is not None:
+            tier.changed, tier.tell = self.changed, self._tell
         self._out: asyncio.Queue[NodeMessage] = asyncio.Queue()
         self._flush_asked = False
         self._flushed_at = 0.0
@@ -84,6 +89,14 @@ class Session:
             self._put(self._reporter.more())
         self._report()
 
+    def _tell(self, scanned: Scanned) -> bool:
+        """Send a piece of a scan, unless the master has not taken enough of what came before."""
+        if not self._reporter.welcomed or self._out.qsize() >= QUEUE_MAX:
+            return False
+        self._flush()  # a file whose change is told after the scan was changed after it
+        self._put([scanned])
+        return True
+
     def _put(self, messages: Iterable[NodeMessage]) -> None:
         for message in messages:
             self._out.put_nowait(message)
@@ -104,6 +117,8 @@ class Session:
             if self._reporter.welcomed:
                 retry_s, complained = RETRY_FIRST_S, -COMPLAIN_EVERY_S
             self._reporter.disconnected()
+            if self._tier is not None:
+                self._tier.session_ended()
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_MAX_S)
         self.superseded.set()
@@ -138,6 +153,8 @@ class Session:
             self._report()
             if self._reporter.superseded:
                 return
+            if self._tier is not None:
+                self._tier.pump()
             if message.WhichOneof("body") == "welcome":
                 log.info("session with the master at %s", self._master)
             self.changed()
@@ -229,6 +246,7 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
         log.warning("the segment is not locked in memory: %s", segment.lock_error)
     name = node_id(settings)
     plane = DataPlane(segment, state, name, epoch, Guard("node", insecure=settings.insecure))
+    tier = plane.tier = await open_tier(settings, state, segment, f"{name}-{epoch:016x}")
     server = FrameServer(plane, connections_max=settings.connections_max)
     try:
         _, port = server.listen_tcp(settings.host, settings.port)
@@ -239,7 +257,10 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
         await server.close()
         raise
     address = _address(settings, name, port)
-    session = Session(settings.master, state, Reporter(state, address, epoch))
+    reporter = Reporter(
+        state, address, epoch, tier.state if tier is not None else None, memory="Cache" in str(settings.pipeline)
+    )
+    session = Session(settings.master, state, reporter, tier)
     plane.changed = session.changed
     log.info("node %s is ready on %s and %s:%d", name, address.socket_path, address.host, port)
     running = asyncio.create_task(session.run())
@@ -257,6 +278,8 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     await asyncio.gather(running, stopped, return_exceptions=True)
     stop_metrics()
     await server.close()
+    if tier is not None:
+        tier.close()
     segment.close()
     return code
 

@@ -1,0 +1,112 @@
+"""Reading a whole backend to say what it holds: in a thread of its own, a piece at a time, as fast as pieces leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from kvpool.core.messages import BlockRun, Scanned
+from kvpool.tiers import blockfile
+from kvpool.tiers.store import BlockStore, StoredFile, StoreError
+
+PIECE_KEYS: Final = 8192
+SEND_AGAIN_S: Final = 0.02
+TRIES_MAX: Final = 8
+"""Files of one length that are opened to learn how long their payload is."""
+
+
+class FileScan(threading.Thread):
+    """One scan; ``tell`` is called on the loop with each piece until it returns True."""
+
+    def __init__(
+        self, store: BlockStore, loop: asyncio.AbstractEventLoop, tell: Callable[[FileScan, Scanned], bool]
+    ) -> None:
+        super().__init__(name="kvpool-scan", daemon=True)
+        self._store = store
+        self._loop = loop
+        self._tell = tell
+        self._sent = threading.Event()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End it soon; what it finds is not told."""
+        self._stopped = True
+        self._sent.set()
+
+    def run(self) -> None:
+        """Send all pieces; the last one says when it ended early, and why."""
+        files = 0
+        try:
+            for piece in pieces(self._store):
+                files = piece.files
+                self._send(piece)
+                if self._stopped:
+                    return
+        except StoreError as exc:
+            self._send(Scanned(self._store.id, True, files, error=str(exc)))
+
+    def _send(self, piece: Scanned) -> None:
+        self._sent.clear()
+        with contextlib.suppress(RuntimeError):  # the loop is gone
+            self._loop.call_soon_threadsafe(self._post, piece)
+            self._sent.wait()
+
+    def _post(self, piece: Scanned) -> None:
+        if self._stopped or self._tell(self, piece):
+            self._sent.set()
+        else:
+            self._loop.call_later(SEND_AGAIN_S, self._post, piece)
+
+
+def pieces(store: BlockStore) -> Iterator[Scanned]:
+    """Yield what a backend holds, as far as its namespaces are known. Raises StoreError."""
+    namespaces = tuple(store.namespaces())
+    known = {namespace.digest for namespace in namespaces}
+    yield Scanned(store.id, False, namespaces=namespaces)
+    sizes = _Sizes(store)
+    groups: dict[tuple[bytes, int, int], list[bytes]] = {}
+    files = keys = 0
+    for file in store.files():
+        files += 1
+        shard_bytes = sizes.of(file) if file.name.namespace in known else 0
+        if not shard_bytes:
+            continue
+        groups.setdefault((file.name.namespace, file.name.shard, shard_bytes), []).append(file.name.key)
+        keys += 1
+        if keys >= PIECE_KEYS:
+            yield Scanned(store.id, False, files, 0, _runs(groups))
+            groups, keys = {}, 0
+    yield Scanned(store.id, True, files, files, _runs(groups))
+
+
+def _runs(groups: dict[tuple[bytes, int, int], list[bytes]]) -> tuple[BlockRun, ...]:
+    return tuple(BlockRun(ns, 1 << shard, size, b"".join(keys)) for (ns, shard, size), keys in groups.items())
+
+
+class _Sizes:
+    """Payload bytes of files: their length tells it to within 512 bytes, one file of each length says it."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._known: dict[tuple[bytes, int], int] = {}
+        self._tries: dict[tuple[bytes, int], int] = {}
+
+    def of(self, file: StoredFile) -> int:
+        """Return a file's payload bytes; 0 when no file of its length could be understood."""
+        kind = (file.name.namespace, file.bytes)
+        found = self._known.get(kind, 0)
+        if not found and self._tries.get(kind, 0) < TRIES_MAX:
+            self._tries[kind] = self._tries.get(kind, 0) + 1
+            found = self._known[kind] = self._read(file)
+        return found
+
+    def _read(self, file: StoredFile) -> int:
+        extent = memoryview(bytearray(file.bytes))
+        try:
+            self._store.read_into(file.name, extent)
+            return blockfile.parse(extent).shard_bytes
+        except StoreError:
+            return 0

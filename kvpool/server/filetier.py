@@ -1,0 +1,399 @@
+"""The file tier at work: threads that read and write block files, and the loop that tells them what.
+
+Every call into a store is made by a daemon thread, because any of them may never return: a mount that hangs
+costs its threads, not the node. What they did is posted to the loop, where ``FileTierState`` lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from kvpool.core.file_jobs import Failure, File, Job, Learn, Miss, Read, Remove, Trouble, Wait, Write
+from kvpool.core.filetier import FileTierState
+from kvpool.core.messages import Scanned
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import DIGEST_BYTES, BackendState, Namespace
+from kvpool.server.filescan import FileScan
+from kvpool.tiers import blockfile
+from kvpool.tiers.dram import HEADER_ALIGN_BYTES, Segment, header_area, parse_header
+from kvpool.tiers.store import (
+    BlockStore,
+    FileName,
+    StoreBrokenError,
+    StoreError,
+    StoreFullError,
+    StoreMissingError,
+    StoreReadOnlyError,
+    StoreSizeError,
+)
+
+log = logging.getLogger(__name__)
+
+TICK_S: Final = 0.05
+"""How often deadlines of operations and probes are looked at."""
+
+POST_S: Final = 0.001
+"""A thread that works on small files tells the loop what it has done this often, not after each."""
+
+BATCHES_AHEAD: Final = 2
+"""Batches given out for each thread: it finds the next one when it has ended one."""
+
+STUCK_FACTOR: Final = 4
+"""Threads that never came back, for each that works, before no more are started."""
+
+CLEAN_EVERY_S: Final = 3600.0
+
+_TROUBLES: Final = (
+    (StoreMissingError, Trouble.MISSING),
+    (StoreBrokenError, Trouble.BROKEN),
+    (StoreFullError, Trouble.FULL),
+    (StoreReadOnlyError, Trouble.READ_ONLY),
+)
+
+Done = Callable[[dict[File, Miss]], None]
+_Value = tuple[int, bytes] | list[Namespace] | None
+_Result = tuple["_Batch", Job | None, Failure | None, _Value]
+
+
+class _Batch:
+    """Jobs that a thread does one after the other; ``abandoned`` when nobody counts on it any more."""
+
+    def __init__(self, number: int, jobs: list[Job]) -> None:
+        self.number = number
+        self.jobs = jobs
+        self.abandoned = False
+
+
+class _Worker(threading.Thread):
+    """One I/O thread of a backend; ``started`` is when what it does now has begun."""
+
+    def __init__(self, tier: FileTier, number: int) -> None:
+        super().__init__(name=f"kvpool-files-{number}", daemon=True)
+        self.started: float | None = None
+        self.batch: _Batch | None = None
+        self.retired = threading.Event()
+        self._tier = tier
+        self._number = number
+
+    def run(self) -> None:
+        """Do batch after batch."""
+        tier, number = self._tier, self._number
+        batches, store = tier.batches[number], tier.stores[number]
+        while not self.retired.is_set() and (batch := batches.get()) is not None:
+            self.batch = batch
+            posted = time.monotonic()
+            for job in batch.jobs:
+                if self.retired.is_set():
+                    tier.results.append((batch, job, Failure(Trouble.ERROR, "the backend is down"), None))
+                    continue
+                self.started = now = time.monotonic()
+                if now - posted > POST_S:
+                    posted = now
+                    tier.wake()
+                failure, value = _perform(store, tier.view, job)
+                tier.results.append((batch, job, failure, value))
+                self.started = None
+            self.batch = None
+            tier.results.append((batch, None, None, None))
+            tier.wake()
+
+
+class FileTier:
+    """Runs a node's file tier; all methods but ``wake`` belong to the loop's thread.
+
+    ``changed`` is called when there is something to tell the master, ``tell`` takes a piece of a scan and
+    returns whether it could be sent.
+    """
+
+    def __init__(
+        self, state: FileTierState, stores: Sequence[BlockStore], segment: Segment, *, threads: int, timeout_s: float
+    ) -> None:
+        self.state = state
+        self.stores = stores
+        self.view = segment.view
+        self.results: deque[_Result] = deque()
+        self.batches: list[queue.SimpleQueue[_Batch | None]] = [queue.SimpleQueue() for _ in stores]
+        self.changed: Callable[[], None] = lambda: None
+        self.tell: Callable[[Scanned], bool] = lambda _: False
+        self._threads = threads
+        self._timeout_s = timeout_s
+        self._workers: list[list[_Worker]] = [[] for _ in stores]
+        self._out = [0] * len(stores)  # batches that have not ended
+        self._logged = [BackendState.UP for _ in stores]
+        self._probes: dict[int, float] = {}  # since when
+        self._scans: dict[bytes, FileScan] = {}
+        self._owners: dict[int, Wait] = {}
+        self._loop = asyncio.get_running_loop()
+        self._woken = False
+        self._closed = False
+        self._clean_at = time.monotonic()
+        self._timer = self._loop.call_soon(self._tick)
+
+    def fetch(self, owner: int, files: Iterable[File], backend: bytes, timeout_s: float, done: Done) -> None:
+        """Call ``done`` with why what is not here is not, when all files are here or can't be, or it is time.
+
+        What has come stays here until ``done`` returns. One request at a time for each ``owner``.
+        """
+        wait = self.state.reads.fetch(files, backend, time.monotonic() + timeout_s, None)
+        timer = self._loop.call_later(timeout_s, self.pump)
+        wait.token = (owner, done, timer)
+        self._owners[owner] = wait
+        self.pump()
+
+    def cancel(self, owner: int) -> None:
+        """Forget an owner's request."""
+        wait = self._owners.pop(owner, None)
+        if wait is not None:
+            wait.token[2].cancel()
+            self.state.reads.cancel(wait)
+
+    def pump(self) -> None:
+        """Give threads what there is to do, and requesters what there is to answer."""
+        self._drain()
+        state = self.state
+        state.reads.expire(time.monotonic())
+        self._answer()
+        for number, batches in enumerate(self.batches):
+            while self._out[number] < BATCHES_AHEAD * self._threads and (jobs := state.take(number)):
+                self._out[number] += 1
+                batches.put(_Batch(number, jobs))
+        self._answer()  # what found no room
+        if state.storage_changed:
+            self._log_states()
+        if state.has_news:
+            self.changed()
+
+    def wake(self) -> None:
+        """Have the loop look at results; from any thread."""
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is everybody who waits
+                self._loop.call_soon_threadsafe(self.pump)
+
+    def close(self) -> None:
+        """Stop giving out work; threads end when what they do does, or with the process."""
+        self._closed = True
+        self._timer.cancel()
+        for number, batches in enumerate(self.batches):
+            self._empty(number)
+            for _ in self._workers[number]:
+                batches.put(None)
+        for scan in self._scans.values():
+            scan.stop()
+
+    def session_ended(self) -> None:
+        """Forget scans: who asked for them is gone, or will ask again."""
+        self.state.scans_asked.clear()
+        for scan in self._scans.values():
+            scan.stop()
+        self._scans.clear()
+
+    # ---- answers and results -------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        while finished := self.state.reads.take_finished():
+            for wait in finished:
+                if wait.token is None:
+                    continue
+                owner, done, timer = wait.token
+                timer.cancel()
+                self._owners.pop(owner, None)
+                done(wait.misses)
+                self.state.reads.close(wait)
+
+    def _drain(self) -> None:
+        self._woken = False
+        results, state, now = self.results, self.state, time.monotonic()
+        while results:
+            batch, job, failure, value = results.popleft()
+            if job is None:
+                if not batch.abandoned:
+                    self._out[batch.number] -= 1
+            elif isinstance(job, Write):
+                state.write_ended(job, failure, now)
+            elif isinstance(job, Read):
+                if isinstance(value, tuple):
+                    state.read_ended(job, *value)
+                elif failure is not None:
+                    if failure.trouble is Trouble.BROKEN:
+                        log.warning("set aside: %s", failure.text)
+                    state.read_failed(job, failure, now)
+            elif isinstance(job, Remove):
+                state.removed(job, failure, now)
+            else:
+                state.learned(job.backend, value if isinstance(value, list) else [], failure, now)
+
+    def _log_states(self) -> None:
+        for number, backend in enumerate(self.state.backends):
+            if self._logged[number] is backend.state:
+                continue
+            self._logged[number] = backend.state
+            if backend.state is BackendState.UP:
+                log.info("storage %s is up", backend.url)
+            else:
+                log.warning("storage %s is %s: %s", backend.url, backend.state.name.lower(), backend.reason)
+
+    # ---- what time brings ------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+        now = time.monotonic()
+        for number, workers in enumerate(self._workers):
+            self._look_after(number, workers, now)
+        for number in self.state.due_probes(now):
+            self._probes[number] = now
+            _start(self._probe, number)
+        if now >= self._clean_at:
+            self._clean_at = now + CLEAN_EVERY_S
+            for store in self.stores:
+                _start(_clean, store)
+        self._scan()
+        self.pump()
+
+    def _look_after(self, number: int, workers: list[_Worker], now: float) -> None:
+        """Give up threads that do not come back, and replace them when the backend does."""
+        backend = self.state.backends[number]
+        probing = self._probes.get(number)
+        if probing is not None and now - probing > self._timeout_s:
+            self.state.stuck(number, now - probing, now)
+        for worker in workers:
+            started = worker.started
+            if not worker.retired.is_set() and started is not None and now - started > self._timeout_s:
+                worker.retired.set()
+                if worker.batch is not None and not worker.batch.abandoned:
+                    worker.batch.abandoned = True
+                    self._out[number] -= 1
+                self.state.stuck(number, now - started, now)
+        if not backend.readable:
+            self._empty(number)
+        workers[:] = [worker for worker in workers if worker.is_alive()]
+        active = sum(not worker.retired.is_set() for worker in workers)
+        if backend.readable and len(workers) - active < STUCK_FACTOR * self._threads:
+            for _ in range(self._threads - active):
+                workers.append(_Worker(self, number))
+                workers[-1].start()
+
+    def _empty(self, number: int) -> None:
+        """Take back what no thread has begun."""
+        with contextlib.suppress(queue.Empty):
+            while batch := self.batches[number].get_nowait():
+                failure = Failure(Trouble.ERROR, "the backend is down")
+                self.results.extend((batch, job, failure, None) for job in batch.jobs)
+                self.results.append((batch, None, None, None))
+
+    def _probe(self, number: int) -> None:
+        store = self.stores[number]
+        failure, free_bytes = None, None
+        try:
+            store.probe()
+            free_bytes = store.free_bytes()
+        except Exception as exc:  # a thread's last resort: whatever it is, the backend does not work
+            failure = _failure(exc)
+        with contextlib.suppress(RuntimeError):  # the loop is gone
+            self._loop.call_soon_threadsafe(self._probed, number, failure, free_bytes)
+
+    def _probed(self, number: int, failure: Failure | None, free_bytes: int | None) -> None:
+        del self._probes[number]
+        self.state.probed(number, failure, free_bytes, time.monotonic())
+        self.pump()
+
+    def _scan(self) -> None:
+        """Begin the scans that are asked for, and those that a flood of changes made necessary."""
+        state = self.state
+        asked = [*state.scans_asked, *state.changes.lost]
+        state.scans_asked.clear()
+        for backend_id in asked:
+            if backend_id in self._scans:
+                continue
+            for store in self.stores:
+                if store.id == backend_id:
+                    self._scans[backend_id] = FileScan(store, self._loop, self._tell)
+                    self._scans[backend_id].start()
+        state.changes.lost.clear()
+
+    def _tell(self, scan: FileScan, scanned: Scanned) -> bool:
+        if self._scans.get(scanned.backend) is not scan:
+            return True  # nobody wants it any more: let it end
+        if not self.tell(scanned):
+            return False
+        if scanned.last:
+            del self._scans[scanned.backend]
+        return True
+
+
+def _start(work: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=work, args=arguments, name="kvpool-storage", daemon=True).start()
+
+
+def _clean(store: BlockStore) -> None:
+    with contextlib.suppress(StoreError):
+        store.clean(CLEAN_EVERY_S)
+
+
+def _name(file: File) -> FileName:
+    return FileName(file[0][:DIGEST_BYTES], file[0][DIGEST_BYTES:], file[1])
+
+
+def _perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | None, _Value]:
+    """Do a job; returns what went wrong, and what it brought: a block's (shard_bytes, checksums), namespaces."""
+    try:
+        if isinstance(job, Read):
+            return None, _read(store, view, job)
+        if isinstance(job, Write):
+            if job.namespace is not None:
+                store.keep_namespace(job.namespace)
+            store.write(_name(job.file), view[job.start : job.start + job.size])
+        elif isinstance(job, Remove):
+            store.remove([_name(file) for file in job.files])
+        elif isinstance(job, Learn):
+            return None, store.namespaces()
+    except Exception as exc:  # a thread's last resort: a defect of a store must not end it
+        return _failure(exc), None
+    return None, None
+
+
+def _failure(exc: Exception) -> Failure:
+    if isinstance(exc, StoreSizeError):
+        return Failure(Trouble.SIZE, str(exc), exc.actual)
+    if not isinstance(exc, StoreError):
+        log.error("a store failed in a way of its own", exc_info=exc)
+        return Failure(Trouble.ERROR, repr(exc))
+    trouble = next((trouble for kind, trouble in _TROUBLES if isinstance(exc, kind)), Trouble.ERROR)
+    return Failure(trouble, str(exc))
+
+
+def _read(store: BlockStore, view: memoryview, read: Read) -> tuple[int, bytes]:
+    """Fill a slot from its file; returns the payload's size and checksums. A file that is wrong twice is set aside."""
+    name = _name(read.file)
+    target = view[read.start : read.start + read.size]
+    for last in (False, True):
+        try:
+            return _read_verified(store, name, target, read)
+        except StoreBrokenError:
+            if last:
+                with contextlib.suppress(StoreError):  # it stays where it is, and is broken for the next one, too
+                    store.set_aside(name)
+                raise
+    raise AssertionError("not reached")
+
+
+def _read_verified(store: BlockStore, name: FileName, target: memoryview, read: Read) -> tuple[int, bytes]:
+    try:
+        store.read_into(name, target)
+    except StoreSizeError as exc:
+        area = header_area(read.layers)
+        if read.sized or exc.actual % HEADER_ALIGN_BYTES or exc.actual <= area:
+            raise StoreBrokenError(str(exc)) from exc
+        raise
+    shard_bytes = read.shard_bytes
+    with contextlib.suppress(InvalidArgumentError):  # verify says it better
+        shard_bytes = parse_header(target, header_area(read.layers)).shard_bytes
+    return shard_bytes, blockfile.verify(target, name, shard_bytes, read.layers)

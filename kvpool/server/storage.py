@@ -1,0 +1,79 @@
+"""Opening a node's storage backends, and what they look like to those who collect metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+from kvpool.config import NodeSettings
+from kvpool.core.filetier import FileTierState
+from kvpool.core.segment import SegmentState
+from kvpool.errors import ConfigError, KVPoolError
+from kvpool.model import Backend, format_size
+from kvpool.server.filetier import FileTier
+from kvpool.tiers.dram import Segment
+from kvpool.tiers.opening import open_store
+from kvpool.tiers.store import BlockStore
+
+log = logging.getLogger(__name__)
+
+OPEN_S = 10.0
+"""How long a backend may take to be opened."""
+
+
+async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segment, owner: str) -> FileTier | None:
+    """Return the file tier that the settings ask for, None for none. Raises ConfigError for what cannot be opened."""
+    if not settings.storage_backends:
+        return None
+    opened = await asyncio.gather(*(_open(settings, url, owner) for url in settings.storage_backends))
+    stores: list[BlockStore] = []
+    for store in opened:
+        if any(store.id == other.id for other in stores):
+            raise ConfigError("storage_backends", f"{store.url} is the same backend as another one")
+        log.info("storage %s: backend %s of %s", store.url, store.id.hex(), format_size(store.capacity_bytes))
+        stores.append(store)
+    tier = FileTierState(
+        state,
+        [Backend(store.id, store.url, store.capacity_bytes) for store in stores],
+        queue_bytes_max=settings.storage_queue_size,
+        write_through=settings.storage_write_policy == "write_through",
+    )
+    timeout_s = settings.storage_timeout / 1000
+    return FileTier(tier, stores, segment, threads=settings.storage_threads, timeout_s=timeout_s)
+
+
+async def _open(settings: NodeSettings, url: str, owner: str) -> BlockStore:
+    """Open one backend in a thread that may never return."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[BlockStore] = loop.create_future()
+
+    def done(store: BlockStore | None, error: Exception | None) -> None:
+        if result.done():
+            return
+        if store is not None:
+            result.set_result(store)
+        else:
+            result.set_exception(error or KVPoolError("cannot be opened"))
+
+    def work() -> None:
+        store: BlockStore | None = None
+        error: Exception | None = None
+        try:
+            store = open_store(
+                url,
+                owner=owner,
+                capacity_bytes=settings.storage_capacity,
+                options=settings.storage_options,
+                direct=settings.storage_direct == "auto",
+                fsync=settings.storage_fsync,
+            )
+        except Exception as exc:  # the loop's to hear, whatever it is
+            error = exc
+        loop.call_soon_threadsafe(done, store, error)
+
+    threading.Thread(target=work, name="kvpool-open", daemon=True).start()
+    try:
+        return await asyncio.wait_for(result, OPEN_S)
+    except TimeoutError:
+        raise ConfigError("storage_backends", f"{url} does not answer within {OPEN_S:g} s") from None
