@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from kvpool.config import ClientSettings, default_socket_path
+from kvpool.config import AUTOSTARTED, ClientSettings, child_environment, default_socket_path
 from kvpool.errors import UnavailableError
 from kvpool.transport.channel import Channel
 
@@ -40,23 +41,33 @@ def start_node(settings: ClientSettings, ranks: int) -> subprocess.Popen[bytes] 
     try:
         if _answers(path):
             return None
-        arguments = ["--master", settings.master, "--socket_path", path, "--segment_size", f"{_size(settings, ranks)}"]
-        if settings.advertise_host is not None:
-            arguments += ["--advertise_host", settings.advertise_host]
-        log.info("starting a node at %s with %d bytes", path, _size(settings, ranks))
+        arguments, secrets = node_arguments(settings, ranks, path)
+        log.info("starting a node at %s: %s", path, " ".join(arguments))
         # The child inherits the lock and so keeps others from starting a second node for as long as it lives.
         return subprocess.Popen(
             [sys.executable, "-m", "kvpool.server.child", str(os.getpid()), "kvpool.cli.node", *arguments],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env=child_environment(secrets),
             pass_fds=(lock,),
         )
     finally:
         os.close(lock)
 
 
-def _size(settings: ClientSettings, ranks: int) -> int:
-    return settings.segment_size * max(1, ranks)
+def node_arguments(settings: ClientSettings, ranks: int, path: str) -> tuple[list[str], dict[str, str]]:
+    """Return a node's command line, and settings that do not belong on one because they may be secret."""
+    given = {"master": settings.master, "socket_path": path, "segment_size": str(settings.segment_size * max(1, ranks))}
+    if settings.advertise_host is not None:
+        given["advertise_host"] = settings.advertise_host
+    if settings.cache_buffer_capacity_gb is not None:
+        del given["segment_size"]  # this one is for the host
+    for name in AUTOSTARTED:
+        value = getattr(settings, name)
+        if value is not None and name != "storage_options":
+            given[name] = ",".join(value) if isinstance(value, tuple) else str(value)
+    secrets = {"storage_options": json.dumps(settings.storage_options)} if settings.storage_options else {}
+    return [word for name, value in given.items() for word in (f"--{name}", value)], secrets
 
 
 def _answers(path: str) -> bool:

@@ -2,17 +2,16 @@
 
 A setting has one name: ``--segment_size`` on the command line (dashes do as well), ``segment_size`` in
 a YAML or JSON file, ``KVPOOL_SEGMENT_SIZE`` in the environment. A flag wins over the environment, the
-environment over the file, the file over the default. A ``mooncake.json`` is understood too.
+environment over the file, the file over the default. A ``mooncake.json`` and UCM's YAML are understood too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,23 +19,35 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
+from kvpool.config_foreign import (
+    MOONCAKE_IGNORED,
+    MOONCAKE_SIGNS,
+    MOONCAKE_TO_KVPOOL,
+    UCM_SIGNS,
+    from_mooncake,
+    from_ucm,
+    no_such_setting,
+)
 from kvpool.config_kinds import (
     ADDRESS,
+    BACKENDS,
     BOOL,
     DURATION,
     GIGABYTES,
     HOST,
+    HOSTS,
     LOG_LEVEL,
     MAPPING,
     MODE,
     PATH,
     PORT,
+    PORTS,
     RATIO,
     SIZE,
     SOCKET_PATH,
     TEXT,
-    TEXTS,
     TOKENS,
+    URLS,
     Kind,
     choice,
     count,
@@ -45,10 +56,11 @@ from kvpool.config_kinds import (
 from kvpool.errors import ConfigError, InvalidArgumentError
 
 __all__ = [
-    "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED", "MOONCAKE_TO_KVPOOL",
-    "TEXT", "ClientSettings", "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "Settings",
-    "boot_id", "default_socket_path", "foreign_environment", "from_mooncake", "is_url", "load", "no_such_setting",
-    "read_file", "runtime_dir", "setting", "split_address",
+    "AUTOSTARTED", "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED",
+    "MOONCAKE_TO_KVPOOL", "TEXT",
+    "ClientSettings", "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "ProxySettings",
+    "Settings", "boot_id", "child_environment", "default_socket_path", "foreign_environment", "from_mooncake",
+    "is_url", "load", "no_such_setting", "read_file", "runtime_dir", "setting", "split_address",
 ]  # fmt: skip
 
 ENV_PREFIX = "KVPOOL_"
@@ -159,12 +171,12 @@ class NodeSettings(Settings):
     data_dir: str | None = setting(None, PATH, "Directory for what outlives the process.")
     pipeline: str | None = setting(
         None,
-        choice("Cache", "Cache|Posix", "Cache|Object", "Posix", "Object"),
-        "Tiers behind this node, in order; without Cache, memory is only a buffer.",
-        shown="Cache, with storage_backends Cache|Posix or Cache|Object",
+        choice("Cache", "Cache|Posix", "Cache|Object", "Posix", "Object", metavar="PIPELINE"),
+        'Tiers in order: "Cache", "Cache|Posix", "Cache|Object"; with "Posix" or "Object" alone memory is a buffer.',
+        shown="what storage_backends are, behind Cache",
     )
     storage_backends: tuple[str, ...] | None = setting(
-        None, TEXTS, "Directories shared with other nodes, or fsspec URLs such as s3://bucket/pool."
+        None, BACKENDS, "Where files go, balanced by key: directories, shared or not, or fsspec URLs (s3://bucket/pool)."
     )
     storage_options: Mapping[str, Any] | None = setting(
         None, MAPPING, "Options of an fsspec backend: key, secret, endpoint_url, ..."
@@ -197,13 +209,18 @@ class NodeSettings(Settings):
         """Fill in what follows from other settings."""
         if self.cache_buffer_capacity_gb is not None:
             object.__setattr__(self, "segment_size", round(self.cache_buffer_capacity_gb * (1 << 30)))
-        if self.pipeline is None:
-            object.__setattr__(self, "pipeline", _default_pipeline(self.storage_backends or ()))
-        if (self.pipeline == "Cache") == bool(self.storage_backends):
-            needed = "must be left out" if self.storage_backends else "must be given"
-            raise ConfigError("storage_backends", f'{needed} with pipeline "{self.pipeline}"')
-        if "Object" not in str(self.pipeline) and self.storage_options:
-            raise ConfigError("storage_options", f'means nothing with pipeline "{self.pipeline}"')
+        _check_storage(self)
+
+
+def _check_storage(settings: NodeSettings | ClientSettings) -> None:
+    """Fill in the pipeline, and check that what concerns storage fits together."""
+    if settings.pipeline is None:
+        object.__setattr__(settings, "pipeline", _default_pipeline(settings.storage_backends or ()))
+    if (settings.pipeline == "Cache") == bool(settings.storage_backends):
+        needed = "must be left out" if settings.storage_backends else "must be given"
+        raise ConfigError("storage_backends", f'{needed} with pipeline "{settings.pipeline}"')
+    if "Object" not in str(settings.pipeline) and settings.storage_options:
+        raise ConfigError("storage_options", f'means nothing with pipeline "{settings.pipeline}"')
 
 
 def _default_pipeline(backends: Iterable[str]) -> str:
@@ -215,6 +232,21 @@ def _default_pipeline(backends: Iterable[str]) -> str:
 def is_url(backend: str) -> bool:
     """Return whether a storage backend is an fsspec URL; ``file://`` is one, a directory is not."""
     return "://" in backend
+
+
+AUTOSTARTED = (
+    "cache_buffer_capacity_gb", "pipeline", "storage_backends", "storage_options", "storage_capacity",
+    "storage_write_policy", "storage_queue_size", "storage_threads", "storage_direct", "storage_fsync",
+    "storage_timeout",
+)  # fmt: skip
+"""Settings that a client passes on to a node which it starts."""
+
+
+def _as_node(name: str) -> Any:
+    """Return the field of a setting that an autostarted node is given."""
+    item = NodeSettings.__dataclass_fields__[name]
+    text = f"{item.metadata['help'].removesuffix('.')} (of an autostarted node)."
+    return setting(item.default, item.metadata["kind"], text, shown=item.metadata["shown"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +265,23 @@ class ClientSettings(Settings):
     )
     segment_size: int = setting("1GB", SIZE, "Size of an autostarted node's segment, per local rank.")
     advertise_host: str | None = setting(None, HOST, "Address that other hosts reach an autostarted node by.")
+    cache_buffer_capacity_gb: float | None = setting(
+        None, GIGABYTES, "Size of an autostarted node's segment, in GiB, for all ranks together.", shown="segment_size"
+    )
+    pipeline: str | None = _as_node("pipeline")
+    storage_backends: tuple[str, ...] | None = _as_node("storage_backends")
+    storage_options: Mapping[str, Any] | None = _as_node("storage_options")
+    storage_capacity: int | None = _as_node("storage_capacity")
+    storage_write_policy: str = _as_node("storage_write_policy")
+    storage_queue_size: int = _as_node("storage_queue_size")
+    storage_threads: int = _as_node("storage_threads")
+    storage_direct: str = _as_node("storage_direct")
+    storage_fsync: str = _as_node("storage_fsync")
+    storage_timeout: int = _as_node("storage_timeout")
+
+    def _check(self) -> None:
+        if self.autostart_node:  # else they are somebody else's
+            _check_storage(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +303,7 @@ class ConnectorSettings(ClientSettings):
     producer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_producer: load too.")
     consumer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_consumer: load.")
     consumer_is_to_put: bool = setting(False, BOOL, "With kv_role kv_consumer: save too.")
+    prefetch: bool = setting(True, BOOL, "Have a request's blocks read from files while it waits for its turn.")
     gate: str = setting("auto", choice("auto", "off"), "Skip loads slower than computing; off loads all.")
     report_residency: bool = setting(
         False, BOOL, "Tell the master what the engine's own cache holds, even where the engine's KV events are off."
@@ -265,7 +315,72 @@ class ConnectorSettings(ClientSettings):
     )
 
 
-COMPONENTS: tuple[type[Settings], ...] = (MasterSettings, NodeSettings, ClientSettings, ConnectorSettings)
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings(Settings):
+    """Settings of kvpool-proxy. Durations are milliseconds, sizes bytes."""
+
+    host: str = setting("0.0.0.0", HOST, "Address to listen on.")
+    port: int = setting(8000, PORT, "Port to listen on; 0 takes a free one.")
+    prefiller_hosts: tuple[str, ...] | None = setting(None, HOSTS, "Hosts of the prefill instances, one for each port.")
+    prefiller_ports: tuple[int, ...] | None = setting(None, PORTS, "Ports of the prefill instances.")
+    decoder_hosts: tuple[str, ...] | None = setting(None, HOSTS, "Hosts of the decode instances, one for each port.")
+    decoder_ports: tuple[int, ...] | None = setting(None, PORTS, "Ports of the decode instances.")
+    instances: tuple[str, ...] | None = setting(None, URLS, "Instances that prefill and decode themselves.")
+    master: str | None = setting(None, ADDRESS, "The pool's master, to ask what lies where.", shown="nobody is asked")
+    hash_seed: str | None = setting(
+        None, TEXT, "PYTHONHASHSEED of the instances, where it is set.", shown="the seed of engines without one"
+    )
+    policy: str = setting(
+        "prefix", choice("prefix", "round_robin"), "Choose by prefixes held and load, or each in turn."
+    )
+    skip_prefill: str = setting(
+        "pool", choice("pool", "off"), "Leave prefill out where a decode instance can load the prompt from the pool."
+    )
+    api_key: str | None = setting(None, TEXT, "Ask this of clients as a bearer token, and give it to the instances.")
+    insecure: bool = setting(False, BOOL, "Let peers of other hosts change instances without api_key.")
+    instance_requests_max: int = setting(256, count(1, 1 << 20), "Requests at once for one instance; more wait.")
+    queue_max: int = setting(1024, count(0, 1 << 20), "Requests that may wait for an instance; more are refused.")
+    queue_timeout: int = setting("30s", DURATION, "How long a request waits for an instance.")
+    attempts_max: int = setting(3, count(1, 100), "Instances that a request is tried on.")
+    connect_timeout: int = setting("2s", DURATION, "How long connecting to an instance may take.")
+    first_byte_timeout: int = setting("5m", DURATION, "How long a stream's first token may take, and a prefill.")
+    idle_timeout: int = setting("1m", DURATION, "How long a stream may stand still, and a client take nothing of it.")
+    request_timeout: int = setting("1h", DURATION, "How long a request may take in all.")
+    drain_timeout: int = setting("30s", DURATION, "How long requests may go on once the proxy was told to end.")
+    health_interval: int = setting("2s", DURATION, "How often instances are asked for their health.")
+    health_timeout: int = setting("2s", DURATION, "How long such an answer may take.")
+    body_size_max: int = setting("64MB", SIZE, "Largest request, and largest answer that is no stream.")
+    prefix_tokens: int = setting(
+        1 << 20, count(1, 1 << 32), "Tokens of prompts remembered for an instance that does not say what it can hold."
+    )
+    log_level: str = setting("info", LOG_LEVEL, "What to log.")
+
+    def _check(self) -> None:
+        """Check that hosts and ports belong together."""
+        for side in ("prefiller", "decoder"):
+            hosts, ports = getattr(self, f"{side}_hosts"), getattr(self, f"{side}_ports")
+            if hosts and not ports:
+                raise ConfigError(f"{side}_hosts", f"needs as many {side}_ports")
+            if ports and not hosts:
+                object.__setattr__(self, f"{side}_hosts", ("127.0.0.1",) * len(ports))
+            elif ports and len(hosts) != len(ports):
+                raise ConfigError(
+                    f"{side}_ports", f"must be as many as {side}_hosts: {len(hosts)}, not {len(ports)}"
+                )
+        if self.instances and (self.prefiller_ports or self.decoder_ports):
+            raise ConfigError("instances", "goes without prefiller_ports and decoder_ports")
+        if self.prefiller_ports and not self.decoder_ports:
+            raise ConfigError("prefiller_ports", "needs decoder_ports: somebody has to decode")
+
+    def urls(self, side: str) -> tuple[str, ...]:
+        """Return the base URLs of the prefillers or decoders."""
+        hosts, ports = getattr(self, f"{side}_hosts") or (), getattr(self, f"{side}_ports") or ()
+        return tuple(f"http://[{h}]:{p}" if ":" in h else f"http://{h}:{p}" for h, p in zip(hosts, ports, strict=True))
+
+
+COMPONENTS: tuple[type[Settings], ...] = (
+    MasterSettings, NodeSettings, ClientSettings, ConnectorSettings, ProxySettings,
+)  # fmt: skip
 S = TypeVar("S", bound=Settings)
 
 
@@ -276,23 +391,6 @@ class Loaded(Generic[S]):
     settings: S
     sources: dict[str, str]
     notes: list[str]
-
-
-# ---- mooncake.json ---------------------------------------------------------------------------------
-
-MOONCAKE_TO_KVPOOL = {
-    "master_server_address": "master",
-    "global_segment_size": "segment_size",
-    "local_hostname": "advertise_host",
-}
-# Its other keys: transports, a metadata server and a second storage stack, none of which exist here.
-MOONCAKE_IGNORED = frozenset({
-    "check_server", "client_server_address", "cluster_id", "decode_url", "device_name", "enable_offload",
-    "enable_ssd_offload", "local_buffer_size", "master_metrics_port", "metadata_backend", "metadata_server",
-    "preferred_segment", "prefill_url", "protocol", "replica_num", "ssd_offload_path", "standalone_storage",
-    "storage_root_dir", "tenant_id", "transfer_timeout", "use_ascend_direct",
-})  # fmt: skip
-_MOONCAKE_SIGNS = frozenset({"master_server_address", "metadata_server", "global_segment_size", "local_hostname"})
 
 
 # ---- loading ---------------------------------------------------------------------------------------
@@ -324,7 +422,7 @@ def load(
     path = config_path or mooncake_path
     if path:
         values.update(_file_values(cls, path, notes, mooncake=not config_path))
-    values.update(foreign)
+    values.update({name: value for name, value in foreign.items() if value[0] is not None})
     values.update(_environment_values(known, _all_names(cls), environ))
     for name, value in flags.items():
         if value is None:
@@ -344,12 +442,6 @@ def load(
         return Loaded(cls(**parsed), sources, notes)
     except ConfigError as error:  # of several fields at once
         raise ConfigError(error.field, f"{error.problem} (from {sources.get(error.field, 'default')})") from None
-
-
-def no_such_setting(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
-    """Return what is wrong with a name that is not among those known."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f"no such setting; did you mean {spell(near[0])}?" if near else "no such setting"
 
 
 def _all_names(cls: type[Settings]) -> set[str]:
@@ -374,6 +466,11 @@ def _environment_values(
         if name in known and value:  # set but empty counts as not set, as templates leave it
             values[name] = (value, variable)
     return values
+
+
+def child_environment(values: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a program of ours, with these settings in it: secrets are seen on command lines."""
+    return {**environ, **{f"{ENV_PREFIX}{name.upper()}": value for name, value in values.items()}}
 
 
 def foreign_environment(names: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -405,8 +502,10 @@ def read_file(path: str) -> dict[str, Any]:
 def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: bool) -> dict[str, tuple[Any, str]]:
     content = read_file(path)
     everyone = _all_names(cls)
-    if mooncake or _MOONCAKE_SIGNS & content.keys():
+    if mooncake or MOONCAKE_SIGNS & content.keys():
         content = from_mooncake(content, path, notes)
+    elif UCM_SIGNS & content.keys():
+        content = from_ucm(content, path, notes)
     known = {item.name for item in dataclasses.fields(cls)}
     values: dict[str, tuple[Any, str]] = {}
     elsewhere = []
@@ -420,30 +519,6 @@ def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: 
     if elsewhere:
         notes.append(f"{path}: meant for other parts of kvpool, not used here: {', '.join(sorted(elsewhere))}")
     return values
-
-
-def from_mooncake(content: Mapping[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
-    """Return our settings for those of a ``mooncake.json``; raise ConfigError for keys that it does not have."""
-    translated: dict[str, Any] = {}
-    ignored = []
-    for key, value in content.items():
-        if key in MOONCAKE_TO_KVPOOL:
-            translated[MOONCAKE_TO_KVPOOL[key]] = _mooncake_value(key, value)
-        elif key in MOONCAKE_IGNORED:
-            ignored.append(key)
-        else:
-            raise ConfigError(key, f"{no_such_setting(key, MOONCAKE_IGNORED | set(MOONCAKE_TO_KVPOOL))} (from {path})")
-    if ignored:
-        notes.append(f"{path}: these Mooncake keys mean nothing here: {', '.join(sorted(ignored))}")
-    return translated
-
-
-def _mooncake_value(key: str, value: Any) -> Any:
-    if value == "":
-        return None
-    if key == "local_hostname" and isinstance(value, str) and re.fullmatch(r"[^:]+:\d+|\[.*\]:\d+", value):
-        return value.rpartition(":")[0].strip("[]")  # a port of its transport, which we do not have
-    return value
 
 
 def boot_id() -> str:

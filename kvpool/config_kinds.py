@@ -122,8 +122,8 @@ def _parse_mode(value: Any, name: str) -> int:
     return value
 
 
-def choice(*words: str) -> Kind:
-    """Return the kind of one word out of some."""
+def choice(*words: str, metavar: str = "") -> Kind:
+    """Return the kind of one word out of some; ``metavar`` where they would not fit on a line of help."""
     spelled = {word.lower(): word for word in words}
 
     def parse(value: Any, name: str) -> str:
@@ -132,7 +132,7 @@ def choice(*words: str) -> Kind:
             raise _refuse(name, value, " or ".join(words))
         return word
 
-    return Kind("|".join(words), parse)
+    return Kind(metavar or "|".join(words), parse)
 
 
 def _parse_gigabytes(value: Any, name: str) -> float:
@@ -145,14 +145,15 @@ def _parse_gigabytes(value: Any, name: str) -> float:
     return number
 
 
-def _parse_texts(value: Any, name: str) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
+def _parse_backends(value: Any, name: str) -> tuple[str, ...]:
+    # UCM has colons between directories; that of a URL is followed by two slashes.
+    parts = re.split(r",|:(?=/(?!/))", value) if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= 64:
-        raise _refuse(name, value, "1 to 64 names, with commas between them or as a list")
-    texts = tuple(_parse_text(part, name) for part in parts)
-    if len(set(texts)) < len(texts):
-        raise _refuse(name, value, "names that differ")
-    return texts
+        raise _refuse(name, value, "1 to 64 directories or URLs, with commas between them or as a list")
+    backends = tuple(_parse_text(part, name) for part in parts)
+    if len(set(backends)) < len(backends):
+        raise _refuse(name, value, "backends that differ")
+    return backends
 
 
 def _parse_mapping(value: Any, name: str) -> dict[str, Any]:
@@ -166,6 +167,30 @@ def _parse_mapping(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
+_MANY_MAX = 1024
+
+
+def _parse_url(value: Any, name: str) -> str:
+    """Return ``http://host:port`` of a server; the scheme may be left out."""
+    scheme, mark, rest = str(value).strip().rpartition("://")
+    if mark and scheme.lower() not in {"http", "https"}:
+        raise _refuse(name, value, "HOST:PORT, http://HOST:PORT or https://HOST:PORT")
+    return f"{scheme.lower() or 'http'}://{_parse_address(rest.removesuffix('/'), name)}"
+
+
+def many(kind: Kind) -> Kind:
+    """Return the kind of several values: a list, or text with commas or blanks between them; repeats are allowed."""
+
+    def parse(value: Any, name: str) -> tuple[Any, ...]:
+        parts = re.split(r"[,\s]+", value.strip(", \t\r\n")) if isinstance(value, str) else value
+        parts = [parts] if isinstance(parts, int) and not isinstance(parts, bool) else parts
+        if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= _MANY_MAX:
+            raise _refuse(name, value, f"1 to {_MANY_MAX} values, with commas or blanks between them or as a list")
+        return tuple(kind.parse(part, name) for part in parts)
+
+    return Kind(f"{kind.metavar} ...", parse)
+
+
 BOOL = Kind("", _parse_bool)
 PORT = Kind("PORT", _parse_int(0, 65535))
 RATIO = Kind("RATIO", _parse_ratio)
@@ -173,13 +198,15 @@ SIZE = Kind("SIZE", parse_size)
 DURATION = Kind("DURATION", parse_duration_ms)
 TEXT = Kind("TEXT", _parse_text)
 GIGABYTES = Kind("GIB", _parse_gigabytes)
-TEXTS = Kind("A,B,...", _parse_texts)
+BACKENDS = Kind("DIR|URL,...", _parse_backends)
 MAPPING = Kind("JSON", _parse_mapping)
 HOST = Kind("HOST", _parse_host)
 ADDRESS = Kind("HOST:PORT", _parse_address)
 PATH = Kind("PATH", _parse_path)
 SOCKET_PATH = Kind("PATH", _parse_socket_path)
 MODE = Kind("MODE", _parse_mode)
+URL = Kind("URL", _parse_url)
+HOSTS, PORTS, URLS = many(HOST), many(Kind("PORT", _parse_int(1, 65535))), many(URL)
 LOG_LEVEL = choice("debug", "info", "warning", "error")
 
 

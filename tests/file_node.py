@@ -130,7 +130,10 @@ class FileNode:
 
     async def _fetch(self, conn: Connection, reply: NodeFrameReply, kind: str, keys: list[bytes], ms: int) -> None:
         give_up = self._loop.time() + ms / 1000
-        while self._loop.time() < give_up and (self.storage == "hangs" or (self.hold and not self.hold.is_set())):
+        def stuck() -> bool:
+            return self.storage == "hangs" or (self.hold is not None and not self.hold.is_set())
+
+        while self._loop.time() < give_up and stuck():  # noqa: ASYNC110 -- set by other threads
             await asyncio.sleep(0.002)
         self.waiting -= 1
         there = {**self.memory, **(self.files if self.storage == "up" else {})}

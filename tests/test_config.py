@@ -19,6 +19,7 @@ from kvpool.config import (
     setting,
     split_address,
 )
+from kvpool.config_foreign import UCM_IGNORED, UCM_TO_KVPOOL
 from kvpool.errors import ConfigError, InvalidArgumentError
 
 
@@ -316,6 +317,92 @@ MOONCAKE = {
     "master_server_address": "10.0.0.7:50088",
     "global_segment_size": "2GB",
 }
+
+
+class TestUCM:
+    """UCM's YAML is a node's configuration: its pipeline, its directories, its memory."""
+
+    FILE = """
+ucm_connectors:
+  - ucm_connector_name: "UcmPipelineStore"
+    ucm_connector_config:
+      store_pipeline: "Cache|Posix"
+      storage_backends: "/mnt/test1:/mnt/test2"
+      cache_buffer_capacity_gb: 64
+      posix_capacity_gb: 1024
+      io_direct: true
+enable_event_sync: true
+use_layerwise: true
+hit_ratio: 0.8
+"""
+
+    def test_a_node_understands_it(self, write):
+        """What concerns the engine is named as such, what means nothing too: one line each."""
+        path = write(self.FILE)
+        loaded = load(NodeSettings, flags={}, config_path=path, environ={})
+        settings = loaded.settings
+        assert settings.pipeline == "Cache|Posix"
+        assert settings.storage_backends == ("/mnt/test1", "/mnt/test2")
+        assert (settings.segment_size, settings.storage_capacity) == (64 << 30, 1 << 40)
+        assert settings.storage_direct == "auto"
+        assert loaded.notes == [
+            f"{path}: these UCM keys mean nothing here: enable_event_sync, hit_ratio, ucm_connector_name",
+            f"{path}: meant for other parts of kvpool, not used here: use_layerwise",
+        ]
+
+    def test_our_own_names_may_stand_beside_it(self, write):
+        """A node needs to know its master, too; environment and flags win as ever."""
+        path = write(self.FILE + "master: 10.0.0.1:50088")
+        environ = {"KVPOOL_CACHE_BUFFER_CAPACITY_GB": "0.5"}
+        settings = load(NodeSettings, flags={"pipeline": "Posix"}, config_path=path, environ=environ).settings
+        assert (settings.master, settings.segment_size, settings.pipeline) == ("10.0.0.1:50088", 1 << 29, "Posix")
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            ("ucm_connectors: {a: 1}", "ucm_connectors: must be a list of stores"),
+            ("ucm_connectors: [{ucm_connector_config: {storage_backend: /x}}]", "did you mean storage_backends"),
+            ("ucm_connectors: []\nuse_layerwyse: true", r"use_layerwyse: .*did you mean use_layerwise\?"),
+            ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Fake}}]", "pipeline: 'Fake' is not allowed"),
+            ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Posix}}]", "storage_backends: must be given"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, write, text, error):
+        """With the key."""
+        with pytest.raises(ConfigError, match=error):
+            load(NodeSettings, flags={}, config_path=write(text), environ={})
+
+    def test_every_key_is_honoured_or_explained(self):
+        """And none is both."""
+        assert not UCM_TO_KVPOOL.keys() & UCM_IGNORED.keys()
+        assert all(UCM_IGNORED.values())
+        names = {item.name for component in COMPONENTS for item in dataclasses.fields(component)}
+        assert {name for ours in UCM_TO_KVPOOL.values() for name in ours} <= names
+
+
+@pytest.mark.parametrize(
+    ("text", "backends"),
+    [
+        ("/mnt/a", ("/mnt/a",)),
+        ("/mnt/a,/mnt/b", ("/mnt/a", "/mnt/b")),
+        ("/mnt/a:/mnt/b:/mnt/c", ("/mnt/a", "/mnt/b", "/mnt/c")),
+        ("s3://bucket/pool", ("s3://bucket/pool",)),
+        ("file:///mnt/a,s3://host:9000/b", ("file:///mnt/a", "s3://host:9000/b")),
+        (["/mnt/a:/x", "memory://"], ("/mnt/a:/x", "memory://")),
+    ],
+)
+def test_storage_backends(text, backends):
+    """Commas or colons between directories; a URL keeps its own colons."""
+    pipeline = "Cache|Object" if "://" in backends[-1] else "Cache|Posix"
+    settings = NodeSettings(storage_backends=text)
+    assert (settings.storage_backends, settings.pipeline) == (backends, pipeline)
+
+
+@pytest.mark.parametrize("text", ["", ",", "/a,/a", "/a:/a", [], [1.5, None], {"a": 1}, "/a\tb"])
+def test_storage_backends_that_cannot_be(text):
+    """Say what is allowed."""
+    with pytest.raises(ConfigError, match=r"storage_backends: .*allowed"):
+        NodeSettings(storage_backends=text)
 
 
 class TestMooncake:

@@ -6,7 +6,6 @@ Upstream: AscendStoreConnector of vllm-ascend, Mooncake's ``mooncake.json``, UCM
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from kvpool.config import (
     no_such_setting,
     read_file,
 )
+from kvpool.config_foreign import UCM_IGNORED, UCM_KEYS, UCM_NAME, FromUCM
 from kvpool.errors import ConfigError
 
 SOURCE = "kv_connector_extra_config"
@@ -32,15 +32,13 @@ MODULES = (
 )
 """What configurations name as ``kv_connector_module_path`` to get one of those."""
 
-_FILES = "blocks are kept in the memory of kvpool-node; an engine names no files"
 _MEMORY = "kvpool-node --segment_size says how much memory the pool has"
 _GEOMETRY = "engines with other parallelism find each other's blocks by the namespace"
-_QUEUES = "save_queue_blocks, load_threads and save_threads bound what waits and what runs"
 _NO_PORT = "the scheduler asks the master itself; the engine opens no port"
 _NO_TRANSFER = "this is a store; prefill and decode meet in the pool"
 
 EXTRA_IGNORED = {
-    "backend": "kvpool is the store, whatever stood here",
+    "backend": UCM_IGNORED[UCM_NAME],
     "lookup_rpc_port": _NO_PORT,
     "mooncake_rpc_port": _NO_PORT,
     "register_buffer": "memory is registered where that is possible",
@@ -52,45 +50,8 @@ EXTRA_IGNORED = {
 }
 """Of ``kv_connector_extra_config``."""
 
-UCM_HONOURED = {
-    "use_layerwise": ("use_layerwise",),
-    "persist_token_threshold": ("save_min_tokens", "load_min_tokens"),
-    "timeout_ms": ("transfer_timeout",),
-}
-UCM_IGNORED = {
-    "enable_event_sync": "copies are always ordered behind the kernels that write",
-    "hit_ratio": "hits are not made fewer for benchmarks",
-    "load_tokens_threshold": "the gate decides which loads are worth it",
-    "load_only_first_rank": "heads that ranks share are stored once",
-    "use_lite": "the pool is in use; kvpoolctl shows its hits",
-    "enable_metrics": "metrics are part of vLLM's own",
-    "metrics_config_path": "metrics are part of vLLM's own",
-    "enable_record_traces": "requests are not recorded",
-    "use_inference_duration_monitor": "the gate measures the engine's speed anyway",
-    "wa_dump_block_wise": "whole blocks are saved as they fill",
-    "ucm_sparse_config": "attention is the engine's matter",
-    # of a ucm_connector_config
-    "store_pipeline": _FILES,
-    "storage_backends": _FILES,
-    "posix_capacity_gb": _FILES,
-    "posix_io_engine": _FILES,
-    "posix_data_trans_concurrency": _FILES,
-    "io_direct": _FILES,
-    "use_direct": _FILES,
-    "use_gdr": "copies go through the host's memory",
-    "cache_buffer_capacity_gb": _MEMORY,
-    "share_buffer_enable": "the ranks of a host share its node",
-    "store_health": "the breaker is always on",
-    "stream_number": _QUEUES,
-    "cache_stream_number": _QUEUES,
-    "waiting_queue_depth": _QUEUES,
-    "running_queue_depth": _QUEUES,
-}
-"""Of UCM's file, of its stores' settings within, and of the same written in ``kv_connector_extra_config``."""
-
 UCM_FILE = "UCM_CONFIG_FILE"
-UCM_STORES = "ucm_connectors"
-UCM_NAME, UCM_STORE = "ucm_connector_name", "ucm_connector_config"
+"""Names UCM's file; what such a file says may stand in ``kv_connector_extra_config`` too."""
 
 ENVIRONMENT_HONOURED = {
     "ASCEND_CONNECT_TIMEOUT": "connect_timeout",
@@ -130,10 +91,12 @@ class Translated:
         """Note a key that has no effect."""
         self.notes.append(f"{source}: {key} is not used: {reason}")
 
-    def take(self, key: str, value: Any, ours: Iterable[str], source: str) -> None:
-        """Take a key's value for our settings."""
-        for name in ours:
+    def take(self, found: FromUCM, source: str) -> None:
+        """Take what UCM's keys are here."""
+        for name, (value, key) in found.taken.items():
             self.foreign[name] = (value, f"{source}: {key}")
+        for key, reason in found.ignored.items():
+            self.ignore(key, reason, source)
 
 
 def translate(transfer_config: Any) -> Translated:
@@ -154,22 +117,19 @@ def translate(transfer_config: Any) -> Translated:
             result.ignore(name, ENVIRONMENT_IGNORED[name], "environment")
     mooncake = {key: extra.pop(key) for key in sorted(_MOONCAKE & extra.keys())}
     result.flags.update(from_mooncake(mooncake, SOURCE, result.notes))
-    for key, value in extra.items():
-        _extra_key(key, value, result)
-    return result
-
-
-def _extra_key(key: str, value: Any, result: Translated) -> None:
-    if key in _OURS:
-        result.flags[key] = value
-    elif key in EXTRA_IGNORED:
-        result.ignore(key, EXTRA_IGNORED[key], SOURCE)
-    elif not _ucm_key(key, value, result, SOURCE):
-        known = {*_OURS, *EXTRA_IGNORED, *_MOONCAKE, *_UCM_KEYS, UCM_FILE}
+    for key in [key for key in extra if key in _OURS or key in EXTRA_IGNORED]:
+        if key in _OURS:
+            result.flags[key] = extra.pop(key)
+        else:
+            result.ignore(key, EXTRA_IGNORED[key], SOURCE)
+            del extra[key]
+    found = FromUCM()
+    found.take(extra, SOURCE)
+    for key in found.rest:
+        known = {*_OURS, *EXTRA_IGNORED, *_MOONCAKE, *UCM_KEYS, UCM_FILE}
         raise ConfigError(key, f"{no_such_setting(key, known)} (from {SOURCE})")
-
-
-_UCM_KEYS = frozenset((*UCM_HONOURED, *UCM_IGNORED, UCM_STORES, UCM_NAME, UCM_STORE))
+    result.take(found, SOURCE)
+    return result
 
 
 def _ucm_file(path: str, result: Translated) -> None:
@@ -177,39 +137,13 @@ def _ucm_file(path: str, result: Translated) -> None:
         content = read_file(path)
     except ConfigError as error:
         raise ConfigError(UCM_FILE, error.problem) from None
-    _ucm_mapping(content, result, path)
-
-
-def _ucm_mapping(content: Mapping[str, Any], result: Translated, source: str) -> None:
-    for key, value in content.items():
-        if not _ucm_key(key, value, result, source):
-            raise ConfigError(str(key), f"{no_such_setting(str(key), _UCM_KEYS)} (from {source})")
-
-
-def _ucm_key(key: str, value: Any, result: Translated, source: str) -> bool:
-    """Take one key of UCM's; return whether it is one."""
-    if key in UCM_HONOURED:
-        result.take(key, value, UCM_HONOURED[key], source)
-    elif key in UCM_IGNORED:
-        result.ignore(key, UCM_IGNORED[key], source)
-    elif key == UCM_NAME:
-        result.ignore(key, EXTRA_IGNORED["backend"], source)
-    elif key == UCM_STORE:
-        _ucm_mapping(_mapping(key, value, source), result, source)
-    elif key == UCM_STORES:
-        if not isinstance(value, list):
-            raise ConfigError(key, f"must be a list of stores (from {source})")
-        for store in value:
-            _ucm_mapping(_mapping(key, store, source), result, source)
-    else:
-        return False
-    return True
-
-
-def _mapping(key: str, value: Any, source: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(key, f"must hold names and values, not {value!r} (from {source})")
-    return value
+    found = FromUCM()
+    found.take(content, path)
+    for key, value in found.rest.items():
+        if key not in _OURS:  # settings of ours may stand beside UCM's, as in a node's file
+            raise ConfigError(key, f"{no_such_setting(key, UCM_KEYS | _OURS)} (from {path})")
+        result.foreign[key] = (value, path)
+    result.take(found, path)
 
 
 def _given(transfer_config: Any, key: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from kvpool.config import ConnectorSettings, load
+from kvpool.config import AUTOSTARTED, ConnectorSettings, Loaded, load
 from kvpool.errors import ConfigError
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.seeds import SOURCE, translate
@@ -49,13 +49,21 @@ def read_settings(transfer_config: Any, *, tell: bool = True) -> ConnectorSettin
     loaded = load(ConnectorSettings, flags=translated.flags, flags_from=SOURCE, foreign=translated.foreign)
     role = role_of(transfer_config.kv_role, loaded.settings)
     if tell:
-        for note in (*translated.notes, *loaded.notes):
+        for note in (*translated.notes, *loaded.notes, *_not_the_engines(loaded)):
             logger.info("kvpool: %s", note)
         if not role.loads:
             flag = "producer_is_to_load" if transfer_config.kv_role == "kv_producer" else "consumer_is_to_load"
             does = "saves, and does not load" if role.saves else "neither loads nor saves"
             logger.warning("kvpool: this %s %s; to load: %s", transfer_config.kv_role, does, flag)
     return loaded.settings
+
+
+def _not_the_engines(loaded: Loaded[ConnectorSettings]) -> list[str]:
+    """Say which settings are those of a node, where this engine starts none."""
+    given = [name for name in AUTOSTARTED if loaded.sources[name] != "default"]
+    if loaded.settings.autostart_node or not given:
+        return []
+    return [f"for kvpool-node, which this engine does not start (autostart_node): {', '.join(given)}"]
 
 
 def autostart(settings: ConnectorSettings, ranks: int) -> subprocess.Popen[bytes] | None:

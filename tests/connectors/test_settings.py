@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvpool.config import MOONCAKE_IGNORED, MOONCAKE_TO_KVPOOL
+from kvpool.config_foreign import UCM_KEYS
 from kvpool.errors import ConfigError
 from kvpool_vllm import LOGGER_NAME, seeds
 from kvpool_vllm.settings import ConnectorSettings, Role, connect, read_settings, role_of
@@ -212,15 +213,60 @@ persist_token_threshold: 512
     def test_file(self, path: Path, said: Callable[[], list[str]]) -> None:
         """Each key without a meaning here is named with the reason."""
         self.check(read_settings(TransferConfig({"UCM_CONFIG_FILE": str(path)}, "UCMConnector")))
-        ignored = ["ucm_connector_name", "store_pipeline", "storage_backends", "cache_buffer_capacity_gb"]
         named = [note.split(" is not used: ")[0] for note in said()]
-        assert named == [f"{path}: {key}" for key in (*ignored, "enable_event_sync")]
+        node = "cache_buffer_capacity_gb, pipeline, storage_backends"
+        assert named == [
+            f"{path}: ucm_connector_name",
+            f"{path}: enable_event_sync",
+            f"for kvpool-node, which this engine does not start (autostart_node): {node}",
+        ]
+
+    def test_the_store_of_a_node_that_the_engine_starts(self, path: Path, said: Callable[[], list[str]]) -> None:
+        """Its files and its memory are as the file says."""
+        extra = {"UCM_CONFIG_FILE": str(path), "autostart_node": True}
+        settings = read_settings(TransferConfig(extra, "UCMConnector"))
+        assert (settings.pipeline, settings.storage_backends) == ("Cache|Posix", ("/mnt/test1",))
+        assert settings.cache_buffer_capacity_gb == 64
+        assert not any("kvpool-node" in note for note in said())
+
+    def test_settings_of_ours_may_stand_in_the_file(self, path: Path) -> None:
+        """One file then does for the node and for the engine."""
+        path.write_text(self.FILE + 'master: "10.0.0.1:50088"')
+        assert read_settings(TransferConfig({"UCM_CONFIG_FILE": str(path)}, "UCMConnector")).master == "10.0.0.1:50088"
 
     def test_environment(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only UCM's connector is named in UCM's variable."""
         monkeypatch.setenv("UCM_CONFIG_FILE", str(path))
         self.check(read_settings(TransferConfig({}, "UCMConnector")))
         assert not read_settings(TransferConfig({}, "AscendStoreConnector")).use_layerwise
+
+    @pytest.mark.parametrize(
+        ("store", "meant"),
+        [
+            ({"storage_backends": "/mnt/a:/mnt/b"}, {"storage_backends": ("/mnt/a", "/mnt/b")}),
+            ({"storage_backends": "/mnt/a"}, {"pipeline": "Cache|Posix"}),
+            ({"storage_backends": ["/mnt/a"]}, {"storage_backends": ("/mnt/a",)}),
+            ({"storage_backends": "/a", "posix_capacity_gb": 0}, {"storage_capacity": None}),
+            ({"storage_backends": "/a", "posix_capacity_gb": 1.5}, {"storage_capacity": 3 << 29}),
+            ({"storage_backends": "/a", "io_direct": False}, {"storage_direct": "off"}),
+            ({"storage_backends": "/a", "use_direct": True}, {"storage_direct": "auto"}),
+            ({"storage_backends": "/a", "posix_data_trans_concurrency": 8}, {"storage_threads": 8}),
+            ({"storage_backends": "/a", "store_pipeline": "Posix"}, {"pipeline": "Posix"}),
+        ],
+    )
+    def test_a_stores_own_settings(self, store: dict[str, Any], meant: dict[str, Any]) -> None:
+        """Are those of a node, in other words."""
+        extra = {"ucm_connectors": [{"ucm_connector_config": store}], "autostart_node": True}
+        settings = read_settings(TransferConfig(extra, "UCMConnector"))
+        assert {name: getattr(settings, name) for name in meant} == meant
+
+    def test_a_store_that_cannot_be(self) -> None:
+        """Is refused where it would be started, with the key and the file."""
+        store = {"store_pipeline": "Cache|Ds3fs", "storage_backends": "/a"}
+        with pytest.raises(ConfigError, match=r"pipeline: 'Cache\|Ds3fs' is not allowed.*: store_pipeline"):
+            read_settings(TransferConfig({"ucm_connectors": [{"ucm_connector_config": store}]}, "UCMConnector"))
+        with pytest.raises(ConfigError, match="storage_backends: must be given with pipeline"):
+            read_settings(TransferConfig({"pipeline": "Cache|Posix", "autostart_node": True}))
 
     def test_inline(self) -> None:
         """As a list of stores, or one store."""
@@ -311,13 +357,14 @@ def test_each_setting_is_documented(item: Field[Any]) -> None:
     """With its default and what it does, as ``--help`` would say it."""
     default = item.metadata["shown"] or "none"
     default = default.lower() if default in {"True", "False"} else default
-    assert f"| `{item.name}` | {default} | {item.metadata['help']} |" in DOCUMENT
+    text = item.metadata["help"].replace("|", "\\|")  # a bar would end the table's cell
+    assert f"| `{item.name}` | {default} | {text} |" in DOCUMENT
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        *(*seeds.EXTRA_IGNORED, *seeds.UCM_HONOURED, *seeds.UCM_IGNORED, seeds.UCM_FILE, seeds.UCM_STORES),
+        *(*seeds.EXTRA_IGNORED, *UCM_KEYS, seeds.UCM_FILE),
         *(*seeds.ENVIRONMENT_HONOURED, *seeds.ENVIRONMENT_IGNORED, *MOONCAKE_TO_KVPOOL, *MOONCAKE_IGNORED),
         *(*seeds.TOP_LEVEL_IGNORED, *seeds.TOP_LEVEL_REMOVED, *seeds.NAMES, *seeds.MODULES),
     ],
