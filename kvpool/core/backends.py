@@ -206,13 +206,23 @@ class Backends:
         keys = self._index.keys.take(rows, axis=0)
         self._removals.push(keys, self._index.spaces[namespace].number if len(rows) else 0, why, backend.name, now)
 
-    def load(self, piece: BlockRun) -> None:
-        """Take in files that the catalog has, or doomed ones that it remembers."""
-        self._index.add(piece, self.of(piece.backend).incarnation, TIER, touch=False)
+    def load(self, files: Iterator[tuple[BlockRun, ...]], doomed: Iterator[tuple[BlockRun, ...]]) -> None:
+        """Take in, as long work, the files that the catalog has, and those that it has as doomed."""
+        self.loading = True
+        self._jobs.append(self._load(files, doomed))
 
-    def load_doomed(self, piece: BlockRun) -> None:
-        """Take in files that were to be removed when the last master ended."""
-        self._await_removal(self.of(piece.backend), piece)
+    def _load(
+        self, files: Iterator[tuple[BlockRun, ...]], doomed: Iterator[tuple[BlockRun, ...]]
+    ) -> Iterator[list[Effect]]:
+        for runs in doomed:
+            for run in runs:
+                self._await_removal(self.of(run.backend), run)
+            yield []
+        for runs in files:
+            for run in runs:
+                self._index.add(run, self.of(run.backend).incarnation, TIER, touch=False)
+            yield []
+        self.loading = False
 
     def load_backend(self, known: Backend, *, complete: bool) -> None:
         """Take in what the catalog knows of a backend."""
@@ -458,6 +468,12 @@ class Backends:
                 run = replace(run, keys=b"".join(n[-KEY_BYTES:] for n in _names(run) if n not in backend.doomed))
             effects += self.add(run, touch=False) if len(run) else []
         return effects
+
+    def tell_again(self) -> list[Effect]:
+        """Say everything of backends again, to a catalog that has lost it; their files come from new scans."""
+        for backend in self.by_id.values():
+            backend.complete, backend.scan_wanted = False, True
+        return [self._keep(backend) for backend in self.by_id.values()]
 
     @staticmethod
     def _keep(backend: StorageBackend) -> Effect:

@@ -87,6 +87,24 @@ class CatalogBackend:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogPin:
+    """Keep an operator's pin; ``until`` is in the state's own time, None for a hard one."""
+
+    id: int
+    label: str
+    namespace: bytes
+    until: float | None
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PinEnded:
+    """Forget a pin."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendChanged:
     """Something about a backend is worth a line in the log; ``bad`` if somebody should look at it."""
 
@@ -104,4 +122,6 @@ class NodeChanged:
     why: str
 
 
-Effect = Send | Close | Remember | CatalogFiles | CatalogBackend | BackendChanged | NodeChanged
+Effect = (
+    Send | Close | Remember | CatalogFiles | CatalogBackend | CatalogPin | PinEnded | BackendChanged | NodeChanged
+)

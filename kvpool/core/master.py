@@ -42,8 +42,9 @@ from kvpool.core.messages import (
     Victims,
     Welcome,
 )
-from kvpool.core.nodes import MasterLimits, Node, Retired, bounded, slices_of
+from kvpool.core.nodes import FORGET_DEAD_S, MasterLimits, Node, Retired, bounded, slices_of
 from kvpool.core.operators import Evictions
+from kvpool.core.pins import Pins
 from kvpool.core.removals import Removals, Why
 from kvpool.core.residency import Residency
 from kvpool.errors import OverloadedError
@@ -61,7 +62,6 @@ EVICT_RETRY_S = 2.0
 VICTIMS_EVERY_S = 1.0
 VICTIMS_FROM_USE = 0.5
 VICTIMS_SHARE = 0.05
-FORGET_DEAD_S = 600.0
 
 
 class MasterState:
@@ -93,6 +93,7 @@ class MasterState:
         self.backends = Backends(
             self.index, self.nodes, limits, self.counters, self.removals, self._jobs, self._number, self._drop_rest
         )
+        self.pins = Pins(self.index, self.nodes, (epoch & 0x7FFFFFFF) << 32 | 1)
         self.backends.next_batch = (epoch & 0x7FFFFFFF) << 32 | 1  # never one that an earlier master has sent
 
     # ---- time ----------------------------------------------------------------------------------
@@ -204,7 +205,8 @@ class MasterState:
             self._await_inventory(node, up)
         effects.append(Send(session, Welcome(self.epoch, node.sequence if resume else 0, inventory=not resume)))
         effects += self._judge(node, up, "resumed" if resume else "says hello")
-        return effects + self.backends.announce(node, hello.backends) + self.backends.greet(node)
+        effects += self.backends.announce(node, hello.backends)
+        return effects + self.backends.greet(node) + self.pins.greet(node)
 
     def _await_inventory(self, node: Node, up: float) -> None:
         node.awaiting, node.asked_at, node.next_chunk = True, up, 0
@@ -406,6 +408,7 @@ class MasterState:
         effects: list[Effect] = []
         self.leases.expire(up, at_most=256)
         self.residency.expire(up)
+        self._jobs.extend(self.pins.expire(self._last_now))
         self.ages.note(self.index.recency.clock, self._last_now)
         for node_id, node in list(self.nodes.items()):
             effects += self._judge(node, up, "silent")
@@ -536,6 +539,12 @@ class MasterState:
             raise OverloadedError(f"the master knows {NAMESPACES_MAX} namespaces already")
         self.index.describe(namespace)
         return [Remember(namespace)]
+
+    def tell_catalog(self) -> list[Effect]:
+        """Say again what a catalog should keep, because it has lost it."""
+        spaces = self.index.spaces.values()
+        effects: list[Effect] = [Remember(space.descriptor) for space in spaces if space.descriptor is not None]
+        return effects + self.backends.tell_again() + self.pins.tell_again()
 
     def announce(self, namespace: Namespace, now: float) -> tuple[str, list[Effect]]:
         """Make an engine's namespace known; returns a warning if others hash differently. Raises OverloadedError."""

@@ -13,6 +13,9 @@ from kvpool.core.messages import BlockRun
 from kvpool.core.removals import REMOVALS_MAX, Why
 from kvpool.model import KEY_BYTES, NodeAddress
 
+FORGET_DEAD_S = 600.0
+"""A node that has been dead for so long is not shown any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class MasterLimits:

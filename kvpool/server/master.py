@@ -23,9 +23,9 @@ from grpc_reflection.v1alpha import reflection
 
 from kvpool import __version__
 from kvpool.config import MasterSettings
-from kvpool.core.effects import BackendChanged, Close, Closed, Effect, NodeChanged, Received, Remember, Send, Tick
+from kvpool.core.effects import BackendChanged, Close, Closed, Effect, NodeChanged, Received, Send, Tick
 from kvpool.core.master import MasterLimits, MasterState
-from kvpool.core.messages import MasterMessage, Probe, Probed
+from kvpool.core.messages import Ack, MasterMessage, Probe, Probed
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, TooLargeError
 from kvpool.rpc import convert
 from kvpool.rpc.errors import to_proto
@@ -41,6 +41,7 @@ from kvpool.rpc.v1 import (
 from kvpool.server import metrics, wire
 from kvpool.server.admin import AdminService
 from kvpool.server.daemon import run_daemon
+from kvpool.server.keeper import Keeper
 from kvpool.server.peers import Guard, grpc_peer_host, rpc
 from kvpool.tiers.catalog import Catalog
 from kvpool.transport.frames import encode, parse_message
@@ -72,33 +73,36 @@ class Pool:
         self.epoch = secrets.randbits(63) | 1
         self.state = MasterState(limits, self.epoch, time.monotonic())
         self.data_port = 0
-        self._catalog = catalog
         self._queues: dict[int, asyncio.Queue[MasterMessage | None]] = {}
         self._numbers = itertools.count(1)
         self._work = asyncio.Event()
         self._turn = asyncio.Lock()
         self._probes: dict[tuple[int, int], asyncio.Future[bytes]] = {}
-        if catalog is not None:
-            for namespace in catalog.namespaces():
-                self.state.register(namespace)
+        self.keeper = Keeper(catalog, self.state, time.monotonic()) if catalog is not None else None
 
     def perform(self, effects: Iterable[Effect]) -> None:
         """Do what the state decided; nothing here waits."""
         for effect in effects:
             if isinstance(effect, Send):
-                self._put(effect.session, effect.message)
+                self._send(effect)
             elif isinstance(effect, Close):
                 self._put(effect.session, None)
-            elif isinstance(effect, Remember):
-                if self._catalog is not None:
-                    self._catalog.keep(effect.namespace)
             elif isinstance(effect, BackendChanged):
                 log.log(logging.WARNING if effect.bad else logging.INFO, "backend %s %s", effect.name, effect.what)
             elif isinstance(effect, NodeChanged):
                 level = logging.INFO if effect.state in {"live", "warming"} else logging.WARNING
                 log.log(level, "node %s is %s (%s)", effect.node_id, effect.state, effect.why)
+            if self.keeper is not None:
+                self.keeper.perform(effect)
         if self.state.busy:
             self._work.set()
+
+    def _send(self, effect: Send) -> None:
+        if self.keeper is not None and isinstance(effect.message, Ack):
+            # What a node may forget must not be forgotten here.
+            self.keeper.after(lambda: self._put(effect.session, effect.message))
+        else:
+            self._put(effect.session, effect.message)
 
     def _put(self, session: int, message: MasterMessage | None) -> None:
         queue = self._queues.get(session)
@@ -148,6 +152,8 @@ class Pool:
         """Tell the state the time."""
         while True:
             self.perform(self.state.handle(Tick(), time.monotonic()))
+            if self.keeper is not None:
+                self.perform(self.keeper.tick(time.monotonic()))
             await asyncio.sleep(TICK_S)
 
     async def work_for_ever(self) -> None:
@@ -335,6 +341,8 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     """Serve until ``stop``; returns the exit code. Raises InvalidArgumentError for a port in use."""
     catalog = Catalog(settings.data_dir) if settings.data_dir else None
     pool = Pool(settings, catalog)
+    if pool.keeper is not None:
+        pool.keeper.load()
     loop = asyncio.get_running_loop()
     frames = FrameService(pool.frame, _error_frame)
     try:
@@ -386,8 +394,8 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     frames.close()
     stop_metrics()
     await server.stop(SHUTDOWN_GRACE_S)
-    if catalog is not None:
-        catalog.close()
+    if pool.keeper is not None:
+        pool.keeper.close()
     return 1 if failed else 0
 
 

@@ -354,13 +354,11 @@ def test_a_scan_does_not_bring_back_what_is_about_to_be_removed(pool):
 def test_what_the_catalog_knows_is_not_scanned(pool):
     """Files of a complete backend are loaded: hits as soon as a node serves it; warming until then."""
     backends = pool.master.backends
-    backends.loading = True
     pool.master.register(ONE)
     backends.load_backend(seen(), complete=True)
-    backends.load(files(1, 2))
+    backends.load(iter([(files(1),), (files(2),)]), iter(()))
     assert pool.lookup(3).reason is Reason.WARMING
     pool.serve(1, "a")
-    backends.loading = False
     pool.pass_time(0.2, 1)
     assert (pool.prefix(1, 2), pool.told(1, Scan)) == (2, [])
     assert not pool.told(1, Evict)
@@ -369,7 +367,8 @@ def test_what_the_catalog_knows_is_not_scanned(pool):
 def test_doomed_files_of_an_earlier_master_are_removed(pool):
     """A master that ended between the announcement and the removal leaves that to the next one."""
     pool.master.register(ONE)
-    pool.master.backends.load_doomed(files(5))
+    pool.master.backends.load(iter(()), iter([(files(5),)]))
+    pool.work()
     pool.serve(1, "a")
     pool.pass_time(0.1, 1)
     assert pool.removing(1) == [key(5)]

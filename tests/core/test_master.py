@@ -9,7 +9,6 @@ from kvpool.core import master as master_module
 from kvpool.core import nodes as nodes_module
 from kvpool.core import operators as operators_module
 from kvpool.core.effects import Received, Remember, Tick
-from kvpool.core.master import FORGET_DEAD_S
 from kvpool.core.messages import (
     Ack,
     Delta,
@@ -21,6 +20,7 @@ from kvpool.core.messages import (
     Victims,
     Welcome,
 )
+from kvpool.core.nodes import FORGET_DEAD_S
 from kvpool.errors import OverloadedError, UnknownNamespaceError
 from kvpool.model import Namespace, Reason, split_keys
 from kvpool.testing.checks import check_master

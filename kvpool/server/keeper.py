@@ -1,0 +1,144 @@
+"""Between the master's state and its catalog: what is kept, what is read back at the start, what has to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from kvpool.core.effects import (
+    CatalogBackend,
+    CatalogFiles,
+    CatalogPin,
+    Effect,
+    FileChange,
+    NodeChanged,
+    PinEnded,
+    Remember,
+)
+from kvpool.core.index import ROWS_PER_SLICE
+from kvpool.core.master import MasterState
+from kvpool.core.messages import BlockRun
+from kvpool.core.nodes import FORGET_DEAD_S
+from kvpool.tiers.catalog import Catalog, FileList, Files, KnownBackend, KnownPin
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Performs the effects that are about the catalog. Everything runs on the loop, nothing waits for a disk."""
+
+    def __init__(self, catalog: Catalog, state: MasterState, now: float) -> None:
+        """Tell ``state`` what is small at once; its files come in slices after ``load``."""
+        self._catalog = catalog
+        self._state = state
+        self._nodes = set(catalog.nodes)
+        self._started = now
+        self.absent = set(catalog.nodes)
+        """Nodes of an earlier master that have not been heard of yet."""
+        for namespace in catalog.namespaces:
+            state.register(namespace)
+        for known in catalog.backends:
+            state.backends.load_backend(known.backend, complete=known.complete)
+        for pin in catalog.pins:
+            until = now + pin.until - time.time() if pin.until else None
+            state.pins.load(pin.id, pin.label, pin.namespace, until, pin.keys)
+        state.backends.loading = True
+
+    @property
+    def problem(self) -> str:
+        """Why nothing is kept at the moment; empty if all is well."""
+        return self._catalog.problem
+
+    def perform(self, effect: Effect) -> None:
+        """Hand over what is about the catalog."""
+        catalog = self._catalog
+        if isinstance(effect, CatalogFiles):
+            self._perform_files(effect)
+        elif isinstance(effect, Remember):
+            catalog.keep_namespace(effect.namespace)
+        elif isinstance(effect, CatalogBackend):
+            catalog.keep_backend(KnownBackend(effect.backend, effect.complete))
+        elif isinstance(effect, CatalogPin):
+            until = effect.until - time.monotonic() + time.time() if effect.until is not None else 0.0
+            catalog.keep_pin(KnownPin(effect.id, effect.label, effect.namespace, until, effect.keys))
+        elif isinstance(effect, PinEnded):
+            catalog.drop_pin(effect.id)
+        elif isinstance(effect, NodeChanged):
+            self.absent.discard(effect.node_id)
+            if effect.node_id not in self._nodes:
+                self._nodes.add(effect.node_id)
+                catalog.keep_node(effect.node_id)
+
+    def _perform_files(self, effect: CatalogFiles) -> None:
+        change = {
+            FileChange.ADDED: self._catalog.files_added,
+            FileChange.LOST: self._catalog.files_lost,
+            FileChange.DOOMED: self._catalog.files_doomed,
+            FileChange.REMOVED: self._catalog.files_removed,
+        }[effect.change]
+        for run in effect.blocks:
+            change(Files(effect.backend, run.namespace, run.shards, run.shard_bytes, run.keys))
+
+    def after(self, call: Callable[[], None]) -> None:
+        """Call when everything handed over so far is kept or given up; at once if it is."""
+        loop = asyncio.get_running_loop()
+        if not self._catalog.when_kept(lambda: _call(loop, call)):
+            call()
+
+    # ---- reading back --------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read the files back, as long work of the state: lookups say ``warming`` until it is done."""
+        loop = asyncio.get_running_loop()
+        waiting = [True]
+
+        def start(files: FileList, doomed: FileList) -> None:
+            if waiting:  # a transaction that fails is tried again
+                waiting.clear()
+                log.info("the catalog has %d files, %d of them to be removed", len(files) + len(doomed), len(doomed))
+                self._state.backends.load(_runs(files), _runs(doomed))
+
+        self._catalog.read_files(lambda files, doomed: _call(loop, lambda: start(files, doomed)))
+
+    def tick(self, now: float) -> list[Effect]:
+        """See how the catalog fares; returns what it must be told again."""
+        if now - self._started > FORGET_DEAD_S:
+            for node_id in self.absent:
+                self._catalog.drop_node(node_id)
+                self._nodes.discard(node_id)
+            self.absent = set()
+        if not self._catalog.take_lost():
+            return []
+        log.warning("the catalog has lost something: it is told everything again, and backends are scanned")
+        for node_id in self._nodes:
+            self._catalog.keep_node(node_id)
+        return self._state.tell_catalog()
+
+    async def files_of(self, backend: bytes) -> AsyncIterator[list[BlockRun]]:
+        """Yield what the catalog has of a backend, in pieces."""
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[list[Files]] = asyncio.Queue()
+        self._catalog.list_files(backend, lambda files: _call(loop, lambda: pieces.put_nowait(files)))
+        while files := await pieces.get():
+            yield [_run(piece) for piece in files]
+
+    def close(self) -> None:
+        """Write what was handed over."""
+        self._catalog.close()
+
+
+def _run(files: Files) -> BlockRun:
+    return BlockRun(files.namespace, files.shards, files.shard_bytes, files.keys, backend=files.backend)
+
+
+def _runs(files: FileList) -> Iterator[tuple[BlockRun, ...]]:
+    return (tuple(_run(piece) for piece in pieces) for pieces in files.slices(ROWS_PER_SLICE))
+
+
+def _call(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """Call on the loop; when it has ended meanwhile, nobody waits any more."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
