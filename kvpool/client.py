@@ -153,6 +153,11 @@ class Client:
         """Return whether a node of this host is attached."""
         return self._local() is not None
 
+    def reads_files(self) -> bool:
+        """Return whether this host's node has storage behind it. Quick."""
+        node = self._node
+        return node is not None and node.alive and bool(node.backends)
+
     def stats(self) -> dict[str, int]:
         """Return the counters since the start: hits by tier, bytes, misses and failures by reason, breakers."""
         return {**self._counters, **self._health.counters()}

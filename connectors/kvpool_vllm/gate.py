@@ -147,7 +147,7 @@ class Gate:
 
     def allows(self, tier: str, tokens: int) -> bool:
         """Return whether to load; ask once a load, for every answer is counted."""
-        if not self._enabled or not self._loses(tier, tokens):
+        if not self.loses(tier, tokens):
             self.counters["gate.loaded"] += 1
             return True
         self._refused[tier] += 1
@@ -157,6 +157,10 @@ class Gate:
         self.counters["gate.skipped"] += 1
         self.counters["gate.skipped_tokens"] += tokens
         return False
+
+    def loses(self, tier: str, tokens: int) -> bool:
+        """Return whether a load would be skipped, or tried as an exception; counts nothing."""
+        return self._enabled and self._loses(tier, tokens)
 
     def estimates(self) -> dict[str, float]:
         """Return tokens a second: ``prefill``, and each tier that was seen; 0 for a tier with no time per token."""

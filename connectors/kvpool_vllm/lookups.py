@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -86,17 +87,33 @@ class Lookups:
         """Whether this step may ask any more."""
         return self._left_s > 0
 
-    def ask(self, namespace: Namespace, chain: list[bytes], known: int, also: Sequence[Also] = ()) -> Ask:
+    def ask(
+        self,
+        namespace: Namespace,
+        chain: list[bytes],
+        known: int,
+        also: Sequence[Also] = (),
+        *,
+        prefetch: bool = False,
+    ) -> Ask:
         """Ask; ``chain`` must not change any more. ``also``: the other groups of a hybrid model."""
         started = time.monotonic()
         try:
-            pending = self._client.lookup_async(namespace, chain, known_prefix=known, lease=True, also=also)
+            pending = self._client.lookup_async(
+                namespace, chain, known_prefix=known, lease=True, also=also, prefetch=prefetch
+            )
         except RuntimeError as error:  # no thread can be started, or the client is closed: settle makes it a miss
             pending = Future()
             pending.set_exception(error)
         self._left_s -= time.monotonic() - started
         self._counters["lookup.asked"] += 1
         return Ask(known, pending, started + self._give_up_s)
+
+    def read_ahead(self, namespace: Namespace, chain: list[bytes], known: int) -> None:
+        """Have what only files hold of a chain brought into memory; nobody waits for that, or hears of it."""
+        with contextlib.suppress(RuntimeError):  # as above
+            self._client.lookup_async(namespace, chain, known_prefix=known, prefetch=True)
+            self._counters["lookup.read_ahead"] += 1
 
     def settle(self, ask: Ask) -> bool:
         """Whether the answer is there; waits for it within this step's time, and once if others have work."""

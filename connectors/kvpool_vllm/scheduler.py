@@ -117,8 +117,15 @@ class SchedulerSide:
         self._saves.bind(pool)
 
     def track(self, request: Any) -> None:
-        """Begin a request."""
-        self._requests.setdefault(request.request_id, _Tracked(request, request.num_preemptions))
+        """Begin a request, whose blocks may be on their way out of files while it waits for its turn."""
+        if request.request_id not in self._requests:
+            self._requests[request.request_id] = _Tracked(request, request.num_preemptions)
+            tokens = request.num_prompt_tokens
+            if self.watch.reads_ahead(tokens) and self._may_load(request) and self._ready():
+                chain = self._chain(request)
+                known = self._cached_blocks(chain)
+                if known < len(chain):
+                    self._lookups.read_ahead(self._namespaces[self._groups.main], chain, known)
 
     def matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after ``computed`` the pool can load, None while it is not known."""
@@ -141,7 +148,13 @@ class SchedulerSide:
             if not self._lookups.time_left:
                 return None, False
             also = [Also(self._namespaces[g.number], g.last_blocks) for g in self._groups.others]
-            state.ask = self._lookups.ask(self._namespaces[self._groups.main], self._chain(request), have, also)
+            state.ask = self._lookups.ask(
+                self._namespaces[self._groups.main],
+                self._chain(request),
+                have,
+                also,
+                prefetch=self.watch.reads_ahead(request.num_prompt_tokens - computed),
+            )
         if not self._lookups.settle(state.ask):
             return None, False
         if state.ask.lookup is not None and state.ask.worth is None:
@@ -442,6 +455,17 @@ class SchedulerSide:
     def _may_share(request: Any) -> bool:
         """Whether the request's hashes name its KV: a LoRA adapter is hashed by its name alone."""
         return request.lora_request is None
+
+    def _cached_blocks(self, hashes: Sequence[bytes]) -> int:
+        """Return how many leading blocks the engine's own cache holds, as if it never lost one in the middle."""
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high) // 2
+            if self._pool.get_cached_block(hashes[middle], [self._groups.main]):
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def _ready(self) -> bool:
         if not self._namespaces:

@@ -35,6 +35,7 @@ COUNTERS = {
     "gate_skipped_tokens": Family("", "Prompt tokens computed because loading would have taken longer."),
     "breaker_opened": Family("target", "How often a node or the master was left alone after failures in a row."),
     "breaker_rejected": Family("target", "Calls answered as a miss because their target was left alone."),
+    "prefetch_blocks": Family("", "Blocks that were begun to be read from files while their request waited."),
     "errors": Family("operation", "Loads, saves and lookups that ended in an unexpected error."),
 }
 
@@ -48,6 +49,7 @@ _NAMES = {
     "get.local_bytes": "load_bytes.local",
     "get.remote_bytes": "load_bytes.remote",
     "get.fs_bytes": "load_bytes.fs",
+    "prefetch.blocks": "prefetch_blocks",
     "put.bytes": "save_bytes",
     "put.stored": "save_blocks.stored",
     "put.existed": "save_blocks.existed",

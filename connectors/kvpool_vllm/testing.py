@@ -75,6 +75,7 @@ class MemoryClient:
         lease: bool = False,
         timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
         also: Sequence[Also] = (),
+        prefetch: bool = False,  # noqa: ARG002 -- Client's signature
     ) -> Lookup:
         """Return the leading blocks of which all shards are here, in every group that needs them."""
         keys = split_keys(pack_keys(hashes))
@@ -159,6 +160,10 @@ class MemoryClient:
     def has_node(self) -> bool:
         """There is always room."""
         return True
+
+    def reads_files(self) -> bool:
+        """There are none."""
+        return False
 
     def stats(self) -> dict[str, int]:
         """Count nothing."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from kvpool_vllm.metadata import LoadJob, LoadSeen, WorkerMeta
     from kvpool_vllm.tally import Data
 
-TIERS = ("pool", "local", "remote", "fs")
+FILES = "fs"
+TIERS = ("pool", "local", "remote", FILES)
 """Where blocks come from, nearest first; "pool" when it is not known. The farthest one rules a load's time."""
 
 GONE = frozenset({"not_stored", "not_whole"})
@@ -50,6 +51,7 @@ class Watch:
         self._counters = counters
         self._block_tokens = block_tokens
         self._gate = Gate(enabled=settings.gate != "off")
+        self._prefetch = settings.prefetch
         self._unusable: dict[int, frozenset[str]] = {}
         self._seen: dict[str, LoadSeen] = {}
         self._tally = Tally("scheduler")
@@ -68,20 +70,28 @@ class Watch:
             self._counters[f"miss.{lookup.reason}"] += missing
             if self.events is not None and lookup.reason in GONE:
                 self.events.missing(chain[lookup.prefix])
-        prefix, tier = self._reachable(lookup)
+        prefix, in_memory, tier = self._reachable(lookup)
         if prefix < lookup.prefix:
             self._counters["miss.breaker_open"] += lookup.prefix - prefix
+        if in_memory < prefix:  # what has to be read is judged by itself: without it the rest may be worth it
+            if self._gate.allows(FILES, (prefix - in_memory) * self._block_tokens):
+                return prefix
+            prefix = in_memory
         blocks = prefix - lookup.known_prefix
         if blocks > 0 and not self._gate.allows(tier, blocks * self._block_tokens):
             return lookup.known_prefix
         return prefix
 
-    def _reachable(self, lookup: Lookup) -> tuple[int, str]:
-        """Return the leading blocks that somebody who answers has, and the farthest tier among them."""
+    def reads_ahead(self, tokens: int) -> bool:
+        """Whether to have a prompt's blocks read from files before they are loaded."""
+        return self._prefetch and self._client.reads_files() and not self._gate.loses(FILES, tokens)
+
+    def _reachable(self, lookup: Lookup) -> tuple[int, int, str]:
+        """Return the leading blocks that somebody who answers has, those of them before any file, and these' tier."""
         if not lookup.runs:
-            return lookup.prefix, TIERS[0]
+            return lookup.prefix, lookup.prefix, TIERS[0]
         unusable = self._client.unusable_nodes().union(*self._unusable.values())
-        prefix, tiers = lookup.known_prefix, dict.fromkeys(TIERS, 0)
+        prefix, in_memory, tiers = lookup.known_prefix, None, dict.fromkeys(TIERS, 0)
         for run in lookup.runs:
             near = [
                 self._tier(address, tier)
@@ -90,9 +100,14 @@ class Watch:
             ]
             if not near:
                 break
-            tiers[min(near, key=TIERS.index)] += run.blocks
+            tier = min(near, key=TIERS.index)
+            if tier == FILES and in_memory is None:
+                in_memory = prefix
+            if in_memory is None:
+                tiers[tier] += run.blocks
             prefix += run.blocks
-        return min(prefix, lookup.prefix), farthest(tiers)
+        prefix = min(prefix, lookup.prefix)
+        return prefix, prefix if in_memory is None else in_memory, farthest(tiers)
 
     def _is_usable(self, address: NodeAddress, backend: bytes, unusable: set[str]) -> bool:
         if not backend:
@@ -101,7 +116,7 @@ class Watch:
 
     def _tier(self, address: NodeAddress, tier: str) -> str:
         if tier != "dram":
-            return "fs"
+            return FILES
         here = address.boot_id == self._boot_id if address.boot_id else not address.port
         return "local" if here else "remote"
 
@@ -122,7 +137,7 @@ class Watch:
         total = sum(counts.values())
         for tier, count in counts.items():
             self._counters[f"hit_tokens.{tier}"] += round(tokens * count / total)
-        if arrived == job.blocks:
+        if arrived == job.blocks or counts.get(FILES):  # slow storage shows in loads that are cut short, too
             self._gate.loaded(farthest(counts), tokens, seen.seconds)
 
     def report_residency(self, group: int = 0) -> None:

@@ -70,6 +70,7 @@ class BlockPool:
     num_gpu_blocks: int = 100
     blocks: list[Block] = field(default_factory=lambda: [Block(i) for i in range(100)])
     evicted: set[int] = field(default_factory=set)
+    cached: set[bytes] = field(default_factory=set)
     null_block: Block = field(default_factory=lambda: Block(-1))
 
     def touch(self, blocks: list[Block]) -> None:
@@ -79,6 +80,10 @@ class BlockPool:
     def free_blocks(self, blocks: Iterator[Block]) -> None:
         for block in blocks:
             block.ref_cnt -= 1
+
+    def get_cached_block(self, block_hash: bytes, groups: list[int]) -> list[Block] | None:
+        assert groups == [0]
+        return [self.blocks[0]] if block_hash in self.cached else None
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         self.evicted |= block_ids
@@ -531,3 +536,76 @@ def test_partial_block_that_tokens_do_not_name(request_has: dict[str, Any]) -> N
     salted.cache_salt = "secret"
     assert harness.side._chain(salted) != harness.side._chain(request_of("d", 3))
     harness.side.close()
+
+
+class ReadingAhead(Harness):
+    """A pool with storage behind it; ``asked`` collects (first block, blocks, lease) of lookups that read ahead."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.asked: list[tuple[int, int, bool]] = []
+        self.client.reads_files = lambda: True  # type: ignore[method-assign]
+        lookup = self.client.lookup
+
+        def spied(namespace: Namespace, chain: list[bytes], *, prefetch: bool = False, **options: Any) -> Any:
+            if prefetch:
+                self.asked.append((options["known_prefix"], len(chain), options.get("lease", False)))
+            return lookup(namespace, chain, **options)
+
+        self.client.lookup = spied  # type: ignore[method-assign]
+
+    def idle(self) -> None:
+        """Wait for what was asked."""
+        self.side._client._threads.submit(lambda: None).result()
+        self.side._client._threads.submit(lambda: None).result()
+
+
+@pytest.mark.parametrize("cached", [0, 2, 5])
+def test_files_are_read_while_a_request_waits(cached: int) -> None:
+    """From its arrival on, but for what the engine holds itself; without a lease, and once."""
+    harness, request = ReadingAhead(), request_of("a", 20)
+    try:
+        assert harness.side._ready()
+        harness.blocks.cached = set(request.block_hashes[:cached])
+        harness.side.track(request)
+        harness.side.track(request)
+        wanted = [(cached, 5, False)] if cached < 5 else []
+        for _ in range(1000):
+            harness.idle()
+            if len(harness.asked) == len(wanted):
+                break
+        assert harness.asked == wanted
+    finally:
+        harness.side.close()
+
+
+def test_the_lookup_before_a_load_reads_ahead_too() -> None:
+    """For the request may yet wait for room."""
+    harness, request = ReadingAhead(), request_of("a", 20)
+    try:
+        harness.store(request.block_hashes)
+        assert harness.matched(request) == (20, True)
+        assert (0, 5, True) in harness.asked
+    finally:
+        harness.side.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"role": Role(loads=False, saves=True)},
+        {"prefetch": False},
+        {"load_min_tokens": 100},
+    ],
+)
+def test_who_does_not_load_does_not_read_ahead(options: dict[str, Any]) -> None:
+    """Nor who was told not to."""
+    harness = ReadingAhead(**options)
+    try:
+        assert harness.side._ready()
+        harness.side.track(request_of("a", 20))
+        harness.idle()
+        assert harness.asked == []
+        assert not harness.side.counters["lookup.read_ahead"]
+    finally:
+        harness.side.close()

@@ -21,9 +21,21 @@ NEAR = NodeAddress("near", "127.0.0.1", 1, "/sock", boot_id())
 FAR = NodeAddress("far", "10.0.0.2", 1, "/sock", "another")
 
 
+BACKEND = b"0123456789abcdef"
+THERE, HERE = ("far", "far:fs:30313233"), ("near", "near:fs:30313233")
+
+
 class Client:
     def __init__(self) -> None:
         self.unusable: set[str] = set()
+        self.files = False
+
+    def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, str]]:
+        assert backend == BACKEND
+        return [HERE, THERE] if address is FAR else [HERE]
+
+    def reads_files(self) -> bool:
+        return self.files
 
     def unusable_nodes(self) -> set[str]:
         return self.unusable
@@ -40,6 +52,9 @@ class Side:
     def worth(self, *runs: tuple[int, tuple[NodeAddress, ...]], reason: str = "complete", known: int = 0) -> int:
         """Judge an answer; ``runs``: blocks and who has them."""
         found = [Run(blocks, [(owner, "dram", (0,), b"") for owner in owners]) for blocks, owners in runs]
+        return self.judge(found, reason, known)
+
+    def judge(self, found: list[Run], reason: str = "complete", known: int = 0) -> int:
         return self.watch.worth(Lookup(known + sum(run.blocks for run in found), reason, "", 0, known, found), CHAIN)
 
     def loaded(self, name: str, blocks: int, seconds: float, tiers: dict[str, int], arrived: int | None = None) -> None:
@@ -107,6 +122,56 @@ def test_loads_slower_than_computing_are_left_out(gate: str, monkeypatch: pytest
         "tokens_per_second.local": 16000,
     }
     assert told["counters"].get("gate.skipped", 0) == (2 if gate == "auto" else 0)
+
+
+def memory(blocks: int, owner: NodeAddress = NEAR) -> Run:
+    return Run(blocks, [(owner, "dram", (0,), b"")])
+
+
+def files(blocks: int, server: NodeAddress = NEAR) -> Run:
+    return Run(blocks, [(server, "fs", (0,), BACKEND)])
+
+
+def test_files_that_somebody_can_read_count(side: Side) -> None:
+    """Storage that every node's way to is left alone ends the prefix; the nodes' memory does not."""
+    assert side.judge([memory(3), files(4, FAR), memory(3, FAR)]) == 10
+    side.client.unusable = {HERE[1]}
+    assert side.judge([memory(3), files(4, FAR)]) == 7, "the other node still reads them"
+    assert side.judge([memory(3), files(4, NEAR)]) == 3
+    side.watch.worker_report(WorkerMeta(unusable={7: frozenset({THERE[1]})}))
+    assert side.judge([memory(3), files(4, FAR)]) == 3
+    assert side.judge([memory(3), memory(4, FAR)]) == 7
+    both = Run(4, [*files(4).owners, *memory(4, FAR).owners])
+    assert side.judge([memory(3), both]) == 7, "memory has them too"
+
+
+def test_files_slower_than_computing_are_left_out_alone(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory holds before them is loaded all the same; then nothing is read ahead, either."""
+    now = 0.0
+    monkeypatch.setattr("kvpool_vllm.watch.time.monotonic", lambda: now)
+    side.client.files = True
+    assert side.watch.reads_ahead(100)
+    for i in range(SAMPLES_MIN):
+        request = type("Request", (), {"num_computed_tokens": 0, "num_prompt_tokens": 100, "request_id": str(i)})
+        side.watch.step_planned([(request, 100)], lambda _: [])
+        now += 0.1
+        side.watch.step_ended(SPACE, {})
+        side.loaded(f"slow {i}", 10, 1.0, {"local": 5, "fs": 2}, arrived=7)  # cut short by its deadline
+        side.loaded(f"quick {i}", 10, 0.01, {"local": 10})
+    assert side.judge([memory(4), files(6)]) == 4
+    assert side.judge([files(10)]) == 0
+    assert side.judge([memory(4)]) == 4
+    assert side.judge([memory(4), files(2), memory(4)]) == 4
+    assert side.watch._gate.counters["gate.skipped_tokens"] == (6 + 10 + 6) * TOKENS
+    assert not side.watch.reads_ahead(100)
+
+
+@pytest.mark.parametrize(("setting", "storage"), [("true", False), ("false", True)])
+def test_reading_ahead_is_for_nodes_with_storage(setting: str, storage: bool) -> None:
+    """And for engines that want it."""
+    side = Side(prefetch=setting)
+    side.client.files = storage
+    assert not side.watch.reads_ahead(100)
 
 
 def test_hits_are_counted_in_tokens_by_tier(side: Side) -> None:
