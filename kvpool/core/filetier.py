@@ -134,13 +134,17 @@ class FileTierState:
         backend = self.backends[number]
         if not backend.readable:
             return []
-        if backend.learn_asked:
+        jobs = [] if backend.learn_asked else self._take_in_turn(number)
+        if not jobs and backend.learn_asked:
             backend.learn_asked = False
             return [Learn(number)]
+        return jobs
+
+    def _take_in_turn(self, number: int) -> list[Job]:
+        backend, take_reads = self.backends[number], self.reads.take
         if backend.removes and not backend.reads:
             return [backend.removes.popleft()]
         backend.turn += 1
-        take_reads = self.reads.take
         if backend.reads and backend.turn % WRITE_TURN:
             return take_reads(number, backend.reads) or self._take_rest(number)
         if backend.ahead and backend.turn % 2:  # nobody waits for what is read ahead, and nobody for writes: by turns
