@@ -11,6 +11,7 @@ COMMANDS = {
     "up": ("kvpool.cli.up:command", "Run a master and nodes in one go: a laptop, a demo, a test."),
     "master": ("kvpool.cli.master:command", "Run the master (kvpool-master)."),
     "node": ("kvpool.cli.node:command", "Run this host's node (kvpool-node)."),
+    "proxy": ("kvpool.cli.proxy:command", "Route requests to engines, by the prefixes they hold (kvpool-proxy)."),
     "ctl": ("kvpool.cli.ctl:command", "Look into a pool (kvpoolctl)."),
     "bench": ("kvpool.cli.bench:command", "Measure a pool (kvpool-bench)."),
 }

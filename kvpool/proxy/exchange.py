@@ -1,0 +1,318 @@
+"""One client's request, from its parsed body to the last byte of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from kvpool.config import ProxySettings
+from kvpool.proxy import prompts
+from kvpool.proxy.errors import AttemptError, ClientGoneError, Plain, error_event
+from kvpool.proxy.fleet import Asking, Fleet, read_all
+from kvpool.proxy.prompts import Asked
+from kvpool.proxy.routing import LOAD_SHARE, Held, Role, Ticket
+from kvpool.proxy.watch import Phase, Watch
+
+log = logging.getLogger(__name__)
+
+TRY_ELSEWHERE: Final = frozenset({500, 502, 503, 504})
+"""An instance's answers after which another one is tried."""
+
+DONE: Final = b"[DONE]"
+"""Ends every stream in OpenAI's form: one without it was cut."""
+
+ERROR_WRITE_S: Final = 1.0
+
+_HOP_BY_HOP: Final = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
+    "upgrade", "host", "content-length", "content-type", "accept-encoding", "expect", "proxy-connection",
+})  # fmt: skip
+_OURS: Final = _HOP_BY_HOP - {"content-type"} | {"date", "server"}
+
+
+def request_headers(request: web.Request, api_key: str | None) -> CIMultiDict[str]:
+    """Return a client's headers as instances get them; with an id, the same one at all of them."""
+    named = {name.strip().lower() for name in request.headers.get("Connection", "").split(",")}
+    headers: CIMultiDict[str] = CIMultiDict(
+        (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP | named
+    )
+    headers["Accept-Encoding"] = "identity"
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    headers.setdefault("X-Request-Id", uuid.uuid4().hex)
+    return headers
+
+
+def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return an instance's headers as clients get them."""
+    return {name: value for name, value in headers.items() if name.lower() not in _OURS}
+
+
+class Exchange:
+    """Serves one request: chooses instances, tries others before the first byte, is honest after it."""
+
+    def __init__(
+        self, fleet: Fleet, settings: ProxySettings, request: web.Request, asked: Asked, raw: bytes,
+        known: Mapping[str, Held],
+    ) -> None:  # fmt: skip
+        """``known``: what instances hold of the prompt, by their URL, where the master has said so."""
+        self._fleet = fleet
+        self._settings = settings
+        self._request = request
+        self._asked = asked
+        self._raw = raw
+        self._known = known
+        self._loop = asyncio.get_running_loop()
+        self._start = self._loop.time()
+        self._end = self._start + settings.request_timeout / 1000
+        self._headers = request_headers(request, settings.api_key)
+        self._response: web.StreamResponse | None = None
+
+    async def run(self) -> tuple[web.StreamResponse, str]:
+        """Return the response, sent whole or in part, and how it ended for the counters.
+
+        Raises RefusedRequestError and AttemptError while nothing was sent, ClientGoneError.
+        """
+        try:
+            divided = bool(self._fleet.router.of(Role.DECODE))
+            response = await (self._divided() if divided else self._whole())
+        except AttemptError as exc:
+            if exc.answer is not None and self._response is None:
+                return await self._send(exc.answer), str(exc.answer.status)
+            if self._response is None:
+                raise
+            await self._break_off(self._response, exc)
+            return self._response, "broken"
+        return response, str(response.status)
+
+    # ---- instances that do everything ------------------------------------------------------------------
+
+    async def _whole(self) -> web.StreamResponse:
+        asking = Asking(Role.BOTH, self._asked.prompt, known=self._known)
+        failed: AttemptError | None = None
+        for _ in range(self._settings.attempts_max):
+            ticket = await self._place(asking, failed)
+            try:
+                return await self._answer(ticket, self._raw)
+            except AttemptError as exc:
+                failed = self._failed(exc, asking, ticket)
+            finally:
+                self._fleet.end(ticket)
+        raise failed or AssertionError("attempts_max is at least 1")
+
+    # ---- prefill here, decode there --------------------------------------------------------------------
+
+    async def _divided(self) -> web.StreamResponse:
+        """Prefill, then decode. The place at the decode instance comes first: KV that was computed waits for nobody."""
+        asking = Asking(Role.DECODE, self._asked.prompt, LOAD_SHARE, self._known)
+        failed: AttemptError | None = None
+        params: Mapping[str, Any] | None = None
+        for _ in range(self._settings.attempts_max):
+            ticket = await self._place(asking, failed)
+            try:
+                if params is None:  # what an instance has begun to fetch, no other can
+                    params = await self._prefill(ticket)
+                if not ticket.instance.up:
+                    raise AttemptError("the instance went down", 503, reached=False)
+                return await self._answer(ticket, json.dumps(prompts.for_decode(self._asked.body, params)).encode())
+            except AttemptError as exc:
+                failed = self._failed(exc, asking, ticket)
+                params = None if exc.reached else params
+            finally:
+                self._fleet.end(ticket)
+        raise failed or AssertionError("attempts_max is at least 1")
+
+    async def _prefill(self, decode: Ticket) -> Mapping[str, Any] | None:
+        """Return what a prefill instance says of the prompt's KV; None where the decode instance is to do it all."""
+        outcomes = self._fleet.metrics.prefills
+        if not self._asked.divisible:
+            outcomes.labels("indivisible").inc()
+            return None
+        if self._settings.skip_prefill == "pool" and decode.exact and decode.held.pool >= decode.prompt.tokens:
+            outcomes.labels("skipped").inc()
+            return None
+        raw = json.dumps(prompts.for_prefill(self._asked.body)).encode()
+        asking = Asking(Role.PREFILL, self._asked.prompt, known=self._known)
+        failed: AttemptError | None = None
+        for _ in range(self._settings.attempts_max):
+            if not self._fleet.available(asking) and not (failed and failed.stale):
+                break
+            ticket = await self._place(asking, failed)
+            try:
+                answer = await self._ask(ticket, raw)
+            except AttemptError as exc:
+                failed = self._failed(exc, asking, ticket)
+            else:
+                params = _params(answer)
+                outcomes.labels("done" if params else "refused").inc()
+                return params
+            finally:
+                self._fleet.end(ticket)
+        outcomes.labels("failed").inc()
+        log.warning("prefill failed, the decode instance computes the prompt: %s", failed or "no instance is up")
+        return None
+
+    # ---- one attempt -----------------------------------------------------------------------------------
+
+    async def _place(self, asking: Asking, failed: AttemptError | None) -> Ticket:
+        """Return a place where it was not tried yet. Raises the last failure where there is none."""
+        if failed is not None and not self._fleet.available(asking):
+            if not failed.stale:
+                raise failed
+            asking.avoid.clear()
+            failed.stale = False
+        return await self._fleet.take(asking)
+
+    def _failed(self, failure: AttemptError, asking: Asking, ticket: Ticket) -> AttemptError:
+        """Note that an attempt has failed; raises it where the client has bytes already, or no time is left."""
+        outcome = "failed" if self._response is None else "broken"
+        self._fleet.metrics.attempts.labels(asking.role, outcome).inc()
+        log.warning("%s at %s: %s", asking.role, ticket.instance.name, failure)
+        self._fleet.failed(ticket, refused=not failure.reached)
+        if self._response is not None or failure.final:
+            raise failure
+        asking.avoid.add(ticket.instance)
+        return failure
+
+    async def _ask(self, ticket: Ticket, raw: bytes) -> Plain:
+        """Return a prefill instance's answer. Raises AttemptError."""
+        limit_s = self._settings.first_byte_timeout / 1000
+        watch = Watch(self._end)
+        with self._fleet.watched(ticket.instance, watch):
+            async with watch:
+                try:
+                    async with self._post(ticket, raw, watch, limit_s) as upstream:
+                        answer = await self._plain(upstream)
+                except (aiohttp.ClientError, OSError, ValueError) as exc:
+                    raise _failure(exc) from exc
+        self._count(ticket)
+        return answer
+
+    async def _answer(self, ticket: Ticket, raw: bytes) -> web.StreamResponse:
+        """Hand an instance's answer to the client. Raises AttemptError, ClientGoneError."""
+        stream = self._asked.stream
+        limit_s = (self._settings.first_byte_timeout if stream else self._settings.request_timeout) / 1000
+        watch = Watch(self._end)
+        with self._fleet.watched(ticket.instance, watch):
+            async with watch:
+                try:
+                    async with self._post(ticket, raw, watch, limit_s) as upstream:
+                        if upstream.status == 200 and upstream.content_type == "text/event-stream":
+                            return await self._relay(upstream, ticket, watch)
+                        answer = await self._plain(upstream)
+                except (aiohttp.ClientError, OSError, ValueError) as exc:
+                    raise _failure(exc) from exc
+        self._count(ticket)
+        return await self._send(answer)
+
+    def _post(self, ticket: Ticket, raw: bytes, watch: Watch, limit_s: float) -> Any:
+        watch.expect(Phase.FIRST_BYTE, limit_s)
+        headers = self._headers.copy()
+        headers["Content-Type"] = "application/json"
+        return self._fleet.session.post(ticket.instance.name + self._request.path, data=raw, headers=headers)
+
+    async def _plain(self, upstream: aiohttp.ClientResponse) -> Plain:
+        body = await read_all(upstream.content, self._settings.body_size_max)
+        answer = Plain(upstream.status, answer_headers(upstream.headers), body)
+        if upstream.status in TRY_ELSEWHERE:
+            raise AttemptError(f"status {upstream.status}: {body[:200].decode(errors='replace')}", answer=answer)
+        if not body:
+            raise AttemptError(f"an empty answer with status {upstream.status}")
+        return answer
+
+    async def _relay(self, upstream: aiohttp.ClientResponse, ticket: Ticket, watch: Watch) -> web.StreamResponse:
+        """Pass a stream on, byte for byte."""
+        idle_s = self._settings.idle_timeout / 1000
+        chunk = await upstream.content.readany()
+        if not chunk:
+            raise AttemptError("a stream without a byte")
+        self._count(ticket)
+        response = web.StreamResponse(status=200, headers=answer_headers(upstream.headers))
+        watch.expect(Phase.CLIENT, idle_s)
+        await self._begin(response)
+        tail = b""
+        while chunk:
+            watch.expect(Phase.CLIENT, idle_s)
+            await _write(response, chunk)
+            tail = (tail + chunk[-len(DONE) - 8 :])[-len(DONE) - 8 :]
+            watch.expect(Phase.NEXT_BYTE, idle_s)
+            chunk = await upstream.content.readany()
+        if not tail.rstrip().endswith(DONE):
+            raise AttemptError("the stream ended before it was done")
+        await _write(response, b"", last=True)
+        return response
+
+    # ---- the client ------------------------------------------------------------------------------------
+
+    def _count(self, ticket: Ticket) -> None:
+        """The prompt is computed."""
+        self._fleet.first_byte(ticket)
+        self._fleet.metrics.attempts.labels(ticket.instance.role, "answered").inc()
+        if ticket.instance.role is not Role.PREFILL:
+            seconds = self._loop.time() - self._start
+            self._fleet.metrics.first_byte.labels(self._request.path).observe(seconds)
+
+    async def _begin(self, response: web.StreamResponse) -> None:
+        self._response = response
+        try:
+            await response.prepare(self._request)
+        except ConnectionError as exc:
+            raise ClientGoneError("the client has hung up") from exc
+
+    async def _send(self, answer: Plain) -> web.StreamResponse:
+        """Send an answer that is there as a whole."""
+        response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+        watch = Watch(self._end)
+        async with watch:
+            watch.expect(Phase.CLIENT, self._settings.idle_timeout / 1000)
+            await self._begin(response)
+            await _write(response, b"", last=True)
+        return response
+
+    async def _break_off(self, response: web.StreamResponse, failure: AttemptError) -> None:
+        """Say what happened, and end the connection in a way that nobody takes for an end of the answer."""
+        transport = self._request.transport
+        try:
+            async with asyncio.timeout(ERROR_WRITE_S):
+                await _write(response, error_event(failure.status, f"the stream broke: {failure}"))
+        except (TimeoutError, ClientGoneError):
+            if transport is not None:
+                transport.abort()
+        if transport is not None:
+            transport.close()  # without the last chunk
+
+
+async def _write(response: web.StreamResponse, data: bytes, *, last: bool = False) -> None:
+    try:
+        await (response.write_eof() if last else response.write(data))
+    except (ConnectionError, aiohttp.ClientError) as exc:
+        raise ClientGoneError("the client has hung up") from exc
+
+
+def _failure(exc: Exception) -> AttemptError:
+    """Return what a client library's error means for the request."""
+    if isinstance(exc, aiohttp.ServerTimeoutError):
+        return AttemptError("the instance could not be reached in time", 504, reached=False)
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        return AttemptError(f"the instance takes no connections: {exc.os_error}", 503, reached=False)
+    stale = isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
+    return AttemptError(f"the connection broke: {str(exc) or type(exc).__name__}", stale=stale)
+
+
+def _params(answer: Plain) -> Mapping[str, Any] | None:
+    """Return the transfer parameters in a prefill instance's answer; None where it has none to give."""
+    if answer.status != 200:
+        return None
+    try:
+        found = json.loads(answer.body).get("kv_transfer_params")
+    except (ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
