@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
@@ -507,13 +506,13 @@ class Client:
         if self._node_path is not None:
             return [self._node_path]
         default = default_socket_path()
-        paths = [default] if Path(default).exists() else []
+        paths = [default]
         if self._link is not None:
             here = boot_id()
             mine = [n.socket_path for n in self._link.nodes if here and n.boot_id == here]
             if self._link.nodes and default not in mine:
                 paths = []  # a node of another pool has the usual place
-            paths += [path for path in mine if path not in paths and Path(path).exists()]
+            paths += [path for path in mine if path not in paths]
         return paths
 
 
