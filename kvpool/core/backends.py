@@ -448,7 +448,7 @@ class Backends:
             backend.scanned_files, backend.scan_expected = message.files, message.files_expected
         for piece in slices_of(message.added):
             if known(piece):
-                yield self._found(backend, piece)
+                yield self.found(replace(piece, backend=backend.id))
         if not message.last or not ours:
             return
         backend.scanner = ""
@@ -459,8 +459,9 @@ class Backends:
         backend.complete = True
         yield [self._keep(backend), BackendChanged(backend.name, f"is scanned: {message.files} files")]
 
-    def _found(self, backend: StorageBackend, piece: BlockRun) -> list[Effect]:
-        """Files that a scan has seen, less those that are about to be removed."""
+    def found(self, piece: BlockRun) -> list[Effect]:
+        """Take in files that somebody has seen, less those that are about to be removed."""
+        backend = self.of(piece.backend)
         effects: list[Effect] = []
         for shard in mask_shards(piece.shards):
             run = BlockRun(piece.namespace, 1 << shard, piece.shard_bytes, piece.keys, backend=backend.id)

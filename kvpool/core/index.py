@@ -298,6 +298,14 @@ class Index:
         """Return, for each row, the payload bytes that one incarnation holds of it."""
         return self._shards_on(self.placement.take(rows), incarnation) * self.shard_bytes.take(rows)
 
+    def shards_on(self, run: BlockRun, incarnation: int) -> int:
+        """Return how many of these shards one incarnation holds."""
+        space = self.spaces.get(run.namespace)
+        rows = space.table.find(as_words(run.keys)) if space is not None else np.empty(0, np.int64)
+        numbers, counts = np.unique(self.placement.take(np.unique(rows[rows >= 0])), return_counts=True)
+        masks = [self.placements.shards_of(number, incarnation) & run.shards for number in numbers.tolist()]
+        return sum(mask.bit_count() * count for mask, count in zip(masks, counts.tolist(), strict=True))
+
     def file_bytes_on(self, rows: Rows, incarnation: int) -> NDArray[np.int64]:
         """Return, for each row, what its files take of a storage backend."""
         sizes = np.zeros(len(rows), np.int64)

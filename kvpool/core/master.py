@@ -45,6 +45,7 @@ from kvpool.core.messages import (
 from kvpool.core.nodes import FORGET_DEAD_S, MasterLimits, Node, Retired, bounded, slices_of
 from kvpool.core.operators import Evictions
 from kvpool.core.pins import Pins
+from kvpool.core.placement import Placement
 from kvpool.core.removals import Removals, Why
 from kvpool.core.residency import Residency
 from kvpool.errors import OverloadedError
@@ -162,7 +163,7 @@ class MasterState:
             yield effects + self.backends.confirm(message.id)
         elif isinstance(message, Scanned):
             yield effects + self._learn(message.namespaces)
-            yield from self.backends.scanned(node, message, up, self._usable)
+            yield from self.backends.scanned(node, message, up, self.usable)
         elif isinstance(message, Heartbeat):
             node.used_bytes = message.used_bytes
             node.heard_sequence = message.sequence
@@ -299,7 +300,7 @@ class MasterState:
 
     def _add(self, piece: BlockRun, incarnation: int) -> list[Effect] | None:
         """Add blocks or files; returns None if their namespace is not known, so that the node must say it again."""
-        if not self._usable(piece):
+        if not self.usable(piece):
             space = self.index.spaces.get(piece.namespace)
             told = (space is not None and space.descriptor is not None) or len(self.index.spaces) >= NAMESPACES_MAX
             return [] if told else None  # if it is full, nothing could make it known
@@ -309,7 +310,8 @@ class MasterState:
         self.counters["blocks_added"] += len(piece)
         return []
 
-    def _usable(self, piece: BlockRun) -> bool:
+    def usable(self, piece: BlockRun) -> bool:
+        """Return whether blocks can be taken in: of a namespace that is known, with shards that it has."""
         space = self.index.spaces.get(piece.namespace)
         if space is None or space.descriptor is None:
             self.counters["blocks_of_unknown_namespace"] += len(piece)
@@ -573,6 +575,9 @@ class MasterState:
         counters = self.counters
         counters["lookups"] += 1
         counters["lookup_hit_blocks"] += len(rows)
+        for blocks, placement in answer.runs:
+            if not self._in_memory(placement):
+                counters["lookup_hit_blocks_fs"] += blocks
         if answer.reason is not Reason.COMPLETE:
             counters[f"lookup_end_{answer.reason.value}"] += 1
         if answer.lease:
@@ -580,6 +585,13 @@ class MasterState:
             self.leases.take(answer.lease, rows if distinct else np.unique(rows), up)
             if self.index.listed.take(rows).any():
                 self._unlist(rows)
+
+    def _in_memory(self, placement: Placement) -> bool:
+        live = 0
+        for owner in placement.owners:
+            if owner.tier == TIER and self.index.placements.is_live(owner.incarnation):
+                live |= owner.shards
+        return live == placement.full
 
     def _unlist(self, rows: Rows) -> None:
         """Leased blocks are on a victim list: make new lists soon."""

@@ -102,7 +102,7 @@ class Pins:
         if remember and not pin.ended:
             yield [_catalog(pin)]
 
-    def chosen(self, ids: list[int], label: str, *, every: bool) -> list[OperatorPin]:
+    def chosen(self, ids: set[int], label: str, *, every: bool) -> list[OperatorPin]:
         """Return the pins that a wish to end some is about."""
         return [
             pin for pin in self.by_id.values() if every or pin.id in ids or (label and pin.label == label)

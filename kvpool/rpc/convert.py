@@ -23,7 +23,7 @@ REASONS = {
 REASON_OF = {wire: reason for reason, wire in REASONS.items()}
 
 
-_STATES = {
+STATES = {
     BackendState.UP: types_pb2.Backend.UP,
     BackendState.DOWN: types_pb2.Backend.DOWN,
     BackendState.READ_ONLY: types_pb2.Backend.READ_ONLY,
@@ -82,7 +82,7 @@ def backend_to_proto(backend: Backend) -> types_pb2.Backend:
         id=backend.id,
         url=backend.url,
         capacity_bytes=backend.capacity_bytes,
-        state=_STATES[backend.state],
+        state=STATES[backend.state],
         reason=backend.reason,
     )
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvpool import __version__
 from kvpool.core.agreement import disagreeing, in_use, warnings
+from kvpool.core.effects import Effect
 from kvpool.core.keytable import Rows, as_words
 from kvpool.core.residency import TIER as HBM
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
-from kvpool.server import explain, wire
-from kvpool.server.peers import rpc
+from kvpool.server import backends, explain, wire
+from kvpool.server.peers import rpc, rpc_stream
 
 if TYPE_CHECKING:
     from kvpool.server.master import Pool
@@ -26,7 +28,7 @@ RESIDENTS_SLICE = 4096
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """Reads the state, changes nothing but by EvictBlocks."""
+    """Reads the state; changes it only by what operators ask for."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -56,11 +58,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             warming=state.warming,
             counters=counters,
             settings={name: str(getattr(settings, name)) for name in settings.__dataclass_fields__},
-            warnings=warnings(state.index.spaces.values(), now),
+            warnings=[*warnings(state.index.spaces.values(), now), *backends.warnings(self.pool, now)],
             removals=len(state.removals),
             removals_max=state.removals.entries_max,
             engines=len(state.residency.engines),
             engine_blocks=len(state.residency),
+            backends=backends.statuses(self.pool),
         )
 
     @rpc
@@ -152,3 +155,75 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         else:
             raise InvalidArgumentError("namespace", "give keys, a namespace or coldest_bytes")
         return admin_pb2.EvictBlocksResponse(blocks=blocks, bytes=size)
+
+    # ---- storage backends ----------------------------------------------------------------------
+
+    @rpc
+    async def Backends(self, request: admin_pb2.BackendsRequest, context: Any) -> admin_pb2.BackendsResponse:
+        """Return how every storage backend fares."""
+        return admin_pb2.BackendsResponse(backends=backends.statuses(self.pool))
+
+    @rpc_stream
+    async def CataloguedFiles(
+        self, request: admin_pb2.CataloguedFilesRequest, context: Any
+    ) -> AsyncIterator[admin_pb2.CataloguedFilesResponse]:
+        """Return what a backend holds."""
+        async for piece in backends.files(self.pool, request.backend):
+            yield piece
+
+    @rpc
+    async def CorrectCatalog(
+        self, request: admin_pb2.CorrectCatalogRequest, context: Any
+    ) -> admin_pb2.CorrectCatalogResponse:
+        """Take in what somebody has found who looked at the files."""
+        return await backends.correct(self.pool, request)
+
+    @rpc
+    async def ScanBackend(self, request: admin_pb2.ScanBackendRequest, context: Any) -> admin_pb2.ScanBackendResponse:
+        """Ask a node to say what a backend holds."""
+        return admin_pb2.ScanBackendResponse(node=backends.scan(self.pool, request.backend))
+
+    # ---- pins ----------------------------------------------------------------------------------
+
+    @rpc
+    async def PinBlocks(self, request: admin_pb2.PinBlocksRequest, context: Any) -> admin_pb2.PinBlocksResponse:
+        """Pin blocks, a slice at a time."""
+        pin, slices = self.pool.state.pins.begin(
+            request.namespace, request.keys, request.ttl_ms / 1000, request.label, time.monotonic()
+        )
+        await self._perform(slices)
+        return admin_pb2.PinBlocksResponse(pin=pin.id, blocks=pin.present)
+
+    @rpc
+    async def UnpinBlocks(self, request: admin_pb2.UnpinBlocksRequest, context: Any) -> admin_pb2.UnpinBlocksResponse:
+        """End pins."""
+        if not (request.pins or request.label or request.all):
+            raise InvalidArgumentError("pins", "give pins, a label or all")
+        pins = self.pool.state.pins
+        chosen = pins.chosen(set(request.pins), request.label, every=request.all)
+        blocks = sum(len(pin) for pin in chosen)
+        for pin in chosen:
+            await self._perform(pins.end(pin))
+        return admin_pb2.UnpinBlocksResponse(pins=len(chosen), blocks=blocks)
+
+    @rpc
+    async def Pins(self, request: admin_pb2.PinsRequest, context: Any) -> admin_pb2.PinsResponse:
+        """Return the pins that stand."""
+        pins, now = self.pool.state.pins, time.monotonic()
+        response = admin_pb2.PinsResponse()
+        for pin in list(pins.by_id.values()):
+            response.pins.add(
+                pin=pin.id,
+                label=pin.label,
+                namespace=pin.namespace,
+                blocks=len(pin),
+                present=pins.present(pin),
+                left_s=max(0.001, pin.until - now) if pin.until is not None else 0.0,
+            )
+            await asyncio.sleep(0)
+        return response
+
+    async def _perform(self, slices: Iterator[list[Effect]]) -> None:
+        for effects in slices:
+            self.pool.perform(effects)
+            await asyncio.sleep(0)

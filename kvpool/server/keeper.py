@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from kvpool.core.effects import (
     CatalogBackend,
@@ -116,14 +116,6 @@ class Keeper:
         for node_id in self._nodes:
             self._catalog.keep_node(node_id)
         return self._state.tell_catalog()
-
-    async def files_of(self, backend: bytes) -> AsyncIterator[list[BlockRun]]:
-        """Yield what the catalog has of a backend, in pieces."""
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[list[Files]] = asyncio.Queue()
-        self._catalog.list_files(backend, lambda files: _call(loop, lambda: pieces.put_nowait(files)))
-        while files := await pieces.get():
-            yield [_run(piece) for piece in files]
 
     def close(self) -> None:
         """Write what was handed over."""

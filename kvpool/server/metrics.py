@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -17,6 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from kvpool.core.agreement import warnings
+from kvpool.core.backends import StorageBackend
 from kvpool.core.master import MasterState
 from kvpool.core.segment import SegmentState
 from kvpool.errors import InvalidArgumentError
@@ -33,12 +35,15 @@ _LOOKUP_END = "lookup_end_"
 
 
 class Value(NamedTuple):
-    """One metric; ``kind`` is gauge, counter, or untyped for a counter whose name does not end in _total."""
+    """One metric; ``kind`` is gauge, counter, or untyped for a counter whose name does not end in _total.
+
+    With several labels, ``label`` has their names with blanks between, and each key is a tuple.
+    """
 
     kind: str
     name: str
     text: str
-    value: float | Mapping[str, float]
+    value: float | Mapping[str, float] | Mapping[tuple[str, ...], float]
     label: str = ""
 
 
@@ -68,9 +73,9 @@ class _StateCollector(Collector):
 
         self._loop.call_soon_threadsafe(read)
         for kind, name, text, value, label in done.result(READ_S):
-            family = _FAMILIES[kind](name, text, labels=[label] if label else None)
-            for key, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-                family.add_metric([key] if label else [], number)
+            family = _FAMILIES[kind](name, text, labels=label.split() or None)
+            for key, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+                family.add_metric([key] if isinstance(key, str) else key, number)
             yield family
 
 
@@ -130,8 +135,7 @@ def master_values(state: MasterState, clock: Callable[[], float]) -> list[Value]
         Value("gauge", "kvpool_leased_blocks", "Leased blocks, once a lease", leases.blocks),
         Value("counter", "kvpool_leases_expired", "Leases that nobody released in time", leases.expired),
         Value("counter", "kvpool_lookups", "Lookups", counters["lookups"]),
-        Value("counter", "kvpool_lookup_hit_blocks", "Blocks found, by tier", {"dram": counters["lookup_hit_blocks"]},
-              "tier"),
+        Value("counter", "kvpool_lookup_hit_blocks", "Blocks found, by the nearest tier", _hits(counters), "tier"),
         Value("counter", "kvpool_lookup_misses", "Lookups that ended before the prompt did, by reason", ends, "reason"),
         Value("counter", "kvpool_master_events", "Everything else that is counted", others, "event"),
         Value("gauge", "kvpool_removals_kept", "Removals that explain can tell of", len(removals)),
@@ -141,6 +145,35 @@ def master_values(state: MasterState, clock: Callable[[], float]) -> list[Value]
         Value("gauge", "kvpool_engines", "Engines that report what they hold", len(residency.engines)),
         Value("gauge", "kvpool_engine_blocks", "Blocks in engines' own memory (tier hbm)", len(residency)),
         Value("gauge", "kvpool_uptime_seconds", "Time since the start", now - state.started),
+        Value("gauge", "kvpool_pins", "Operators' pins", len(state.pins.by_id)),
+        *_storage_values(state),
+    ]  # fmt: skip
+
+
+def _hits(counters: Counter[str]) -> dict[str, float]:
+    files = counters["lookup_hit_blocks_fs"]
+    return {"dram": counters["lookup_hit_blocks"] - files, "fs": files}
+
+
+def _storage_values(state: MasterState) -> list[Value]:
+    """Return the metrics of storage backends, labelled by name."""
+    backends = state.backends
+
+    def each(read: Callable[[StorageBackend], float]) -> dict[str, float]:
+        return {backend.name: read(backend) for backend in backends.by_id.values()}
+
+    return [
+        Value("gauge", "kvpool_storage_used_bytes", "Bytes of files", each(backends.used_bytes), "backend"),
+        Value("gauge", "kvpool_storage_removing_bytes", "Bytes of files that are to be removed",
+              each(lambda b: b.removing_bytes), "backend"),
+        Value("gauge", "kvpool_storage_capacity_bytes", "Bytes of files it may hold", each(lambda b: b.capacity_bytes),
+              "backend"),
+        Value("gauge", "kvpool_storage_blocks", "Blocks it has something of", each(backends.blocks), "backend"),
+        Value("gauge", "kvpool_storage_nodes", "Live nodes that read it", each(lambda b: len(backends.serving(b))),
+              "backend"),
+        Value("gauge", "kvpool_storage_full", "Whether nothing more is written", each(lambda b: b.full), "backend"),
+        Value("gauge", "kvpool_storage_scanning", "Whether it is being scanned", each(lambda b: bool(b.scanner)),
+              "backend"),
     ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import urllib.parse
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -63,6 +63,24 @@ def rpc(method: Method) -> Method:
         try:
             self.pool.guard.check(grpc_peer_host(context.peer()))
             return await method(self, request, context)
+        except KVPoolError as exc:
+            await context.abort(status_of(exc), str(exc))
+
+    return wrapped  # type: ignore[return-value]
+
+
+Stream = TypeVar("Stream", bound=Callable[..., AsyncIterator[Any]])
+
+
+def rpc_stream(method: Stream) -> Stream:
+    """Do what ``rpc`` does for a method that answers with a stream."""
+
+    @functools.wraps(method)
+    async def wrapped(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            self.pool.guard.check(grpc_peer_host(context.peer()))
+            async for reply in method(self, request, context):
+                yield reply
         except KVPoolError as exc:
             await context.abort(status_of(exc), str(exc))
 

@@ -199,18 +199,6 @@ class Catalog:
         """Call ``take``, in the catalog's thread, with the files and the doomed ones that it has now."""
         self._submit(0, lambda txn: take(self._list(txn, self._files), self._list(txn, self._doomed)))
 
-    def list_files(self, backend: bytes, take: Callable[[list[Files]], None]) -> None:
-        """Call ``take``, in the catalog's thread, with pieces of what it has of a backend; an empty one ends it."""
-
-        def read(txn: lmdb.Transaction) -> None:
-            for number, group in self._groups.items():
-                if group.backend == backend:
-                    for keys in self._keys_of(txn, number):
-                        take([group._replace(keys=keys)])
-            take([])
-
-        self._submit(0, read)
-
     def when_kept(self, call: Callable[[], None]) -> bool:
         """Call ``call``, in the catalog's thread, when all that was handed over is kept or given up.
 
@@ -407,14 +395,6 @@ class Catalog:
             entries.append(b"".join([key for key, _ in chunk]))
             times.append(b"".join([value or _NO_TIME for _, value in chunk]))
         return FileList(dict(self._groups), b"".join(entries), b"".join(times))
-
-    def _keys_of(self, txn: lmdb.Transaction, number: int) -> Iterator[bytes]:
-        head = struct.pack(">I", number)
-        cursor = txn.cursor(self._files)
-        if cursor.set_range(head):
-            keys = cursor.iternext(keys=True, values=False)
-            while chunk := [key[4:] for key in islice(keys, READ_CHUNK) if key[:4] == head]:
-                yield b"".join(chunk)
 
 
 def _fill_up(path: Path) -> None:

@@ -126,21 +126,6 @@ def test_files_come_back_oldest_first(opened, monkeypatch):
     assert [[number for *_, number in part] for part in slices] == [[5, 9], [1, 3]]
 
 
-def test_the_files_of_one_backend_are_listed_in_pieces(opened, monkeypatch):
-    """All of them, and nobody else's; an empty piece is the end."""
-    monkeypatch.setattr(catalog_module, "READ_CHUNK", 4)
-    catalog = opened()
-    mine = [files(*range(10)), files(3, shards=2), files(14, size=7)]
-    for run in (*mine, files(*range(10), backend=THERE)):
-        catalog.files_added(run)
-    pieces: queue.SimpleQueue = queue.SimpleQueue()
-    catalog.list_files(HERE, pieces.put)
-    found = []
-    while piece := pieces.get(timeout=10):
-        found += piece
-    assert names(found) == expected(*mine)
-
-
 KILLED = """
 import sys, os
 from kvpool.tiers.catalog import Catalog, Files
