@@ -26,7 +26,7 @@ from kvpool.server.daemon import run_daemon
 from kvpool.server.dataplane import DataPlane
 from kvpool.server.filetier import FileTier
 from kvpool.server.peers import Guard, is_loopback
-from kvpool.server.storage import open_tier
+from kvpool.server.storage import open_tier, storage_values
 from kvpool.tiers.dram import Segment
 from kvpool.transport.server import FrameServer
 
@@ -251,8 +251,12 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     try:
         _, port = server.listen_tcp(settings.host, settings.port)
         server.listen_unix(settings.socket_path, settings.socket_mode)
-        read = functools.partial(metrics.node_values, state, plane)
-        stop_metrics = metrics.serve(settings.metrics_port, settings.host, read, insecure=settings.insecure)
+        stop_metrics = metrics.serve(
+            settings.metrics_port,
+            settings.host,
+            lambda: metrics.node_values(state, plane) + (storage_values(tier) if tier is not None else []),
+            insecure=settings.insecure,
+        )
     except KVPoolError:
         await server.close()
         raise

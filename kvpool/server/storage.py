@@ -1,4 +1,4 @@
-"""Opening a node's storage backends, and what they look like to those who collect metrics."""
+"""A node's storage backends: opened as the settings say, and shown to those who collect metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, KVPoolError
 from kvpool.model import Backend, format_size
 from kvpool.server.filetier import FileTier
+from kvpool.server.metrics import Value
 from kvpool.tiers.dram import Segment
+from kvpool.tiers.measured import Measured, MeasuredStore
 from kvpool.tiers.opening import open_store
 from kvpool.tiers.store import BlockStore
 
@@ -27,12 +29,12 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
     if not settings.storage_backends:
         return None
     opened = await asyncio.gather(*(_open(settings, url, owner) for url in settings.storage_backends))
-    stores: list[BlockStore] = []
+    stores: list[MeasuredStore] = []
     for store in opened:
         if any(store.id == other.id for other in stores):
             raise ConfigError("storage_backends", f"{store.url} is the same backend as another one")
         log.info("storage %s: backend %s of %s", store.url, store.id.hex(), format_size(store.capacity_bytes))
-        stores.append(store)
+        stores.append(MeasuredStore(store))
     tier = FileTierState(
         state,
         [Backend(store.id, store.url, store.capacity_bytes) for store in stores],
@@ -77,3 +79,31 @@ async def _open(settings: NodeSettings, url: str, owner: str) -> BlockStore:
         return await asyncio.wait_for(result, OPEN_S)
     except TimeoutError:
         raise ConfigError("storage_backends", f"{url} does not answer within {OPEN_S:g} s") from None
+
+
+def storage_values(tier: FileTier) -> list[Value]:
+    """Return the metrics of a node's file tier."""
+    state = tier.state
+    events: dict[tuple[str, ...], float] = {
+        (backend.url, event): count for backend in state.backends for event, count in backend.counters.items()
+    }
+    events |= {("", event): count for event, count in (state.counters + state.reads.counters).items()}
+    done: dict[tuple[str, ...], Measured] = {
+        (store.url, name): figures
+        for store in tier.stores
+        if isinstance(store, MeasuredStore)
+        for name, figures in store.measured().items()
+        if figures.calls
+    }
+    kind = "backend operation"
+    return [
+        Value("gauge", "kvpool_storage_state", "0 up, 1 down, 2 read-only", {b.url: b.state for b in state.backends},
+              "backend"),
+        Value("gauge", "kvpool_storage_queue_bytes", "Bytes that wait to be written", state.queue_bytes),
+        Value("gauge", "kvpool_storage_reads", "Files that are read or wait to be", len(state.reads)),
+        Value("counter", "kvpool_storage_events", "What became of files", events, "backend event"),
+        Value("counter", "kvpool_storage_operations", "Calls", {k: v.calls for k, v in done.items()}, kind),
+        Value("counter", "kvpool_storage_errors", "Calls that failed", {k: v.errors for k, v in done.items()}, kind),
+        Value("counter", "kvpool_storage_bytes", "Bytes moved", {k: v.bytes for k, v in done.items()}, kind),
+        Value("counter", "kvpool_storage_seconds", "Time in calls", {k: v.seconds for k, v in done.items()}, kind),
+    ]  # fmt: skip
