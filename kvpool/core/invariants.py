@@ -37,9 +37,12 @@ def check_segment(state: SegmentState) -> None:
         held = block.shards.values()
         require(block.key == key and bool(held), "a block has a key and a slot")
         require(all(slot.block is block for slot in held), "a slot knows its block")
-        require(block.busy == sum(slot.pins + slot.reserved for slot in held), "busy = pins + reserved")
+        busy = sum(slot.pins + slot.reserved for slot in held) + block.kept
+        require(block.busy == busy, "busy = pins + reserved, and one more while it is kept")
+        require(not block.kept or key in state._keep, "only what is to be kept is")
         require(block.bytes == sum(slot.extent_bytes for slot in held), "a block's bytes are its slots'")
         require(block.committed == sum(1 << s.shard for s in held if not s.reserved), "committed shards are known")
     stamps = [block.stamp for block in blocks.values() if not block.busy]
     require(stamps == sorted(stamps), "the eviction order is that of the stamps")
+    require(state._kept_bytes == sum(b.bytes for b in blocks.values() if b.kept), "kept bytes are counted")
     require(state._busy_bytes == sum(b.bytes for b in blocks.values() if b.busy), "busy bytes are counted")

@@ -23,6 +23,7 @@ from kvpool.core.messages import (
     Heartbeat,
     Hello,
     Inventory,
+    Keep,
     MasterMessage,
     NodeMessage,
     Probe,
@@ -151,6 +152,9 @@ class Reporter:
             self._acknowledged(message.sequence)
         elif isinstance(message, Probe):
             return [Probed(message.id, self._segment.states(message.namespace, message.keys))]
+        elif isinstance(message, Keep):
+            self._segment.keep(message.keep)
+            self._segment.let_go(message.release)
         elif isinstance(message, Superseded):
             self.superseded = True
             self.disconnected()
@@ -206,6 +210,7 @@ class Reporter:
             if self._tier is not None:
                 self._tier.forget_commands()
         self.welcomed = True
+        self._segment.let_all_go()
         oldest = self._journal[0].sequence if self._journal else self.sequence + 1
         if message.inventory or not oldest - 1 <= message.resume_after <= self.sequence:
             return self._inventory()

@@ -35,7 +35,7 @@ from kvpool.core.slots import (
 )
 from kvpool.core.window import WindowSearch
 from kvpool.errors import InvalidArgumentError, TooLargeError, UnknownIdError, UnknownNamespaceError
-from kvpool.model import CHECKSUM_BYTES, KEY_BYTES, SHARDS_MAX, Namespace
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, SHARDS_MAX, Namespace
 
 __all__ = ["BEING_WRITTEN", "NO_ROOM", "STORED", "Pin", "Reservation", "SegmentState", "Slot", "header_bytes"]
 
@@ -72,6 +72,8 @@ class SegmentState:
         self._last_id = 0
         self._generation = 0
         self._busy_bytes = 0  # of all blocks that may not be evicted
+        self._keep: set[bytes] = set()  # what operators have pinned, here or not
+        self._kept_bytes = 0
         self._infeasible_bytes = self.capacity_bytes + 1  # known to find no room until a pin or write ends
         self._added: dict[Slot, None] = {}
         self._removed: list[tuple[bytes, int, int]] = []  # key, shard, shard_bytes
@@ -227,6 +229,9 @@ class SegmentState:
             touch(block.key)
             self.payload_bytes += slot.shard_bytes
         self._clock = clock
+        if self._keep:
+            for slot in slots:
+                self._keep_block(slot.block)
         self._added.update(dict.fromkeys(slots))
         self.counters["committed_slots"] += len(slots)
         return slots
@@ -377,6 +382,41 @@ class SegmentState:
                     self._drop(block, self._commanded)
         return freed
 
+    def keep(self, runs: Sequence[BlockRun]) -> None:
+        """Never evict these blocks, those that come later too; beyond half of the capacity they are like others."""
+        for run in runs:
+            for key in block_keys(run):
+                self._keep.add(key)
+                if (block := self._blocks.get(key)) is not None:
+                    self._keep_block(block)
+
+    def let_go(self, runs: Sequence[BlockRun]) -> None:
+        """Keep these blocks no longer."""
+        for run in runs:
+            for key in block_keys(run):
+                self._keep.discard(key)
+                block = self._blocks.get(key)
+                if block is not None and block.kept:
+                    block.kept = False
+                    self._kept_bytes -= block.bytes
+                    block.busy -= 1
+                    if not block.busy:
+                        self._busy_bytes -= block.bytes
+                    self._infeasible_bytes = self.capacity_bytes + 1
+
+    def let_all_go(self) -> None:
+        """Keep nothing any longer: a new session's master says anew what to keep."""
+        self.let_go([BlockRun(key[:DIGEST_BYTES], 1, 0, key[DIGEST_BYTES:]) for key in list(self._keep)])
+
+    def _keep_block(self, block: Block) -> None:
+        wanted = block.committed and not block.kept and block.key in self._keep
+        if wanted and self._kept_bytes + block.bytes <= self.capacity_bytes // 2:
+            block.kept = True
+            self._kept_bytes += block.bytes
+            if not block.busy:
+                self._busy_bytes += block.bytes
+            block.busy += 1
+
     # ---- what changed --------------------------------------------------------------------------------
 
     def take_changes(self) -> tuple[tuple[BlockRun, ...], tuple[BlockRun, ...]]:
@@ -422,6 +462,8 @@ class SegmentState:
         block.busy += 1
         block.bytes += slot.extent_bytes
         self._busy_bytes += slot.extent_bytes
+        if block.kept:
+            self._kept_bytes += slot.extent_bytes
 
     def _recycle(self, key: bytes, shard: int, size: int) -> Slot | None:
         """Evict the coldest block and return its slot for another key, if it is one slot of the right size.
@@ -587,6 +629,8 @@ class SegmentState:
         self._allocator.free(slot.start)
         self._busy_bytes -= slot.extent_bytes
         block.bytes -= slot.extent_bytes
+        if block.kept:
+            self._kept_bytes -= slot.extent_bytes
         block.busy -= 1
         if not block.busy:
             self._busy_bytes -= block.bytes

@@ -61,13 +61,14 @@ def file_bytes(shard_bytes: int, layers: int) -> int:
 class Block:
     """All that this node holds of one block: its shards go together when it is evicted."""
 
-    __slots__ = ("busy", "bytes", "committed", "key", "shards", "stamp")
+    __slots__ = ("busy", "bytes", "committed", "kept", "key", "shards", "stamp")
 
     def __init__(self, key: bytes) -> None:
         self.key = key  # namespace digest + block key
         self.shards: dict[int, Slot] = {}
         self.committed = 0  # bit mask of shards
-        self.busy = 0  # pins and reserved slots
+        self.busy = 0  # pins and reserved slots, and one while it is kept
+        self.kept = False  # an operator has pinned it
         self.bytes = 0
         self.stamp = 0  # of the last commit or pin, counted in such events
 

@@ -311,6 +311,26 @@ def test_the_masters_list_comes_before_our_own_order():
     assert stored(state, range(9)) == {5, 6, 7, 8}
 
 
+def test_what_an_operator_has_pinned_is_spared_up_to_half_of_the_memory():
+    """Whether it was there or comes later; whatever the master lists or asks; until it is let go."""
+    state = segment(4)
+    put(state, 1)
+    state.keep([run(SMALL.digest, 1, 2, 3)])
+    for number in (2, 3, 4, 5, 6):
+        put(state, number)
+    state.set_victims([run(SMALL.digest, 1, 2)])
+    state.evict([run(SMALL.digest, 1)])
+    put(state, 7)
+    assert stored(state, range(9)) == {1, 2, 6, 7}  # 3 was too much
+    state.let_go([run(SMALL.digest, 2)])
+    state.evict([run(SMALL.digest, 1, 2)])
+    assert stored(state, range(9)) == {1, 6, 7}
+    state.let_all_go()
+    state.evict([run(SMALL.digest, 1)])
+    assert stored(state, range(9)) == {6, 7}
+    state.check()
+
+
 def test_a_victim_is_a_whole_block():
     """All shards of a block on this node go together, and only unpinned blocks go at all."""
     state = segment(6)
@@ -481,10 +501,16 @@ class SegmentMachine(RuleBasedStateMachine):
         self.ghosts: dict[int, list[tuple[bytes, int]]] = {}
         self.pins: dict[int, tuple[int, list[tuple[bytes, int, int]]]] = {}  # id -> owner, items with offset
         self.replica: dict[tuple[bytes, int], int] = {}  # what somebody who only reads the changes knows
+        self.wanted: set[bytes] = set()  # by operators
+        self.safe: set[bytes] = set()  # blocks that nothing may evict any more, because operators want them
+
+    def kept(self) -> set[bytes]:
+        return {block.key for block in self.state._blocks.values() if block.kept}
 
     def occupied(self) -> bytearray:
-        """Return a map of units that nothing may evict: by pin, by reservation, or by a busy block."""
+        """Return a map of units that nothing may evict: by pin, by reservation, or by a busy or kept block."""
         busy = {item[0] for item in self.reserved} | {k for _, items in self.pins.values() for k, _, _ in items}
+        busy |= self.kept()
         taken = bytearray(UNITS)
         for slot in self.state._slot_at.values():
             if slot.block.key in busy:
@@ -593,6 +619,22 @@ class SegmentMachine(RuleBasedStateMachine):
     def set_victims(self, wide, numbers):
         self.state.set_victims([run((WIDE if wide else SMALL).digest, *numbers)])
 
+    @rule(wide=st.booleans(), numbers=NUMBERS)
+    def keep(self, wide, numbers):
+        digest = (WIDE if wide else SMALL).digest
+        self.state.keep([run(digest, *numbers)])
+        self.wanted |= {digest + key(n) for n in numbers}
+
+    @rule(wide=st.booleans(), numbers=NUMBERS, every=st.booleans())
+    def let_go(self, wide, numbers, every):
+        digest = (WIDE if wide else SMALL).digest
+        if every:
+            self.state.let_all_go()
+            self.wanted.clear()
+        else:
+            self.state.let_go([run(digest, *numbers)])
+            self.wanted -= {digest + key(n) for n in numbers}
+
     @rule()
     def report(self):
         added, removed = self.state.take_changes()
@@ -616,6 +658,9 @@ class SegmentMachine(RuleBasedStateMachine):
     def holds(self):
         state = self.state
         state.check()
+        self.safe &= self.wanted
+        assert self.safe <= self.kept() <= self.wanted
+        self.safe = self.kept()
         assert state.reserved == len(self.reserved)
         where = {(s.block.key, s.shard): s for s in state._slot_at.values()}
         for item, (offset, size) in self.reserved.items():
