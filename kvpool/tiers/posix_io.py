@@ -85,7 +85,7 @@ def fill(path: str, target: memoryview, *, unit: int) -> None:
         if status.st_size != len(target):
             raise LengthError(status.st_size)
         bounced = unit and not _aligned(target, unit)
-        done = _read_bounced(fd, target, unit) if bounced else _read(fd, target, 0)
+        done = _read_bounced(fd, target, unit) if bounced else _read(fd, target, 0, len(target))
         if done != len(target):
             raise LengthError(done)
     finally:
@@ -114,9 +114,10 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
                 raise
 
 
-def _read(fd: int, target: memoryview, offset: int) -> int:
+def _read(fd: int, target: memoryview, offset: int, enough: int) -> int:
+    """Read ``enough`` bytes or more into a target that may be longer; fewer only at the file's end."""
     done = 0
-    while done < len(target):
+    while done < enough:
         try:
             got = os.preadv(fd, [target[done:]], offset + done)
         except OSError as exc:
@@ -156,17 +157,11 @@ def _read_bounced(fd: int, target: memoryview, unit: int) -> int:
     sink = np.frombuffer(target, np.uint8)
     for at in range(0, len(target), _BOUNCE_BYTES):
         wanted = min(_BOUNCE_BYTES, len(target) - at)
-        got = min(wanted, _read_up_to(fd, bounce[: -(-wanted // unit) * unit], at, wanted))
+        got = min(wanted, _read(fd, bounce[: -(-wanted // unit) * unit], at, wanted))
         np.copyto(sink[at : at + got], array[:got])
         if got < wanted:
             return at + got
     return len(target)
-
-
-def _read_up_to(fd: int, buffer: memoryview, offset: int, wanted: int) -> int:
-    """Read until ``wanted`` bytes are there; the buffer is longer, as the file's end need not be aligned."""
-    done = os.preadv(fd, [buffer], offset)
-    return done if done >= wanted else done + _read(fd, buffer[done:wanted], offset + done)
 
 
 def _aligned(view: memoryview, unit: int) -> bool:
