@@ -11,6 +11,7 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 VENV_MOONCAKE := .venv-mooncake
 VLLM_VERSION := 0.32.0
+NIXL := nixl==1.5.1 nixl-cu13==1.5.1
 MOONCAKE := mooncake-transfer-engine-non-cuda==0.3.13.post1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -85,8 +86,10 @@ $(VENV_VLLM)/.vllm-$(VLLM_VERSION): | check-python
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > "$$stub/METADATA"
 	@touch $@
 
+# nixl alone: of what it asks for, torch is there, and the copy of itself for another CUDA is loaded by nobody.
 $(VENV_VLLM)/.kvpool-installed: pyproject.toml $(VENV_VLLM)/.vllm-$(VLLM_VERSION)
 	$(VENV_VLLM)/bin/python -m pip install -q -e '.[plot]' pytest pytest-timeout hypothesis
+	$(VENV_VLLM)/bin/python -m pip install -q --no-deps $(NIXL)
 	@touch $@
 
 # The very same vLLM with one package more: the environment beside it is read through, not installed again.
