@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -39,8 +40,9 @@ log = logging.getLogger(__name__)
 FSYNC: Final = ("off", "data", "full")
 """Await the disk for nothing, for each file's data, or for its name too."""
 
-_ATTEMPTS = 3  # a directory that has to be made, a handle that went stale
+_ATTEMPTS = 5  # a directory that has to be made, a handle that went stale again
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_AGAIN = {errno.ENOENT, errno.ESTALE, errno.EEXIST}  # no directory, an old handle, a rename done and undone by others
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _TEMP = re.compile(r"\..+\.([A-Za-z0-9_-]+)\.\d+\.tmp")
 _NOT_IN_OWNERS = re.compile(r"[^A-Za-z0-9_-]")
@@ -110,7 +112,7 @@ class PosixStore:
         for name in names:
             path = f"{self._blocks}/{name}"
             try:
-                _unlink(path)
+                self._retried(path, functools.partial(_unlink, path))
             except OSError as exc:
                 failed = failed or self._error(exc, path, writing=True)
         if failed:
@@ -123,8 +125,12 @@ class PosixStore:
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._aside)
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 os.rename(path, kept)
+            except FileExistsError:  # no other file has that name: it was done, and its answer lost
+                _unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # somebody was faster
         except OSError as exc:
             raise self._error(exc, path, writing=True) from exc
         self._drop_aside(ASIDE_MAX)
@@ -217,7 +223,7 @@ class PosixStore:
                 posix_io.create(path, data, unit=self.direct_unit, sync=self._sync)
                 back = memoryview(bytearray(unit))
                 posix_io.fill(path, back, unit=self.direct_unit)
-                os.unlink(path)
+                _unlink(path)
         except OSError as exc:
             raise self._error(exc, path or self.url, writing=True) from exc
         except (posix_io.LengthError, posix_io.NotAFileError) as exc:
@@ -260,8 +266,7 @@ class PosixStore:
             try:
                 os.rename(temporary, path)
             except OSError as exc:
-                # Where a lost answer makes a client ask twice, the first time may have done it.
-                if exc.errno not in {errno.ENOENT, errno.EEXIST} or not _has_length(path, len(data)):
+                if exc.errno not in {errno.ENOENT, errno.EEXIST} or not _renamed(temporary, path, len(data)):
                     raise
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -289,7 +294,7 @@ class PosixStore:
             try:
                 action()
             except OSError as exc:
-                if exc.errno not in {errno.ENOENT, errno.ESTALE} or attempt == _ATTEMPTS:
+                if exc.errno not in _AGAIN or attempt == _ATTEMPTS:
                     raise
                 if exc.errno == errno.ENOENT and not make and attempt > 1:
                     raise
@@ -317,14 +322,19 @@ class PosixStore:
 
     def _entries(self, directory: str) -> Iterator[os.DirEntry[str]]:
         """Yield what lies in a directory, nothing for one that is gone, or a file. Raises StoreError."""
-        try:
-            with os.scandir(directory) as found:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                with os.scandir(directory) as opened:
+                    found = list(opened)  # all of it: what is listed in part cannot be listed again
+            except (FileNotFoundError, NotADirectoryError):
+                self._present(directory)
+                return
+            except OSError as exc:
+                if exc.errno != errno.ESTALE or attempt == _ATTEMPTS:
+                    raise self._error(exc, directory, writing=False) from exc
+            else:
                 yield from found
-        except (FileNotFoundError, NotADirectoryError):
-            self._present(directory)
-        except OSError as exc:
-            if exc.errno != errno.ESTALE:
-                raise self._error(exc, directory, writing=False) from exc
+                return
 
     def _present(self, path: str) -> None:
         """Raise StoreError if the whole backend is away: then nothing is known of what it holds."""
@@ -340,7 +350,7 @@ class PosixStore:
             with self._temporary(f"{self.url}/clock") as path:
                 posix_io.create(path, memoryview(b"?"), unit=0, sync=False)
                 now = os.stat(path).st_mtime
-                os.unlink(path)
+                _unlink(path)
         except OSError as exc:
             raise self._error(exc, path, writing=True) from exc
         return now
@@ -363,8 +373,15 @@ def _unlink(path: str) -> None:
     try:
         os.unlink(path)
     except OSError as exc:
-        if exc.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}:
+        if exc.errno not in {errno.ENOENT, errno.ENOTDIR}:
             raise
+
+
+def _renamed(temporary: str, path: str, length: int) -> bool:
+    """Whether a rename was done though it failed: where answers get lost, a client asks twice."""
+    if not os.path.lexists(temporary) and os.path.isdir(os.path.dirname(path)):
+        return True  # nobody else had its name; the file may have been removed since
+    return _has_length(path, length)
 
 
 def _has_length(path: str, length: int) -> bool:

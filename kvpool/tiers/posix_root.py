@@ -114,7 +114,8 @@ class Root:
                     raise
                 with contextlib.suppress(FileExistsError):
                     _write_new(self.identity_path, offered.pack())
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):  # a lost answer: it was removed by asking twice
+                os.unlink(temporary)
         found = self._read()
         if found is None:
             raise StoreError(f"{self.identity_path} is gone as soon as it was made")
