@@ -183,14 +183,17 @@ class Backends:
 
     # ---- what it holds -------------------------------------------------------------------------
 
-    def add(self, piece: BlockRun, *, touch: bool = True) -> list[Effect]:
-        """Files were written, or found: of a known namespace, with shards that it has."""
+    def add(self, piece: BlockRun) -> list[Effect]:
+        """Files were written, or found: of a known namespace, with shards that it has.
+
+        That is no use of a block: blocks whose files still wait to be written must not be colder than the others.
+        """
         backend = self.of(piece.backend)
         effects: list[Effect] = []
         if backend.doomed:
             written = self._undoom(backend, self._doomed_of(backend, piece))
             effects += self._told(backend, FileChange.REMOVED, written)
-        self._index.add(piece, backend.incarnation, TIER, touch=touch)
+        self._index.add(piece, backend.incarnation, TIER, touch=False)
         self._counters["files_added"] += len(piece)
         return [*effects, CatalogFiles(backend.id, FileChange.ADDED, (piece,))]
 
@@ -467,7 +470,7 @@ class Backends:
             run = BlockRun(piece.namespace, 1 << shard, piece.shard_bytes, piece.keys, backend=backend.id)
             if backend.doomed:
                 run = replace(run, keys=b"".join(n[-KEY_BYTES:] for n in _names(run) if n not in backend.doomed))
-            effects += self.add(run, touch=False) if len(run) else []
+            effects += self.add(run) if len(run) else []
         return effects
 
     def tell_again(self) -> list[Effect]:

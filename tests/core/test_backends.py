@@ -281,6 +281,17 @@ def test_the_coldest_files_go_above_the_high_watermark(pool):
     assert [pool.prefix(n) for n in (19, 18, 17, 16)] == [1, 1, 0, 1]
 
 
+def test_a_file_that_is_written_makes_its_block_no_warmer(pool):
+    """Else a node would drop those first that still wait to be written."""
+    pool.serve(1, "a", backends=(seen(files=20),))
+    pool.serve(2, "b", backends=(seen(files=20),))
+    pool.say(1, Delta(1, (files(*range(19)),), (), 0))
+    pool.say(2, Delta(1, (files(18),), (), 0))  # the coldest: a put's tail
+    pool.say(1, Delta(2, (files(19),), (), 0))
+    pool.pass_time(0.2, 1, 2, sequence=1)
+    assert pool.cataloged(FileChange.DOOMED) == [key(18)]
+
+
 def test_a_full_backend_is_written_no_more_until_there_is_room(pool):
     """At its capacity, files that await their removal included; all its nodes are told, later ones too."""
     pool.serve(1, "a", backends=(seen(files=10),))
