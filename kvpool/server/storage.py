@@ -101,6 +101,8 @@ def storage_values(tier: FileTier) -> list[Value]:
               "backend"),
         Value("gauge", "kvpool_storage_queue_bytes", "Bytes that wait to be written", state.queue_bytes),
         Value("gauge", "kvpool_storage_reads", "Files that are read or wait to be", len(state.reads)),
+        Value("gauge", "kvpool_storage_unacknowledged", "Changes of files that the master has not acknowledged",
+              len(state.changes)),
         Value("counter", "kvpool_storage_events", "What became of files", events, "backend event"),
         Value("counter", "kvpool_storage_operations", "Calls", {k: v.calls for k, v in done.items()}, kind),
         Value("counter", "kvpool_storage_errors", "Calls that failed", {k: v.errors for k, v in done.items()}, kind),
