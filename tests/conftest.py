@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from tests.faultfs.mount import faulty_mount, faulty_mounts, small_disk  # noqa: F401 - fixtures
+
 # Examples stay random from run to run; a failure prints the blob that replays it. No deadline: the
 # machine is shared, and a slow example is no wrong one.
 hypothesis.settings.register_profile("ci", derandomize=False, print_blob=True, deadline=None)

@@ -174,15 +174,23 @@ class ObjectStore:
     def _settle(self, offered: Identity) -> Identity:
         """Offer an identity; return the one that came first, where the filesystem can tell. Raises StoreError."""
         with self._errors(IDENTITY_FILE, writing=True), contextlib.suppress(FileExistsError):
-            self._make_parent(self._path(IDENTITY_FILE))
-            try:
-                self._call("pipe_file", self._path(IDENTITY_FILE), offered.pack(), mode="create")
-            except (NotImplementedError, ValueError, TypeError):  # it knows no such condition
-                self._call("pipe_file", self._path(IDENTITY_FILE), offered.pack())
+            self._create(self._path(IDENTITY_FILE), offered.pack())
         found = self._identity()
         if found is None:
             raise StoreError(f"{self.url}: {IDENTITY_FILE} is gone as soon as it was made")
         return found
+
+    def _create(self, path: str, data: bytes) -> None:
+        """Put an object that must not be there yet, where the filesystem knows of such a thing."""
+        try:
+            if self._atomic:
+                self._call("pipe_file", path, data, mode="create")
+                return
+            self._make_parent(path)
+            with self._fs.open(path, "xb") as file:
+                file.write(data)
+        except (NotImplementedError, ValueError, TypeError):
+            self._call("pipe_file", path, data)
 
     # ---- blocks ------------------------------------------------------------------------------------
 

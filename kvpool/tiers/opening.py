@@ -9,6 +9,8 @@ from kvpool.errors import ConfigError
 from kvpool.tiers.posix import FSYNC, PosixStore
 from kvpool.tiers.store import BlockStore
 
+_LOCAL = ("file://", "local://")
+
 
 def open_store(
     url: str,
@@ -20,13 +22,16 @@ def open_store(
     fsync: str = "off",
     create: bool = True,
 ) -> BlockStore:
-    """Open a directory, or a fsspec URL (``options`` are its), as a backend; make it one if it is none, and ``create``.
+    """Open a directory or a fsspec URL (``options`` are its) as a backend; make it one if it is none, and ``create``.
 
-    ``owner`` is unique to this process; ``capacity_bytes`` counts for who makes the backend, 90 % of what is free
-    by default; ``direct`` allows O_DIRECT; ``fsync`` is off, data or full. Raises ConfigError("storage_backends").
+    file:// is a directory. ``owner`` is unique to this process; ``capacity_bytes`` counts for who makes the backend,
+    90 % of what is free by default; ``direct`` allows O_DIRECT; ``fsync`` is off, data or full. Raises
+    ConfigError("storage_backends").
     """
     if fsync not in FSYNC:
         raise ConfigError("storage_fsync", f"must be one of {', '.join(FSYNC)}, not {fsync!r}")
+    if url.startswith(_LOCAL):
+        url = url.partition("://")[2]  # nothing that fsspec does with a directory is better
     if "://" in url:
         from kvpool.tiers.object import ObjectStore
 

@@ -36,12 +36,22 @@ class Rule:
     error: int = 0
     after: bool = False
     left: int = -1
+    every: int = 1
     path: str = "*"
     hang: bool = False
     deaf: bool = False
 
-    def fits(self, op: str, path: str | None) -> bool:
-        return (op in self.ops or "*" in self.ops) and fnmatch.fnmatch(path or "", self.path) and self.left != 0
+    seen: int = 0
+
+    def strikes(self, op: str, path: str | None) -> bool:
+        """Count an operation that this rule is about; whether it is its turn."""
+        if self.left == 0 or not {op, "*"} & set(self.ops) or not fnmatch.fnmatch(path or "", self.path):
+            return False
+        self.seen += 1
+        if self.seen % self.every:
+            return False
+        self.left -= 1
+        return True
 
 
 class Faults:
@@ -67,10 +77,7 @@ class Faults:
     def take(self, op: str, path: str | None) -> Rule | None:
         with self.lock:
             self.calls[op] = self.calls.get(op, 0) + 1
-            rule = next((rule for rule in self.rules if rule.fits(op, path)), None)
-            if rule is not None and rule.left > 0:
-                rule.left -= 1
-            return rule
+            return next((rule for rule in self.rules if rule.strikes(op, path)), None)
 
     def hang(self, *, deaf: bool) -> None:
         """Wait for the release; like a hard NFS mount, let go of a caller that is being killed, unless ``deaf``."""
@@ -213,6 +220,7 @@ def main(directory: str, mountpoint: str, control_path: str, cache_s: str) -> No
     mfusepy.FUSE(
         Passthrough(str(Path(directory).resolve()), faults), mountpoint, foreground=True, max_threads=THREADS_MAX,
         fsname="kvpool-faultfs", entry_timeout=cache_s, attr_timeout=cache_s, negative_timeout=cache_s,
+        hard_remove=True,  # else removing an open file is a rename of it
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import itertools
 import json
 import os
@@ -22,9 +21,6 @@ ROOT = Path(__file__).parents[2]
 START_S = 20.0
 COMMAND_S = 10.0
 MNT_DETACH = 2
-
-NFS_RENAMES = {"EEXIST": errno.EEXIST, "ENOENT": errno.ENOENT}
-"""What a rename may say that was done: its answer was lost, and it was sent and done again."""
 
 
 def why_no_mounts() -> str:
@@ -99,13 +95,16 @@ class FaultyMount:
 
     # ---- faults --------------------------------------------------------------------------------------
 
-    def fail(self, op: str, error: int, *, after: bool = False, times: int = -1, path: str = "*") -> None:
-        """Let operations answer an errno: some ``times`` or from now on; ``after``: although they were done.
+    def fail(
+        self, op: str, error: int, *, after: bool = False, times: int = -1, every: int = 1, path: str = "*"
+    ) -> None:
+        """Let operations answer an errno, though they were done if ``after``: from now on, or only some ``times``.
 
-        ``op``: a name of FUSE's (``rename``, ``write``, ``flush``, ...), several with ``|``, or ``*``.
-        ``path``: a pattern of paths from the mount's root.
+        ``op``: a name of FUSE's (``rename``, ``write``, ``flush``, ...), several with ``|``, or ``*``. Of those with a
+        ``path`` that fits, it is ``every`` second, third, ... one.
+        ``path`` is a pattern of paths from the mount's root.
         """
-        self._add(ops=op.split("|"), error=error, after=after, left=times, path=path)
+        self._add(ops=op.split("|"), error=error, after=after, left=times, every=every, path=path)
 
     def hang(self, op: str = "*", *, path: str = "*", deaf: bool = False) -> None:
         """Let operations wait until `heal`, or until the caller is killed; ``deaf``: not even then."""

@@ -15,6 +15,7 @@ from kvpool.testing.store_conformance import SPACES, StoreConformance, extent_of
 from kvpool.tiers.layout import IDENTITY_FILE
 from kvpool.tiers.object import ObjectStore
 from kvpool.tiers.opening import open_store
+from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import StoreError, StoreFullError, StoreMissingError, StoreReadOnlyError
 
 CAPACITY = 7 << 30
@@ -97,6 +98,13 @@ class TestDirectory(StoreConformance):
             with pytest.raises(StoreFullError, match="quota"):
                 store.write(name, extent_of(name))
         assert [path.name for path in (self.root / "blocks" / str(name)).parent.iterdir()] == [Path(str(name)).name]
+
+
+def test_a_directory_has_a_url_too(tmp_path):
+    """It is opened as a directory all the same: past the page cache, and with a capacity of its own."""
+    store = open_store(f"file://{tmp_path}/pool", owner="me")
+    assert isinstance(store, PosixStore)
+    assert store.url == f"{tmp_path}/pool"
 
 
 def test_a_capacity_must_be_given_once(memory_url):
