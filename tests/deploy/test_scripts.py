@@ -172,10 +172,10 @@ def waits_for(engine, count):
         time.sleep(0.02)
 
 
-def start_group(engine, *args):
+def start_group(engine, *args, **env):
     return subprocess.Popen(
         ["sh", str(files.DEPLOY / "scripts/run_multi_dp.sh"), *args],
-        env=engine.env | GROUP | {"SERVE": "1"},
+        env=engine.env | GROUP | {"SERVE": "1"} | env,
         cwd=engine.folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -198,6 +198,16 @@ def test_a_group_has_ranks_ports_and_devices_of_its_own(engine):
         assert value(argv, "--data-parallel-address") == "10.0.0.1"
         assert value(argv, "--data-parallel-rpc-port") == "13395"
         assert argv[-1] == "--enable-expert-parallel"
+
+
+def test_engines_on_their_own_have_no_ranks(engine):
+    """VLLM refuses ranks where a model has no experts: a group of one is no group, however many are on this host."""
+    script = start_group(engine, DP_SIZE="1")
+    waits_for(engine, 3)
+    script.terminate()
+    script.wait(timeout=60)
+    assert sorted(engine.calls()) == ["9000", "9001", "9002"]
+    assert not any(arg.startswith("--data-parallel") for argv, _ in engine.calls().values() for arg in argv)
 
 
 def test_a_group_needs_a_device_for_each_engine(engine):
