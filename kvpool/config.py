@@ -330,6 +330,9 @@ class ProxySettings(Settings):
     hash_seed: str | None = setting(
         None, TEXT, "PYTHONHASHSEED of the instances, where it is set.", shown="the seed of engines without one"
     )
+    lookup_timeout: int = setting(
+        "100ms", DURATION, "How long the master, and an instance for tokens, may take before the proxy decides alone."
+    )
     policy: str = setting(
         "prefix", choice("prefix", "round_robin"), "Choose by prefixes held and load, or each in turn."
     )

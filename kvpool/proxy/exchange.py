@@ -152,7 +152,7 @@ class Exchange:
                 failed = self._failed(exc, asking, ticket)
             else:
                 params = _params(answer)
-                outcomes.labels("done" if params else "refused").inc()
+                outcomes.labels("done" if answer.status == 200 else "refused").inc()
                 return params
             finally:
                 self._fleet.end(ticket)

@@ -62,6 +62,9 @@ class Metrics:
             "kvpool_proxy_held_tokens", "Those that the chosen instance held, by who says so", ["role", "source"],
             registry=self.registry,
         )  # fmt: skip
+        self.lookups = Counter(
+            "kvpool_proxy_lookups", "Prompts that the master was asked for", ["outcome"], registry=self.registry
+        )
         self.first_byte = Histogram(
             "kvpool_proxy_first_byte_seconds", "Until the first byte of an answer", ["route"], buckets=BUCKETS,
             registry=self.registry,

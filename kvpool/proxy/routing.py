@@ -6,6 +6,7 @@ there before it, and what the requests that run there cost it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ LOAD_SHARE: Final = 0.1
 FAR_SHARE: Final = 0.2
 """Cost of a token loaded from elsewhere in the pool."""
 
+
+RECENT_CHOICES: Final = 64
+"""What was sent to an instance within so many choices counts, though the master has not heard of it."""
 
 TROUBLE_TOKENS: Final = 8192
 """What a failure costs an instance in the eyes of the next requests; an answer makes up for it."""
@@ -91,7 +95,7 @@ class PrefixMemory:
 
     def __init__(self, chunks_max: int) -> None:
         self.chunks_max = chunks_max
-        self._chunks: OrderedDict[int, None] = OrderedDict()
+        self._chunks: OrderedDict[int, int] = OrderedDict()  # -> when
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -99,21 +103,21 @@ class PrefixMemory:
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._chunks
 
-    def held(self, chunks: Sequence[int]) -> int:
-        """Return how many of a chain's chunks, from its head, are here."""
+    def held(self, chunks: Sequence[int], since: int = 0) -> int:
+        """Return how many of a chain's chunks, from its head, are here, and were added at ``since`` or later."""
         low, high = 0, len(chunks)
         while low < high:
             middle = (low + high) // 2
-            if chunks[middle] in self._chunks:
+            if self._chunks.get(chunks[middle], -1) >= since:
                 low = middle + 1
             else:
                 high = middle
         return low
 
-    def add(self, chunks: Sequence[int]) -> None:
-        """Remember a chain; of one that is too long, the head."""
+    def add(self, chunks: Sequence[int], now: int = 0) -> None:
+        """Remember a chain, of one that is too long the head; ``now`` never goes back."""
         for chunk in reversed(chunks[: self.chunks_max]):
-            self._chunks[chunk] = None
+            self._chunks[chunk] = now
             self._chunks.move_to_end(chunk)
         self.trim()
 
@@ -174,7 +178,7 @@ class Ticket:
     held: Held
     backlog: float
     exact: bool = False
-    """Whether ``held`` is the master's word rather than the proxy's memory."""
+    """Whether the master had its say in ``held``."""
     open: bool = True
 
 
@@ -234,7 +238,7 @@ class Router:
         chosen.requests += 1
         chosen.backlog += ticket.backlog
         chosen.tokens += prompt.tokens + prompt.output_tokens
-        chosen.memory.add(prompt.chunks)
+        chosen.memory.add(prompt.chunks, self._turn)
         return ticket
 
     def first_byte(self, ticket: Ticket) -> None:
@@ -283,8 +287,9 @@ class Router:
         instance.kv_tokens, instance.kv_usage = kv_tokens, kv_usage
 
     def _weigh(self, instance: Instance, prompt: Prompt, compute_share: float, known: Held | None) -> Ticket:
-        own = min(instance.memory.held(prompt.chunks) * CHUNK_TOKENS, prompt.tokens)
-        held = known or Held(own=own)
+        since = 0 if known is None else self._turn - RECENT_CHOICES
+        own = min(instance.memory.held(prompt.chunks, since) * CHUNK_TOKENS, prompt.tokens)
+        held = Held(own) if known is None else dataclasses.replace(known, own=max(own, known.own))
         return Ticket(instance, prompt, held, held.cost(prompt.tokens, compute_share), exact=known is not None)
 
     def _rank(self, ticket: Ticket) -> tuple[bool, float, int]:

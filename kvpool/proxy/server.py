@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hmac
 import ipaddress
 import json
@@ -20,6 +21,7 @@ from kvpool.proxy import prompts
 from kvpool.proxy.errors import AttemptError, ClientGoneError, RefusedRequestError, error_response
 from kvpool.proxy.exchange import Exchange, answer_headers, request_headers
 from kvpool.proxy.fleet import Fleet, read_all
+from kvpool.proxy.index import PoolIndex
 from kvpool.proxy.routing import Held, Instance, Role
 from kvpool.server.daemon import run_daemon
 
@@ -41,6 +43,7 @@ class Proxy:
     def __init__(self, settings: ProxySettings) -> None:
         self._settings = settings
         self.fleet = Fleet(settings)
+        self._index = None if settings.master is None else PoolIndex(self.fleet, settings, settings.master)
         self._ending = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -74,6 +77,8 @@ class Proxy:
             self.fleet.add(Role.PREFILL, url)
         for url in settings.urls("decoder"):
             self.fleet.add(Role.DECODE, url)
+        if self._index is not None:
+            await self._index.start()
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port)
         try:
@@ -102,6 +107,8 @@ class Proxy:
     async def close(self) -> None:
         """End everything."""
         await self._runner.cleanup()
+        if self._index is not None:
+            await self._index.close()
         await self.fleet.close()
 
     # ---- who may ask ---------------------------------------------------------------------------------
@@ -166,6 +173,9 @@ class Proxy:
         raw = await self._body(request)
         asked = prompts.read(request.path, raw)
         known: Mapping[str, Held] = {}
+        if self._index is not None and (found := await self._index.find(request.path, asked)) is not None:
+            known = found.held
+            asked = dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, tokens=found.tokens))
         return await Exchange(self.fleet, self._settings, request, asked, raw, known).run()
 
     async def _body(self, request: web.Request) -> bytes:

@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp import web
 
 from kvpool.config import ProxySettings
+from kvpool.proxy.prompts import Asked, read
 from kvpool.proxy.server import Proxy
 
 CHAT = "/v1/chat/completions"
@@ -62,7 +63,7 @@ class FakeInstance:
         app.add_routes([
             web.post(COMPLETIONS, self._complete), web.post(CHAT, self._complete), web.get("/health", self._health),
             web.get("/v1/models", self._models), web.get("/metrics", self._metrics),
-            web.post("/reset_prefix_cache", self._reset),
+            web.post("/reset_prefix_cache", self._reset), *self.routes(),
         ])  # fmt: skip
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -83,6 +84,10 @@ class FakeInstance:
 
     def answer(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
         return {"id": "x", "choices": [{"text": f"{self.name}-{number} "}], "model": request.get("model")}
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return more of them."""
+        return []
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -198,6 +203,10 @@ class Stage:
     async def get(self, path: str, **headers: str) -> Answer:
         async with self.client.get(self.url + path, headers=headers) as response:
             return Answer(response.status, await response.read(), dict(response.headers))
+
+    def proxy_read(self, body: Any, path: str = COMPLETIONS) -> Asked:
+        """Return a request as the proxy reads it."""
+        return read(path, json.dumps(body).encode())
 
     def counted(self, name: str, **labels: str) -> float:
         return self.proxy.fleet.metrics.registry.get_sample_value(name, labels) or 0.0

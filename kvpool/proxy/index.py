@@ -1,0 +1,304 @@
+"""What the pool's master knows of a prompt: which engine holds it itself, whose node does, and whether the pool does.
+
+The prompt's tokens come from an instance (``/tokenize``), its keys are computed here as the engines do. Where any of
+it is not to be had in time, nobody waits: what was sent where is enough to route by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+import socket
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+import grpc
+
+from kvpool.config import ProxySettings
+from kvpool.model import Namespace
+from kvpool.proxy import chains
+from kvpool.proxy.fleet import Fleet, read_all
+from kvpool.proxy.prompts import CHAT, Asked
+from kvpool.proxy.routing import Held, Instance
+from kvpool.rpc.convert import namespace_from_proto
+from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
+
+log = logging.getLogger(__name__)
+
+REFRESH_S: Final = 2.0
+"""How often namespaces and models are asked for."""
+
+REFRESH_TIMEOUT_S: Final = 2.0
+FAILURES_MAX: Final = 3
+QUIET_S: Final = 5.0
+"""After so many failures in a row, for so long nobody is asked."""
+
+SPACES_MAX: Final = 4
+"""Namespaces of one model that are looked through."""
+
+TOKENIZED_MAX: Final = 512
+TOKENIZED_TOKENS_MAX: Final = 1 << 22
+"""Prompts, and tokens of all of them, whose tokens are remembered."""
+
+ANSWER_BYTES_MAX: Final = 64 << 20
+
+_ENGINE = re.compile(r"vllm (?:https?://)?(.+?)/?(?:_dp\d+)? scheduler@")
+"""What kvpool's connector calls an engine; its ``engine_id`` is to be HOST:PORT, or the URL, that it serves at."""
+
+_TEMPLATE = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A prompt's real length, and what instances hold of it, by URL, of those that have reported."""
+
+    tokens: int
+    held: Mapping[str, Held]
+
+
+@dataclass(slots=True)
+class _Facts:
+    """Of one instance."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    """Names it serves a model under -> the model's label."""
+    hosts: frozenset[str] = frozenset()
+    space: bytes = b""
+    """The namespace in which it reported; empty while it has not."""
+
+
+class PoolIndex:
+    """Asks instances and the master. ``start`` and ``close`` belong to the loop that it is used on."""
+
+    def __init__(self, fleet: Fleet, settings: ProxySettings, master: str) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._master = master
+        self._seed = settings.hash_seed or chains.SEED
+        self._spaces: dict[str, list[Namespace]] = {}
+        self._facts: dict[str, _Facts] = {}
+        self._hosts: dict[str, frozenset[str]] = {}
+        self._tokenized: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._tokens = 0
+        self._failures = 0
+        self._quiet_until = 0.0
+        self._said: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    async def start(self) -> None:
+        """Begin to ask."""
+        self._channel = grpc.aio.insecure_channel(self._master, options=[("grpc.enable_http_proxy", 0)])
+        self._stub = admin_pb2_grpc.AdminStub(self._channel)
+        self._task = asyncio.create_task(self._refresh())
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    async def find(self, path: str, asked: Asked) -> Known | None:
+        """Return what is known of a prompt; None where that is nothing, or could not be told in time."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._quiet_until:
+            return None
+        outcomes = self._fleet.metrics.lookups
+        try:
+            async with asyncio.timeout(self._settings.lookup_timeout / 1000):
+                known = await self._find(path, asked)
+        except (TimeoutError, grpc.RpcError, aiohttp.ClientError, OSError, ValueError, OverflowError) as exc:
+            outcomes.labels("failed").inc()
+            self._failures += 1
+            if self._failures >= FAILURES_MAX:
+                self._failures = 0
+                self._quiet_until = loop.time() + QUIET_S
+            self._say(f"the pool cannot be asked where prompts lie: {_words(exc)}")
+            return None
+        self._failures = 0
+        outcomes.labels("unknown" if known is None else "found" if known.held else "nothing").inc()
+        return known
+
+    # ---- one prompt ------------------------------------------------------------------------------------
+
+    async def _find(self, path: str, asked: Asked) -> Known | None:
+        body = asked.body
+        if not asked.divisible or body.get("cache_salt") or _has_media(body):
+            return None  # the engines' hashes cover more than tokens then
+        serving = [one for one in self._fleet.router.instances.values() if one.up and not one.leaving]
+        labels = {one.name: self._label(one, body.get("model")) for one in serving}
+        label = next((label for label in labels.values() if label), "")
+        spaces = self._spaces.get(label, [])[:SPACES_MAX]
+        if not spaces:
+            return None
+        alike = [one for one in serving if labels[one.name] == label]
+        tokens = await self._tokens_of(path, body, alike)
+        held: dict[str, Held] = {}
+        for space in spaces:
+            keys = await asyncio.to_thread(chains.block_keys, space, tokens, self._seed)
+            if keys:
+                request = master_pb2.LookupRequest(namespace=space.digest, hashes=keys)
+                answer = await self._stub.Inspect(request, timeout=self._settings.lookup_timeout / 1000)
+                await self._resolve(node.host for node in answer.nodes)
+                self._read(answer, space, len(tokens), alike, held)
+        return Known(len(tokens), held)
+
+    def _read(
+        self, answer: Any, space: Namespace, tokens: int, alike: Iterable[Instance], held: dict[str, Held]
+    ) -> None:
+        """Say what those instances hold that are known to use this namespace, because they have reported in it."""
+
+        def length(blocks: int) -> int:
+            size = space.block_tokens
+            return tokens if blocks > 0 and blocks >= tokens // size else blocks * size
+
+        own_blocks: dict[str, int] = {}
+        for resident in answer.residents:
+            match = _ENGINE.match(resident.engine)
+            first = next((part.blocks for part in resident.ranges if part.first == 0), 0)
+            if match is not None:
+                own_blocks[match[1]] = max(first, own_blocks.get(match[1], 0))
+        for one in alike:
+            facts = self._facts[one.name]
+            address = one.name.partition("://")[2]
+            if address in own_blocks:
+                facts.space = space.digest
+            if facts.space == space.digest:
+                own = own_blocks.get(address, 0)
+                near = _near(answer, own, facts.hosts, self._hosts)
+                held[one.name] = Held(length(own), length(near), length(max(answer.prefix, near)))
+
+    def _label(self, instance: Instance, model: Any) -> str:
+        models = self._facts[instance.name].models if instance.name in self._facts else {}
+        return models.get(model, "") if isinstance(model, str) else next(iter(models.values()), "")
+
+    async def _tokens_of(self, path: str, body: Mapping[str, Any], alike: Sequence[Instance]) -> list[int]:
+        """Return a prompt's tokens, from an instance that serves its model. Raises aiohttp.ClientError, ValueError."""
+        if path != CHAT and isinstance(body["prompt"], list):
+            return list(body["prompt"])
+        wanted = ("messages", *_TEMPLATE) if path == CHAT else ("prompt",)
+        question = {name: body[name] for name in ("model", "add_special_tokens", *wanted) if name in body}
+        raw = json.dumps(question).encode()
+        name = hashlib.blake2b(raw, digest_size=16).digest()
+        found = self._tokenized.get(name)
+        if found is not None:
+            self._tokenized.move_to_end(name)
+            return found
+        one = min(alike, key=lambda one: (one.backlog, one.requests))
+        headers = {"Content-Type": "application/json"} | self._authorization()
+        async with self._fleet.session.post(f"{one.name}/tokenize", data=raw, headers=headers) as answer:
+            text = await read_all(answer.content, ANSWER_BYTES_MAX)
+            if answer.status != 200:
+                raise ValueError(f"{one.name}/tokenize: status {answer.status}")
+        tokens = json.loads(text).get("tokens")
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise ValueError(f"{one.name}/tokenize: no tokens")
+        self._tokenized[name] = tokens
+        self._tokens += len(tokens)
+        while len(self._tokenized) > TOKENIZED_MAX or self._tokens > TOKENIZED_TOKENS_MAX:
+            self._tokens -= len(self._tokenized.popitem(last=False)[1])
+        return tokens
+
+    def _authorization(self) -> dict[str, str]:
+        key = self._settings.api_key
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    # ---- what changes slowly ---------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        while True:
+            try:
+                request = admin_pb2.NamespacesRequest()
+                answer = await self._stub.Namespaces(request, timeout=REFRESH_TIMEOUT_S)
+                self._take([namespace_from_proto(status.descriptor) for status in answer.namespaces])
+                for one in list(self._fleet.router.instances.values()):
+                    if one.up and not (one.name in self._facts and self._facts[one.name].models):
+                        await self._learn(one)
+            except (TimeoutError, grpc.RpcError, aiohttp.ClientError, OSError, ValueError) as exc:
+                self._say(f"the pool cannot be asked where prompts lie: {_words(exc)}")
+            there = {one.name for one in self._fleet.router.instances.values() if one.up}
+            self._facts = {name: facts for name, facts in self._facts.items() if name in there}
+            await asyncio.sleep(REFRESH_S)
+
+    def _take(self, namespaces: Sequence[Namespace]) -> None:
+        """Keep the namespaces whose keys can be computed, one KV cache group each."""
+        spaces: dict[str, list[Namespace]] = {}
+        for one in namespaces:
+            if any(one.differences(other) == ["kv_group"] for other in namespaces):
+                continue  # of a hybrid model: what lies of one group says too little
+            if chains.can_hash(one, self._seed):
+                spaces.setdefault(one.model, []).append(one)
+            else:
+                self._say(
+                    f"hashes of {one.model} ({one.hash_algorithm}) cannot be computed here: its engines have another "
+                    "PYTHONHASHSEED, which --hash_seed is to name, or hash in a way that is not known"
+                )
+        self._spaces = spaces
+
+    async def _learn(self, instance: Instance) -> None:
+        async with asyncio.timeout(REFRESH_TIMEOUT_S):
+            url = f"{instance.name}/v1/models"
+            async with self._fleet.session.get(url, headers=self._authorization()) as answer:
+                text = await read_all(answer.content, ANSWER_BYTES_MAX)
+            if answer.status != 200:
+                raise ValueError(f"{url}: status {answer.status}")
+            listed = json.loads(text).get("data")
+            models = {m["id"]: m["root"] for m in listed if m.get("root") and not m.get("parent")}
+            host = instance.name.partition("://")[2].rpartition(":")[0].strip("[]")
+            await self._resolve([host])
+            labels = {name: str(root).rstrip("/").rpartition("/")[2] for name, root in models.items()}
+            self._facts[instance.name] = _Facts(labels, self._hosts.get(host, frozenset()))
+
+    async def _resolve(self, hosts: Iterable[str]) -> None:
+        """Learn the addresses behind names."""
+        for host in {host for host in hosts if host not in self._hosts}:
+            found: frozenset[str] = frozenset()
+            with suppress(OSError):
+                infos = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                found = frozenset(str(info[4][0]) for info in infos)
+            self._hosts[host] = found
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+
+def _near(answer: Any, own: int, hosts: frozenset[str], addresses: Mapping[str, frozenset[str]]) -> int:
+    """Return how many blocks an instance can have from itself and from the node on its host."""
+    near, end = own, 0
+    for run in answer.runs:
+        begin, end = end, end + run.blocks
+        if end <= near:
+            continue
+        here = any(
+            owner.tier == "dram" and addresses.get(answer.nodes[owner.node].host, frozenset()) & hosts
+            for owner in run.owners
+        )
+        if begin > near or not here:
+            break
+        near = end
+    return near
+
+
+def _has_media(body: Mapping[str, Any]) -> bool:
+    contents = [message.get("content") for message in body.get("messages") or () if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(not isinstance(part, dict) or part.get("type") != "text" for part in parts)
+
+
+def _words(exc: BaseException) -> str:
+    if isinstance(exc, grpc.aio.AioRpcError):
+        return f"{exc.code().name}: {exc.details()}"
+    return str(exc) or type(exc).__name__
+
+

@@ -1,0 +1,300 @@
+"""What the master and the engines' tokenizers know of prompts, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import pickle
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpool.model import Namespace
+from kvpool.proxy.chains import SEED, block_keys, can_hash
+from kvpool.rpc.convert import namespace_to_proto
+from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
+from tests.proxy.fake import CHAT, COMPLETIONS, FakeInstance, play, staged, until
+
+BLOCK = 32
+# The engine's own hashes of range(32) and then of a second block, seen with vLLM 0.32.
+SEEN = {
+    "sha256": ("b1bdb84c40e30190f50cb343f03308ea", "0cfa2569924fdd13a84ae5118d3d59f5"),
+    "sha256_cbor": ("30653d0f357fa985ff3562ec776f5216", "905b8e99ed1ebd14ef5984169d18793c"),
+}
+SECOND = [70000, 5, 255, 256, 24, 23, 65536]
+
+
+def namespace(algorithm="sha256", block_tokens=BLOCK, **more):
+    fields = {"model": "tiny", "block_tokens": block_tokens, "hash_algorithm": algorithm,
+              "hash_fingerprint": SEEN[algorithm][0]}  # fmt: skip
+    return Namespace(**(fields | more))
+
+
+class TestHashes:
+    @pytest.mark.parametrize("algorithm", SEEN)
+    def test_they_are_the_engines(self, algorithm):
+        """As vLLM made them; a fingerprint proves it for a namespace."""
+        assert can_hash(namespace(algorithm))
+        assert block_keys(namespace(algorithm), range(32)).hex() == SEEN[algorithm][0]
+        assert not can_hash(namespace(algorithm, hash_fingerprint="0" * 32))
+        assert not can_hash(namespace(algorithm), seed="0")
+        assert not can_hash(namespace("sha256", hash_algorithm="xxhash"))
+
+    @pytest.mark.parametrize("algorithm", SEEN)
+    def test_the_second_block_covers_the_first(self, algorithm):
+        """Numbers of every width."""
+        size = len(SECOND)
+        chain = block_keys(namespace(algorithm, block_tokens=size), [*range(size), *SECOND])
+        other = block_keys(namespace(algorithm, block_tokens=size), [*range(1, size + 1), *SECOND])
+        assert len(chain) == 32
+        assert chain[16:] != other[16:]
+
+    @given(st.lists(st.integers(0, 1 << 20), max_size=70), st.integers(1, 16))
+    def test_whole_blocks_only(self, tokens, size):
+        """Pickled as any Python would."""
+        keys = block_keys(namespace(block_tokens=size), tokens)
+        parent = hashlib.sha256(pickle.dumps(SEED, protocol=pickle.HIGHEST_PROTOCOL)).digest()
+        for number in range(len(tokens) // size):
+            block = (parent, tuple(tokens[number * size : (number + 1) * size]), None)
+            parent = hashlib.sha256(pickle.dumps(block, protocol=pickle.HIGHEST_PROTOCOL)).digest()
+            assert keys[16 * number : 16 * number + 16] == parent[:16]
+        assert len(keys) == 16 * (len(tokens) // size)
+
+
+class FakeMaster(admin_pb2_grpc.AdminServicer):
+    """Answers as told."""
+
+    def __init__(self):
+        self.namespaces = [namespace()]
+        self.residents = {}  # engine name -> blocks from the prompt's start
+        self.runs = []  # (blocks, host of the node)
+        self.asked = []
+        self.hang = False
+
+    async def Namespaces(self, request, context):  # noqa: N802  # gRPC names the methods
+        statuses = [
+            admin_pb2.NamespaceStatus(digest=one.digest, descriptor=namespace_to_proto(one)) for one in self.namespaces
+        ]
+        return admin_pb2.NamespacesResponse(namespaces=statuses)
+
+    async def Inspect(self, request, context):  # noqa: N802
+        self.asked.append(request)
+        if self.hang:
+            await asyncio.Event().wait()
+        answer = master_pb2.LookupResponse(prefix=sum(blocks for blocks, _ in self.runs))
+        for number, (blocks, host) in enumerate(self.runs):
+            answer.nodes.add(node_id=f"n{number}", host=host)
+            answer.runs.add(blocks=blocks).owners.add(node=number, tier="dram")
+        for engine, blocks in self.residents.items():
+            answer.residents.add(engine=engine, tier="hbm").ranges.add(first=0, blocks=blocks)
+        return answer
+
+
+class Engine(FakeInstance):
+    """An engine that has a tokenizer: a word is a token."""
+
+    tokenized = 0
+    broken = False
+
+    async def _models(self, request):
+        return web.json_response({"data": [{"id": "m", "root": "/models/tiny", "parent": None},
+                                           {"id": "lora", "root": "/x/lora", "parent": "m"}]})  # fmt: skip
+
+    async def _tokenize(self, request):
+        self.tokenized += 1
+        if self.broken:
+            return web.Response(status=404)
+        body = await request.json()
+        text = body["prompt"] if "prompt" in body else " ".join(one["content"] for one in body["messages"])
+        return web.json_response({"tokens": [len(word) for word in text.split()]})
+
+    def routes(self):
+        return [web.post("/tokenize", self._tokenize)]
+
+
+@asynccontextmanager
+async def with_master(*engines, prefill=0, **settings):
+    """A master that answers, and a proxy that has learnt its namespaces and its instances' models."""
+    master = FakeMaster()
+    server = grpc.aio.server()
+    admin_pb2_grpc.add_AdminServicer_to_server(master, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        settings = {"lookup_timeout": "5s"} | settings
+        async with staged(*engines, prefill=prefill, master=f"127.0.0.1:{port}", **settings) as stage:
+            index = stage.proxy._index
+            await until(lambda: index._spaces and len(index._facts) == len(engines))
+            yield stage, master
+    finally:
+        await server.stop(0)
+
+
+def name_of(engine, form="vllm {} scheduler@host"):
+    return form.format(engine.address)
+
+
+def held(stage, source="master", role="both"):
+    return stage.counted("kvpool_proxy_held_tokens_total", role=role, source=source)
+
+
+WORDS = "word " * 100  # 100 tokens, 3 blocks
+
+
+class TestRouting:
+    @pytest.mark.parametrize("form", ["vllm {} scheduler@h", "vllm http://{}/ scheduler@h", "vllm {}_dp0 scheduler@h"])
+    @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+    def test_a_prompt_goes_to_the_engine_that_says_it_holds_it(self, path, form):
+        """Though the proxy never sent it there."""
+
+        async def story():
+            a, b = Engine("a"), Engine("b")
+            async with with_master(a, b) as (stage, master):
+                body = {"model": "m", "prompt": WORDS, "messages": [{"role": "user", "content": WORDS}]}
+                for engine in (b, a, b, b):
+                    master.residents = {name_of(engine, form): 3}
+                    assert (await stage.ask(body, path)).texts == [f"{engine.name}-0 "]
+                    for one in stage.proxy.fleet.router.instances.values():
+                        one.memory.clear()
+                assert held(stage) == 400
+                keys = block_keys(namespace(), [4] * 100)
+                assert {request.hashes for request in master.asked} == {keys}
+                assert a.tokenized + b.tokenized == 1  # the same text four times
+
+        play(story())
+
+    def test_own_memory_before_the_nodes_before_the_pools(self):
+        """Where engines are known by their reports."""
+
+        async def story():
+            a, b = Engine("a"), Engine("b")
+            async with with_master(a, b) as (stage, master):
+                master.residents = {name_of(a): 3, name_of(b): 3}
+                await stage.ask({"prompt": list(range(100))})
+                index = stage.proxy._index
+                index._hosts |= {"10.0.0.1": frozenset({"10.0.0.1"}), "10.0.0.2": frozenset({"10.0.0.2"})}
+                index._facts[a.url].hosts = index._hosts["10.0.0.1"]
+                index._facts[b.url].hosts = index._hosts["10.0.0.2"]
+                master.residents = {name_of(a): 1}
+                master.runs = [(2, "10.0.0.2"), (5, "10.0.0.3")]
+                asked = stage.proxy_read({"prompt": list(range(9 * BLOCK))})
+                known = await index.find(COMPLETIONS, asked)
+                assert known.tokens == 9 * BLOCK
+                of_a, of_b = known.held[a.url], known.held[b.url]
+                assert (of_a.own, of_a.near, of_a.pool) == (BLOCK, BLOCK, 7 * BLOCK)
+                assert (of_b.own, of_b.near, of_b.pool) == (0, 2 * BLOCK, 7 * BLOCK)
+
+        play(story())
+
+    def test_what_was_just_sent_somewhere_counts_too(self):
+        """The master hears of it later."""
+
+        async def story():
+            a, b = Engine("a"), Engine("b")
+            async with with_master(a, b) as (stage, master):
+                master.residents = {name_of(a): 1, name_of(b): 1}
+                await stage.ask({"prompt": "x"})
+                master.residents = {}
+                first = (await stage.ask({"prompt": WORDS * 4})).texts
+                await stage.ask({"prompt": "other " * 400})
+                for _ in range(3):
+                    assert (await stage.ask({"prompt": WORDS * 4})).texts == first
+
+        play(story())
+
+    def test_a_prompt_that_the_decode_side_can_load_is_not_prefilled(self):
+        """Unless that is off."""
+
+        async def story(**settings):
+            prefill, decode = Engine("p"), Engine("d")
+            async with with_master(prefill, decode, prefill=1, **settings) as (stage, master):
+                master.residents = {name_of(decode): 1}
+                master.runs = [(2, "127.0.0.1")]
+                await stage.ask({"prompt": WORDS})
+                assert len(prefill.requests) == 1
+                master.runs = [(3, "127.0.0.1")]
+                await stage.ask({"prompt": WORDS})
+                assert len(prefill.requests) == (2 if settings else 1)
+                assert stage.counted("kvpool_proxy_prefills_total", outcome="skipped") == (0 if settings else 1)
+                assert "kv_transfer_params" in decode.requests[0]
+                assert ("kv_transfer_params" in decode.requests[1]) == bool(settings)
+
+        play(story())
+        play(story(skip_prefill="off"))
+
+
+class TestWithout:
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"prompt": WORDS, "cache_salt": "s"},
+            {"prompt": WORDS, "model": "lora"},
+            {"prompt": WORDS, "model": "unknown"},
+            {"prompt": [WORDS, WORDS]},
+        ],
+        ids=str,
+    )
+    def test_hashes_that_cover_more_than_tokens(self, body):
+        """Nobody is asked; the proxy decides by what it has sent where."""
+
+        async def story():
+            engine = Engine("a")
+            async with with_master(engine) as (stage, master):
+                assert (await stage.ask(body)).status == 200
+                assert not master.asked
+                assert stage.counted("kvpool_proxy_lookups_total", outcome="unknown") == 1
+
+        play(story())
+
+    @pytest.mark.parametrize(
+        "spaces",
+        [
+            [namespace(hash_fingerprint="0" * 32)],
+            [namespace(kv_group="full of layers 1"), namespace(kv_group="window:64 of layers 2")],
+            [namespace(model="other")],
+        ],
+        ids=["another seed", "hybrid", "another model"],
+    )
+    def test_namespaces_whose_keys_say_nothing_here(self, spaces):
+        """Are left alone."""
+
+        async def story():
+            engine = Engine("a")
+            async with with_master(engine) as (stage, master):
+                stage.proxy._index._take(spaces)
+                assert (await stage.ask({"prompt": WORDS})).status == 200
+                assert not master.asked
+
+        play(story())
+
+    @pytest.mark.parametrize("trouble", ["master hangs", "no tokenizer", "master refuses"])
+    def test_trouble_costs_a_few_requests_a_moment_and_then_none(self, trouble):
+        """After some failures in a row nobody is asked for a while."""
+
+        async def story():
+            engine = Engine("a")
+            async with with_master(engine, lookup_timeout=50) as (stage, master):
+                engine.broken = trouble == "no tokenizer"
+                master.hang = trouble == "master hangs"
+                if trouble == "master refuses":
+                    master.residents = {"x" * 10: -1}  # no such number of blocks
+                for number in range(6):
+                    assert (await stage.ask({"prompt": f"{number} {WORDS}"})).status == 200
+                assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 3
+
+        play(story())
+
+    def test_without_a_master(self):
+        """Everything works, and the log says why prompts are not looked up."""
+
+        async def story():
+            a = Engine("a")
+            async with staged(a, master="127.0.0.1:1") as stage:
+                assert (await stage.ask({"prompt": WORDS})).status == 200
+                assert not a.tokenized
+
+        play(story())
