@@ -29,7 +29,7 @@ from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool
-from kvpool.transport.shm import AttachedSegment
+from kvpool.transport.shm import AttachedSegment, close_fds
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +54,38 @@ class LocalNode:
     def __init__(self, path: str, name: str) -> None:
         """Attach. Raises UnavailableError, or what the node answers."""
         self.path = path
-        self._pool = ChannelPool(lambda timeout_s: Channel.connect_unix(path, timeout_s), channels_max=CHANNELS_MAX)
-        try:
-            with self._pool.channel(CONNECT_S) as channel:
-                attach = NodeFrame(attach=node_pb2.Attach(client=name))
-                reply, _, fds = channel.call_with_fds(attach, NodeFrameReply, timeout_s=CONNECT_S)
-            attached = reply.attached
-            self.node_id, self.epoch = attached.node_id, attached.epoch
-            self.backends = frozenset(attached.backends)
-            self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
-        except KVPoolError:
-            self._pool.close()
-            raise
+        self._name = name
+        self._pool = ChannelPool(self._connect, channels_max=CHANNELS_MAX)
+        with contextlib.closing(Channel.connect_unix(path, CONNECT_S)) as channel:
+            attached, fds = self._attach(channel, CONNECT_S)
+        self.node_id, self.epoch = attached.node_id, attached.epoch
+        self.backends = frozenset(attached.backends)
+        self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
         self._memory: Bytes = np.frombuffer(self._segment.view, np.uint8)
         self._registered: set[bytes] = set()
         self.alive = True
         self.writer = secrets.randbits(63) | 1
         self._lock = threading.Lock()
         self._writing = 0  # puts that may be copying into the segment
+
+    def _connect(self, timeout_s: float) -> Channel:
+        """Connect to the very process whose memory is mapped here: another one's offsets mean other bytes."""
+        channel = Channel.connect_unix(self.path, timeout_s)
+        try:
+            attached, fds = self._attach(channel, timeout_s)
+            close_fds(fds)
+            if attached.epoch != self.epoch:
+                self.alive = False
+                raise UnavailableError(f"another node serves {self.path} by now")
+        except KVPoolError:
+            channel.close()
+            raise
+        return channel
+
+    def _attach(self, channel: Channel, timeout_s: float) -> tuple[node_pb2.Attached, list[int]]:
+        attach = NodeFrame(attach=node_pb2.Attach(client=self._name))
+        reply, _, fds = channel.call_with_fds(attach, NodeFrameReply, timeout_s=timeout_s)
+        return reply.attached, fds
 
     def prefault(self) -> None:
         """Enter the segment's pages into our page table, so that no copy has to. Takes seconds for much memory."""

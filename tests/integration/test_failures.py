@@ -401,3 +401,23 @@ def test_whole_pool_may_come_after_its_client_and_go(bare_pool: Pool) -> None:
             result = client.lookup(SPACE, KEYS)
             assert (result.prefix, result.reason) == (0, "no_pool")
             assert get_chain(client, SPACE, KEYS, SIZE).prefix == 0
+
+
+@pytest.mark.parametrize("checksum", ["always", "transfer"])
+def test_a_client_never_mixes_the_memory_of_two_node_processes(bare_pool: Pool, checksum: str) -> None:
+    """A node restarted between two calls has other memory: what an idle client stores next is there, and right."""
+    pool = bare_pool
+    pool.start_master()
+    pool.start_node("a")
+    client = pool.client("a", checksum=checksum)
+    put_chain(client, SPACE, chain_of(91, 8), SIZE)
+    pool.nodes["a"].kill()
+    pool.start_node("a")
+    keys = chain_of(92, 8)
+
+    def stored() -> bool:
+        return not client.put(SPACE, keys, [content_of(key, SIZE) for key in keys]).failed
+
+    wait_for(stored, "the client is attached again")
+    assert get_chain(client, SPACE, keys, SIZE).prefix == len(keys)
+    assert get_chain(pool.client("a"), SPACE, keys, SIZE).prefix == len(keys)
