@@ -74,8 +74,12 @@ class FaultyMount:
             path.mkdir(parents=True)
         # A unix socket's path is short; the directory may be deep.
         self._control = Path(f"/tmp/kvpool-faultfs-{os.getpid()}-{id(self):x}.sock")
-        arguments = [str(self.below), str(self.path), str(self._control), str(cache_s)]
-        with self.log.open("wb") as log:
+        self._cache_s = cache_s
+        self._mount()
+
+    def _mount(self) -> None:
+        arguments = [str(self.below), str(self.path), str(self._control), str(self._cache_s)]
+        with self.log.open("ab") as log:
             self._daemon = subprocess.Popen(
                 [sys.executable, "-m", "tests.faultfs.daemon", *arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
@@ -141,6 +145,11 @@ class FaultyMount:
         self._daemon.kill()
         self._daemon.wait(COMMAND_S)
 
+    def restart(self) -> None:
+        """Mount it again where it was, without faults."""
+        self.close()
+        self._mount()
+
     def close(self) -> None:
         """Unmount, whatever hangs. The kernel ends all operations when the process that serves them is gone."""
         detach(self.path)
@@ -148,9 +157,18 @@ class FaultyMount:
         self._control.unlink(missing_ok=True)
 
 
+def fill_up(directory: Path) -> Path:
+    """Fill the filesystem of a directory to the last page; return the file that has taken it all."""
+    ballast = directory / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
 @contextlib.contextmanager
 def mounted(kind: str, directory: Path, options: str = "") -> Iterator[Path]:
-    """Mount a filesystem for a while, for example a tmpfs of one MiB."""
+    """Mount a filesystem for a while, for example a tmpfs with "size=4m"."""
     directory.mkdir(parents=True, exist_ok=True)
     mount(kind, "kvpool-test", directory, options)
     try:
@@ -183,8 +201,8 @@ def faulty_mount(faulty_mounts: Callable[..., FaultyMount]) -> FaultyMount:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a filesystem of 1 MiB in memory."""
+    """Return a filesystem of 4 MiB in memory."""
     if why := why_no_mounts():
         pytest.skip(why)
-    with mounted("tmpfs", tmp_path / "small", "size=1m") as path:
+    with mounted("tmpfs", tmp_path / "small", "size=4m") as path:
         yield path

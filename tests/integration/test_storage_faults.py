@@ -1,0 +1,225 @@
+"""Storage that fails under a running pool: puts and gets go on from memory, its state says why, and it comes back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpool import Client
+from kvpool.rpc.v1 import admin_pb2
+from kvpool.rpc.v1.types_pb2 import Backend
+from tests.faultfs.mount import FaultyMount, fill_up, mount
+from tests.integration.pool import SPACE, Pool, T, chain_of, get_chain, put_chain, wait_for
+
+SIZE = 32 << 10
+SEGMENT = 16 << 20
+IN_FILES = chain_of(1, 12)
+IN_MEMORY = chain_of(2, 6)
+MS_RDONLY, MS_REMOUNT = 1, 32
+UP, DOWN, READ_ONLY = Backend.State.UP, Backend.State.DOWN, Backend.State.READ_ONLY
+AWAY = {"storage_down", "storage_timeout", "not_stored", "file_missing", "not_here"}
+"""Why blocks are not had whose storage is away: who asked first is told, later ones find them gone from the index."""
+
+
+class Storage:
+    """A master and a node "a" on a directory; some blocks are in files only, some in memory too."""
+
+    def __init__(self, pool: Pool, root: Path) -> None:
+        self.pool = pool
+        self.root = root
+        pool.start_master("--data_dir", str(pool.directory / "catalog"))
+        self.start()
+        put_chain(pool.client("a"), SPACE, IN_FILES, SIZE)
+        wait_for(lambda: self.backend().blocks == len(IN_FILES), "all are in files")
+        pool.nodes["a"].kill()
+        self.start()
+        self.client: Client = pool.client("a")
+        wait_for(lambda: self.client.lookup(SPACE, IN_FILES).prefix == len(IN_FILES), "all are found again")
+        put_chain(self.client, SPACE, IN_MEMORY, SIZE)
+        wait_for(lambda: self.backend().blocks == len(IN_FILES + IN_MEMORY), "the others are in files, too")
+
+    def start(self) -> None:
+        self.pool.start_node(
+            "a", "--segment_size", str(SEGMENT), "--storage_backends", str(self.root), "--storage_timeout", "500ms"
+        )
+
+    def backend(self) -> admin_pb2.BackendStatus:
+        reply: admin_pb2.BackendsResponse = self.pool.admin().Backends(
+            admin_pb2.BackendsRequest(), timeout=T, wait_for_ready=True
+        )
+        return reply.backends[0] if reply.backends else admin_pb2.BackendStatus()
+
+    def is_said_to_be(self, state: int, reason: str = "") -> None:
+        """Wait until operators are told this."""
+
+        def said() -> bool:
+            told = self.backend()
+            return told.state == state and reason in told.reason
+
+        try:
+            wait_for(said, f"state {state} because of {reason}")
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}: {self.backend()}") from None
+
+    def memory_goes_on(self, chain: int) -> None:
+        """See that blocks are stored, found and loaded from memory, as if nothing were wrong."""
+        keys = chain_of(chain, 4)
+        put_chain(self.client, SPACE, keys, SIZE)
+        for stored in (keys, IN_MEMORY):
+            wait_for(lambda stored=stored: self.client.lookup(SPACE, stored).prefix == len(stored), "they are found")
+            assert get_chain(self.client, SPACE, stored, SIZE).tiers == {"local": len(stored)}
+
+    def files_are_read(self) -> None:
+        """Wait until what is in files only is loaded, with the right bytes."""
+        wait_for(lambda: get_chain(self.client, SPACE, IN_FILES, SIZE).prefix == len(IN_FILES), "files are read")
+
+    def files_are_written(self, chain: int) -> None:
+        """See that new blocks reach files."""
+        keys = chain_of(chain, 4)
+        put_chain(self.client, SPACE, keys, SIZE)
+        files = [self.root / "blocks" / SPACE.digest.hex() / key.hex()[:3] / f"{key.hex()}.0" for key in keys]
+        wait_for(lambda: all(file.exists() for file in files), "new blocks are in files")
+
+
+@pytest.fixture
+def storage_on(bare_pool: Pool) -> Callable[[Path], Storage]:
+    """Return what starts a pool on a directory."""
+    return lambda root: Storage(bare_pool, root)
+
+
+@pytest.mark.parametrize(
+    ("ops", "error"),
+    [("*", errno.EIO), ("*", errno.ENOTCONN), ("open|create|read|write", errno.ESTALE), ("*", errno.ETIMEDOUT)],
+    ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else "",
+)
+def test_storage_that_answers_errors(faulty_mount: FaultyMount, storage_on: Any, ops: str, error: int):
+    """It is down with the reason, and up again when it works again; memory never notices."""
+    storage = storage_on(faulty_mount.path / "pool")
+    faulty_mount.fail(ops, error)
+    result = get_chain(storage.client, SPACE, IN_FILES, SIZE)
+    assert result.prefix == 0
+    assert result.reasons.keys() <= AWAY, result
+    storage.is_said_to_be(DOWN, os.strerror(error))
+    storage.memory_goes_on(3)
+    faulty_mount.heal()
+    storage.is_said_to_be(UP)
+    storage.files_are_read()
+    storage.files_are_written(4)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
+def test_storage_that_takes_nothing_more(faulty_mount: FaultyMount, storage_on: Any, error: int):
+    """It is read-only: what is in files is still loaded, and new blocks are written when that works again."""
+    storage = storage_on(faulty_mount.path / "pool")
+    faulty_mount.fail("create|write|mkdir|rename|unlink", error)
+    storage.memory_goes_on(3)
+    storage.is_said_to_be(READ_ONLY, os.strerror(error))
+    storage.files_are_read()
+    faulty_mount.heal()
+    storage.is_said_to_be(UP)
+    storage.files_are_written(4)
+
+
+@pytest.mark.parametrize("ops", ["*", "read", "write|fsync|create", "open"])
+def test_storage_that_hangs(faulty_mount: FaultyMount, storage_on: Any, ops: str):
+    """Everybody is answered while it hangs; who waits for nothing else gets everything else."""
+    storage = storage_on(faulty_mount.path / "pool")
+    faulty_mount.hang(ops)
+    result = get_chain(storage.client, SPACE, IN_FILES, SIZE)
+    if result.prefix < len(IN_FILES):  # when only writing hangs, reading does not
+        assert result.reasons.keys() <= AWAY, result
+    storage.memory_goes_on(3)
+    storage.is_said_to_be(DOWN, "s")
+    storage.memory_goes_on(5)
+    assert faulty_mount.hanging > 0
+    faulty_mount.heal()
+    storage.is_said_to_be(UP)
+    storage.files_are_read()
+    storage.files_are_written(4)
+
+
+def test_a_node_ends_while_its_storage_hangs(faulty_mount: FaultyMount, storage_on: Any):
+    """SIGTERM is obeyed, with reads, writes and probes under way that will never return."""
+    storage = storage_on(faulty_mount.path / "pool")
+    faulty_mount.hang()
+    get_chain(storage.client, SPACE, IN_FILES, SIZE)
+    storage.memory_goes_on(3)
+    storage.is_said_to_be(DOWN)
+    assert faulty_mount.hanging > 0
+    node = storage.pool.nodes["a"]
+    node.send(signal.SIGTERM)
+    assert node.popen.wait(T) == 0, node.words()
+    faulty_mount.heal()
+    storage.start()
+    wait_for(storage.client.has_node, "the client is attached again")
+    storage.files_are_read()
+
+
+def test_a_node_does_not_wait_for_storage_that_hangs_at_the_start(faulty_mount: FaultyMount, bare_pool: Pool):
+    """It says which backend does not answer, and ends."""
+    bare_pool.start_master()
+    faulty_mount.hang()
+    root = str(faulty_mount.path / "pool")
+    node = bare_pool.start_node("a", "--segment_size", str(SEGMENT), "--storage_backends", root, wait=False)
+    assert node.popen.wait(2 * T) not in {0, -signal.SIGKILL}
+    assert f"{root} does not answer" in node.words()
+    bare_pool.expected_errors.append("does not answer")
+
+
+def test_a_mount_that_dies_and_is_mounted_again(faulty_mount: FaultyMount, storage_on: Any):
+    """Nothing is made at the place where it was; when it is back, its files are."""
+    storage = storage_on(faulty_mount.path / "pool")
+    faulty_mount.kill()
+    get_chain(storage.client, SPACE, IN_FILES, SIZE)
+    storage.is_said_to_be(DOWN)
+    storage.memory_goes_on(3)
+    faulty_mount.restart()
+    storage.is_said_to_be(UP)
+    storage.files_are_read()
+    storage.files_are_written(4)
+
+
+def test_a_disk_that_is_full(small_disk: Path, storage_on: Any):
+    """A real one: read-only until there is room."""
+    storage = storage_on(small_disk)
+    ballast = fill_up(small_disk)
+    storage.memory_goes_on(3)
+    storage.is_said_to_be(READ_ONLY, "No space left")
+    storage.files_are_read()
+    ballast.unlink()
+    storage.is_said_to_be(UP)
+    storage.files_are_written(4)
+
+
+def test_a_disk_that_becomes_read_only(small_disk: Path, storage_on: Any):
+    """A real remount."""
+    storage = storage_on(small_disk)
+    mount("tmpfs", "kvpool-test", small_disk, flags=MS_REMOUNT | MS_RDONLY)
+    storage.memory_goes_on(3)
+    storage.is_said_to_be(READ_ONLY, "Read-only file system")
+    storage.files_are_read()
+    mount("tmpfs", "kvpool-test", small_disk, flags=MS_REMOUNT)
+    storage.is_said_to_be(UP)
+    storage.files_are_written(4)
+
+
+def test_a_directory_that_is_deleted(tmp_path: Path, storage_on: Any):
+    """It is made again with the same id; what was in it is a miss, what comes is written."""
+    storage = storage_on(tmp_path / "files")
+    before = storage.backend().id
+    shutil.rmtree(tmp_path / "files")
+    storage.memory_goes_on(3)
+    result = get_chain(storage.client, SPACE, IN_FILES, SIZE)
+    assert result.prefix == 0
+    assert result.reasons.keys() <= AWAY, result
+    storage.is_said_to_be(UP)
+    wait_for((tmp_path / "files" / "kvpool.json").exists, "the directory is made again")
+    storage.files_are_written(4)
+    assert storage.backend().id == before
