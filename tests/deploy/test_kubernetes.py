@@ -1,6 +1,7 @@
 """Manifests without a cluster: the schemas of Kubernetes itself, and what schemas cannot say."""
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -140,6 +141,18 @@ def test_services_have_pods():
     for path in [*files.DEPLOY.glob("kubernetes/**/*.yaml"), *files.DEPLOY.glob("kthena/*.yaml")]:
         for service in re.findall(r"([a-z-]+)(?:\.kvpool)?:50088", path.read_text()):
             assert service in services, path
+
+
+def test_engines_are_called_what_the_proxy_calls_them():
+    """The id of an engine behind the proxy is its pod's name at its Service, and its port."""
+    sets = [item for _, item in OURS if item["kind"] == "StatefulSet"]
+    assert len(sets) == 2
+    for item in sets:
+        (container,) = item["spec"]["template"]["spec"]["containers"]
+        config = json.loads(container["command"][container["command"].index("--kv-transfer-config") + 1])
+        port = container["ports"][0]["containerPort"]
+        assert config["engine_id"] == f"$(POD_NAME).{item['spec']['serviceName']}:{port}"
+        assert f"--port={port}" in container["command"]
 
 
 def test_who_needs_the_pool_is_let_in():

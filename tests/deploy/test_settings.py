@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from kvpool.config import COMPONENTS, MasterSettings, NodeSettings, ProxySettings, load
+from kvpool.config import COMPONENTS, MasterSettings, NodeSettings, ProxySettings, load, split_address
 from kvpool_vllm.settings import read_settings, role_of
 from tests.deploy import files
 
@@ -87,7 +87,7 @@ def transfer_configs():
     for path in sorted([*(p for p in files.DEPLOY.rglob("*") if p.is_file()), files.ROOT / "docs/deployment.md"]):
         lines = (line.partition("#")[2] if path.suffix == ".yaml" and line.lstrip().startswith("#") else line
                  for line in path.read_text().splitlines())  # fmt: skip
-        text = "\n".join(lines).replace("""'"${GROUP_NAME}_${ROLE_ID}"'""", "engine")
+        text = re.sub(r"""'"[^"']+"'""", "10.0.0.2:8000", "\n".join(lines))
         for number, match in enumerate(re.finditer(r'\{\s*"kv_connector"', text)):
             yield pytest.param(
                 json.JSONDecoder().raw_decode(text, match.start())[0], id=f"{files.named(path)}-{number}"
@@ -103,6 +103,8 @@ def test_engines_would_start(config):
     transfer = SimpleNamespace(**{"kv_connector_extra_config": {}, **config})
     role = role_of(config["kv_role"], read_settings(transfer))
     assert role.loads
+    if "engine_id" in config:  # by which kvpool-proxy knows it
+        assert split_address(re.sub(r"\$\(\w+\)", "one", config["engine_id"]), "engine_id")
 
 
 def test_transfer_configs_are_found():

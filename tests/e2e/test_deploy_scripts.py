@@ -28,13 +28,32 @@ ARGUMENTS = ("--dtype", "bfloat16", "--enforce-eager", "--kv-cache-memory-bytes"
              "--max-model-len", "2048", "--served-model-name", "tiny")  # fmt: skip
 
 
+def ask(port: int, path: str, body: Any = None) -> bytes:
+    """Return the answer of a server on this machine; raises OSError."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        data: bytes = answer.read()
+    return data
+
+
+def complete(port: int, prompt: list[int], tokens: int) -> str:
+    """Return the text of a completion."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    text: str = json.loads(ask(port, "/v1/completions", body))["choices"][0]["text"]
+    return text
+
+
 class Script:
     """An engine started by one of the scripts, on one core."""
 
     def __init__(self, name: str, core: int, model: Path, pool: Pool, folder: Path) -> None:
-        self._port = free_port()
+        self.port = free_port()
         self._log = folder / f"{name}.log"
-        command = ["sh", str(ROOT / "deploy/scripts" / name), str(core), "127.0.0.1", "lo", str(self._port),
+        command = ["sh", str(ROOT / "deploy/scripts" / name), str(core), "127.0.0.1", "lo", str(self.port),
                    "1", "1", "0", "127.0.0.1", "0", *ARGUMENTS]  # fmt: skip
         environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
@@ -44,14 +63,7 @@ class Script:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def _get(self, path: str, body: Any = None) -> bytes:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}",
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            data: bytes = answer.read()
-        return data
+        return ask(self.port, path, body)
 
     def wait_up(self) -> None:
         """Wait until it is healthy."""
@@ -66,9 +78,7 @@ class Script:
 
     def complete(self, prompt: list[int], tokens: int) -> str:
         """Return the text of a completion."""
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        text: str = json.loads(self._get("/v1/completions", body))["choices"][0]["text"]
-        return text
+        return complete(self.port, prompt, tokens)
 
     def forget(self) -> None:
         """Empty its own cache."""
@@ -129,3 +139,39 @@ def test_prefill_finds_what_it_stored_before(engines: tuple[Script, Script], poo
     hits = prefill.hit_tokens()
     prefill.complete(prompt, 1)
     assert prefill.hit_tokens() - hits == 2 * BLOCK
+
+
+@contextlib.contextmanager
+def proxy(*arguments: str) -> Iterator[int]:
+    """Run kvpool-proxy; returns its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "kvpool.cli.proxy", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None
+            with contextlib.suppress(OSError):
+                ask(port, "/health")
+                break
+            assert time.monotonic() < deadline, "the proxy finds no instance up"
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(40)
+
+
+def test_the_proxy_brings_them_together(engines: tuple[Script, Script], pool: Pool, prompts: Prompts) -> None:
+    """A request to kvpool-proxy is prefilled here and decoded there; blocks that are stored by then are loaded."""
+    prefill, decode = engines
+    prompt = prompts.random(3 * BLOCK + 40)
+    before = pool.control("status")["blocks"]
+    sides = ("--prefiller-ports", str(prefill.port), "--decoder-ports", str(decode.port))
+    with proxy("--master", pool.address, *sides) as port:
+        assert complete(port, prompt, 4)
+        pool.wait_blocks(before + 3)  # the decode engine stores nothing: they are the prefill engine's
+        decode.forget()
+        hits = decode.hit_tokens()
+        assert complete(port, prompt, 4)
+    assert decode.hit_tokens() - hits == 3 * BLOCK
