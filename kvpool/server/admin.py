@@ -192,6 +192,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             request.namespace, request.keys, request.ttl_ms / 1000, request.label, time.monotonic()
         )
         await self._perform(slices)
+        await self._kept()
         return admin_pb2.PinBlocksResponse(pin=pin.id, blocks=pin.present)
 
     @rpc
@@ -204,6 +205,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         blocks = sum(len(pin) for pin in chosen)
         for pin in chosen:
             await self._perform(pins.end(pin))
+        await self._kept()
         return admin_pb2.UnpinBlocksResponse(pins=len(chosen), blocks=blocks)
 
     @rpc
@@ -227,3 +229,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         for effects in slices:
             self.pool.perform(effects)
             await asyncio.sleep(0)
+
+    async def _kept(self) -> None:
+        if self.pool.keeper is not None:
+            await self.pool.keeper.kept()

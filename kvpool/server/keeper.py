@@ -27,6 +27,10 @@ from kvpool.tiers.catalog import Catalog, FileList, Files, KnownBackend, KnownPi
 log = logging.getLogger(__name__)
 
 
+KEPT_S = 5.0
+"""How long an operator waits for the disk at most."""
+
+
 class Keeper:
     """Performs the effects that are about the catalog. Everything runs on the loop, nothing waits for a disk."""
 
@@ -87,6 +91,13 @@ class Keeper:
         loop = asyncio.get_running_loop()
         if not self._catalog.when_kept(lambda: _call(loop, call)):
             call()
+
+    async def kept(self) -> None:
+        """Wait until everything handed over so far is kept or given up, but not for ever."""
+        done = asyncio.Event()
+        self.after(done.set)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), KEPT_S)
 
     # ---- reading back --------------------------------------------------------------------------
 
