@@ -287,7 +287,7 @@ class Router:
         instance.kv_tokens, instance.kv_usage = kv_tokens, kv_usage
 
     def _weigh(self, instance: Instance, prompt: Prompt, compute_share: float, known: Held | None) -> Ticket:
-        since = 0 if known is None else self._turn - RECENT_CHOICES
+        since = 0 if known is None else max(0, self._turn - RECENT_CHOICES)
         own = min(instance.memory.held(prompt.chunks, since) * CHUNK_TOKENS, prompt.tokens)
         held = Held(own) if known is None else dataclasses.replace(known, own=max(own, known.own))
         return Ticket(instance, prompt, held, held.cost(prompt.tokens, compute_share), exact=known is not None)

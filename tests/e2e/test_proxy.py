@@ -25,6 +25,9 @@ TOKENS = 6
 START_S = 300.0
 ASK_S = 60.0
 
+DONE = 'kvpool_proxy_prefills_total{outcome="done"}'
+FOUND = 'kvpool_proxy_lookups_total{outcome="found"}'
+
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_buffer_device": "cpu"}  # fmt: skip
 
@@ -85,7 +88,8 @@ def margin(choice: dict[str, Any]) -> float:
         {number: top["logprob"] for number, top in enumerate(token["top_logprobs"])} for token in logprobs["content"]
     ]
     values = [sorted(top.values(), reverse=True) for top in tops]
-    return min(first - second for first, second, *_ in values)
+    # Tokens of one text are one entry in a completion's answer: nothing is sure then.
+    return min(top[0] - top[1] if len(top) > 1 else 0.0 for top in values)
 
 
 class Sure:
@@ -158,23 +162,58 @@ def check_same_tokens(proxy: Server, prompts: Sure) -> None:
         assert proxy.streamed("/v1/chat/completions", messages=[{"role": "user", "content": words}]) == said
 
 
+def until_found(proxy: Server) -> None:
+    """Send prompts until the proxy has learnt of the engines' namespace, which is there since their first request."""
+    deadline = time.monotonic() + 30
+    while not proxy.metric(FOUND):
+        assert time.monotonic() < deadline, "the master's word never counted"
+        proxy.complete([3] * 640)
+        time.sleep(0.2)
+
+
 def test_two_engines_on_one_pool(tmp_path: Path, model: Path, pool: Pool) -> None:
-    """Through the proxy come the tokens that an engine says itself, and conversations stay where they began."""
-    transfer = kvpool_transfer(pool.address, str(tmp_path / "none.sock"), {"report_residency": True})
+    """Through the proxy come the tokens that an engine says itself, and prompts go where the master says they lie."""
+    transfer = kvpool_transfer(pool.address, "", {"report_residency": True})
     del transfer["kv_connector_extra_config"]["node"]
-    with served(tmp_path, model, [transfer, transfer], {"--instances": [0, 1]}) as (engines, proxy):
+    more = ("--master", pool.address, "--lookup_timeout", "5s")
+    with served(tmp_path, model, [transfer, transfer], {"--instances": [0, 1]}, *more) as (engines, proxy):
         assert json.loads(proxy.get("/v1/models"))["data"][0]["id"] == "bench"
         check_same_tokens(proxy, Sure(engines[0], 1))
+        until_found(proxy)
         name = "vllm:prefix_cache_hits_total"
-        talk = [random.Random(2).randrange(3, 4096) for _ in range(640)]
-        proxy.complete(talk)
-        before = [engine.metric(name) for engine in engines]
-        for turn in range(4):
-            talk += [turn + 3] * 64
-            proxy.complete(talk)
-        gained = [engine.metric(name) - old for engine, old in zip(engines, before, strict=True)]
-        assert min(gained) == 0
-        assert max(gained) >= 4 * 640
+        for number, engine in enumerate(engines * 2):
+            talk = [random.Random(number).randrange(3, 4096) for _ in range(640)]
+            engine.complete(talk)  # behind the proxy's back
+            time.sleep(1)  # the engine's report and the master's index are in no hurry
+            before = [one.metric(name) for one in engines]
+            for turn in range(3):
+                talk += [turn + 3] * 64
+                proxy.complete(talk)
+            gained = [one.metric(name) - old for one, old in zip(engines, before, strict=True)]
+            assert gained[number % 2] >= 3 * 640
+            assert gained[1 - number % 2] == 0
+        assert proxy.metric(FOUND) >= 12
+        assert proxy.metric('kvpool_proxy_held_tokens_total{role="both",source="master"}') >= 12 * 640
+
+
+def test_prefill_and_decode_meet_in_the_pool(tmp_path: Path, model: Path, pool: Pool) -> None:
+    """Our connector on both sides: what is in the pool, or with the decode engine, is not prefilled again."""
+    transfer = kvpool_transfer(pool.address, "", {"report_residency": True, "gate": "off", "lookup_timeout": "5s"})
+    del transfer["kv_connector_extra_config"]["node"]
+    flags = {"--prefiller-ports": [0], "--decoder-ports": [1]}
+    more = ("--master", pool.address, "--lookup_timeout", "5s")
+    with served(tmp_path, model, [transfer, transfer, None], flags, *more) as (engines, proxy):
+        proxy.complete([3] * 640)
+        until_found(proxy)
+        done = proxy.metric(DONE)
+        prompts = Sure(engines[2], 4)
+        for _ in range(3):
+            prompt, text = prompts.tokens(640)
+            assert proxy.complete(prompt)["text"] == text
+            time.sleep(1)
+            assert proxy.complete(prompt)["text"] == text
+        assert proxy.metric(DONE) - done == 3
+        assert proxy.metric('kvpool_proxy_prefills_total{outcome="skipped"}') >= 3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="needs nixl: make setup-vllm")
@@ -185,7 +224,7 @@ def test_prefill_and_decode_apart(tmp_path: Path, model: Path) -> None:
     # A third engine says what is right: what the prefill engine has computed already would prove less.
     with served(tmp_path, model, [NIXL, NIXL, None], flags, environment=environment) as (engines, proxy):
         check_same_tokens(proxy, Sure(engines[2], 3))
-        assert proxy.metric('kvpool_proxy_prefills_total{outcome="done"}') == 12
+        assert proxy.metric(DONE) == 12
         moved = engines[1].metric("vllm:external_prefix_cache_hits_total")
         asked = engines[1].metric("vllm:prompt_tokens_total")
         hits = engines[1].metric("vllm:prefix_cache_hits_total")

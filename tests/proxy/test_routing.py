@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvpool.proxy.routing import CHUNK_TOKENS, Held, Policy, PrefixMemory, Prompt, Refusal, Role, Router, Ticket
+from kvpool.proxy.routing import (
+    CHUNK_TOKENS,
+    RECENT_CHOICES,
+    Held,
+    Policy,
+    PrefixMemory,
+    Prompt,
+    Refusal,
+    Role,
+    Router,
+    Ticket,
+)
 
 CHAINS = st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=30)
 
@@ -49,6 +60,18 @@ class TestMemory:
                 held = [chunk in memory for chunk in chain(other)]
                 assert held == sorted(held, reverse=True)
                 assert memory.held(chain(other)) == sum(held)
+
+    @given(CHAINS, st.integers(0, 30))
+    def test_what_was_added_since_is_a_head_too(self, paths, since):
+        """Of what is there, the part that is new enough."""
+        memory = PrefixMemory(12)
+        added = {}
+        for now, path in enumerate(paths):
+            memory.add(chain(path), now)
+            added |= dict.fromkeys(chain(path)[:12], now)
+        for path in paths:
+            fresh = [chunk in memory and added[chunk] >= since for chunk in chain(path)]
+            assert memory.held(chain(path), since) == sum(fresh)
 
     def test_the_last_chain_is_held_whole(self):
         """As much of it as there is room for."""
@@ -143,11 +166,16 @@ class TestChoice:
         made = router()
         first = take(made, prompt(*"abcd"))
         made.end(first)
+        for number in range(RECENT_CHOICES + 1):
+            made.end(take(made, prompt("other", number)))
         other = next(one.name for one in made.of(Role.BOTH) if one is not first.instance)
         known = {first.instance.name: Held(), other: Held(own=4 * CHUNK_TOKENS)}
         ticket = take(made, prompt(*"abcd"), known=known)
         assert ticket.instance.name == other
         assert ticket.exact
+        assert ticket.held.own == 4 * CHUNK_TOKENS
+        strange = take(made, prompt(*"xyz"), known=dict.fromkeys(known, Held()))
+        assert strange.held.own == 0
 
     def test_round_robin_takes_turns_whatever_is_held(self):
         """For comparison, and for who wants it."""
