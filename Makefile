@@ -20,6 +20,7 @@ export PIP_ROOT_USER_ACTION := ignore
 ARGS ?=
 PYTEST_ARGS ?=
 TRACE ?=
+DIR ?=
 
 .PHONY: help serve test lint e2e bench ttft proto setup setup-vllm setup-mooncake clean check-python
 
@@ -39,9 +40,10 @@ lint: setup ## ruff and mypy --strict
 e2e: setup-vllm ## Tests with a real vLLM on the CPU, in an environment of its own (PYTEST_ARGS="-k abort")
 	$(VENV_VLLM)/bin/python -m pytest tests/e2e tests/connectors/test_device_copies.py tests/integration/test_device_torch.py tests/bench/test_device.py -W default --timeout 900 $(PYTEST_ARGS)
 
-bench: setup ## Measure: store, lookup, and a trace if TRACE=FILE is given
+bench: setup ## Measure: store, lookup, files if DIR=DIRECTORY is given, and a trace if TRACE=FILE is
 	$(VENV)/bin/kvpool-bench store $(ARGS)
 	$(VENV)/bin/kvpool-bench lookup $(ARGS)
+	@if [ -n "$(DIR)" ]; then $(VENV)/bin/kvpool-bench fs "$(DIR)" $(ARGS); fi
 	@if [ -n "$(TRACE)" ]; then $(VENV)/bin/kvpool-bench trace "$(TRACE)" $(ARGS); fi
 
 ttft: setup-vllm ## Measure the time to first token with a real vLLM (ARGS="--model tiny")

@@ -91,7 +91,12 @@ def connected(
 
 @contextmanager
 def bench_pool(
-    master: str | None, *, nodes: int = 1, segment_size: int = 64 << 20, master_flags: Sequence[str] = ()
+    master: str | None,
+    *,
+    nodes: int = 1,
+    segment_size: int = 64 << 20,
+    master_flags: Sequence[str] = (),
+    node_flags: Sequence[str] = (),
 ) -> Iterator[BenchPool]:
     """Yield the pool at ``master``, or one of our own. Raises BenchError, StartError, InvalidArgumentError."""
     if master is not None:
@@ -112,7 +117,7 @@ def bench_pool(
     ):
         pool = BenchPool(address, channel)
         try:
-            _start(pool, children, Path(directory), nodes, segment_size, master_flags)
+            _start(pool, children, Path(directory), nodes, segment_size, master_flags, node_flags)
             yield pool
         finally:
             children.close()
@@ -125,6 +130,7 @@ def _start(
     nodes: int,
     segment_size: int,
     master_flags: Sequence[str],
+    node_flags: Sequence[str],
 ) -> None:
     deadline = time.monotonic() + START_S
     _, port = split_address(pool.master, "master")
@@ -136,7 +142,7 @@ def _start(
         own.mkdir(mode=0o700)
         path = str(own / "node.sock")
         arguments = ["--master", pool.master, "--host", HOST, "--port", "0", "--segment_size", str(segment_size)]
-        arguments += ["--socket_path", path, "--data_dir", str(own), "--log_level", "warning"]
+        arguments += ["--socket_path", path, "--data_dir", str(own), "--log_level", "warning", *node_flags]
         node = children.start(f"node {index}", "kvpool.cli.node", arguments, socket_path=path)
         pool.sockets.append(path)
         pool.node_pids.append(node.process.pid)

@@ -10,6 +10,7 @@ BENCHES = {
     "store": ("kvpool.bench.store:command", "Put and get: local and remote, beside a memory copy and a bare TCP copy."),
     "lookup": ("kvpool.bench.lookup:command", "Lookups and the index: latency, rate, memory."),
     "trace": ("kvpool.bench.trace:command", "Replay a trace of requests through a pool: the hit rate."),
+    "fs": ("kvpool.bench.fs:command", "The file tier on a directory, beside raw files and other designs; a restart."),
     "device": ("kvpool.bench.device:command", "Copies between a GPU's blocks and a node's slots."),
     "ttft": ("kvpool.bench.ttft:command", "Real vLLM engines: the time to the first token, and what saving costs."),
 }
@@ -24,6 +25,7 @@ def command() -> None:
     Examples:
       kvpool-bench store --json store.json
       kvpool-bench lookup --master 10.0.0.7:50088
+      kvpool-bench fs /mnt/kv
       kvpool-bench trace conversation_trace.jsonl
     """
 

@@ -132,6 +132,31 @@ def test_trace_replays_every_request_through_a_pool_of_the_asked_size(bench, tra
     assert "errors: none" in output
 
 
+def test_fs_measures_files_beside_raw_ones_and_other_designs(bench, tmp_path):
+    """Fill and cold read with their spread, a hit in every design, a restart; the directory is empty again."""
+    directory = tmp_path / "storage"
+    directory.mkdir()
+    code, output, report = bench(
+        "fs", str(directory), "--block_bytes", "64KB", "--size", "12MB", "--segment_size", "4MB", "--rounds", "2",
+        "--restart_blocks", "2000",
+    )  # fmt: skip
+    assert code == 0, output
+    assert list(directory.iterdir()) == []
+    check_report(report, "fs")
+    figures = report["figures"]
+    assert [(f["name"], f["limit"]) for f in figures[:2]] == [("fill", "raw_write"), ("cold_read", "raw_read")]
+    assert all(f["ratio_min"] <= f["ratio"] <= f["ratio_max"] for f in figures[:2])
+    hits = [f for f in figures if f["name"] == "hit"]
+    assert [f["design"].split(",")[0] for f in hits] == [
+        "pool", "pool", "file per block", "the same", "packed files",
+    ]  # fmt: skip
+    assert all(f["p99_us"] >= f["value"] > 0 for f in hits)
+    assert [(f["name"], f["blocks"]) for f in figures[-2:]] == [
+        ("restart_first_answer", 2000),
+        ("restart_all_found", 2000),
+    ]
+
+
 def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
     """Whatever is not allowed is named, and nothing is started."""
     broken = tmp_path / "broken.jsonl"
@@ -142,6 +167,9 @@ def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
         (["trace", str(broken), "--block_bytes", "100"], "block_bytes"),
         (["store", "--block_bytes", "1XB"], "block_bytes"),
         (["store", "--block_bytes", "1MB", "--segment_size", "2MB"], "segment_size"),
+        (["fs", str(tmp_path / "absent")], "directory"),
+        (["fs", str(tmp_path), "--segment_size", "1GB"], "segment_size"),
+        (["fs", str(tmp_path), "--size", "10000TB"], "free"),
     ]:
         code, output, report = bench(*arguments)
         assert code == 2, output
@@ -151,17 +179,19 @@ def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_benchmark_and_all_that_it_started(own, number):
+@pytest.mark.parametrize("bench", ["store", "fs"])
+def test_a_signal_ends_a_benchmark_and_all_that_it_started(own, tmp_path, number, bench):
     """Ctrl-C in the middle: no process, no socket, no directory stays."""
+    arguments, processes = (["--segment_size", "256MB"], 4) if bench == "store" else ([str(tmp_path)], 2)
     with subprocess.Popen(
-        [sys.executable, "-m", "kvpool.cli.bench", "store", "--segment_size", "256MB"],
+        [sys.executable, "-m", "kvpool.cli.bench", bench, *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(own)},
         # Started in the background of a script the tests ignore SIGINT, and children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one thread here
     ) as process:  # fmt: skip
         family = []
         deadline = time.monotonic() + 60
-        while len(family) < 4:  # master, node, the bare socket's peer, Python's own resource tracker
+        while len(family) < processes:  # master, node; of store the bare socket's peer, Python's resource tracker
             assert process.poll() is None
             assert time.monotonic() < deadline
             family = psutil.Process(process.pid).children(recursive=True)
@@ -171,3 +201,4 @@ def test_a_signal_ends_a_benchmark_and_all_that_it_started(own, number):
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
     assert list(own.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
