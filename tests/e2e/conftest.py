@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,32 @@ def free_port() -> int:
 class Pool:
     """A master and one node as processes of their own."""
 
-    def __init__(self, folder: Path, segment_size: str = "256MB") -> None:
+    def __init__(
+        self, folder: Path, segment_size: str = "256MB", *, master: Sequence[str] = (), node: Sequence[str] = ()
+    ) -> None:
+        """``master``, ``node``: more arguments for each."""
         self._folder = folder
         self._segment_size = segment_size
+        self._more = {"master": master, "node": node}
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("KVPOOL_")}
         self.address = f"127.0.0.1:{free_port()}"
+        self.start()
+
+    def start(self) -> None:
+        """Start both, where they were before."""
         self.master = self._start("master", "--port", self.address.rpartition(":")[2])
         self.node = self._start_node()
+
+    def kill(self) -> None:
+        """Kill -9 both, and wait until they are gone."""
+        for process in (self.master, self.node):
+            process.kill()
+            process.wait(30)
 
     def _start(self, component: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{component}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", f"kvpool.cli.{component}", *arguments],
+                [sys.executable, "-m", f"kvpool.cli.{component}", *arguments, *self._more[component]],
                 env=self._environment,
                 stdout=log,
                 stderr=log,
