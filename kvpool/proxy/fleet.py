@@ -82,7 +82,7 @@ class Fleet:
         self._hurry: dict[Instance, asyncio.Event] = {}
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout / 1000),
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout / 1000),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )

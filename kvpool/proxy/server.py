@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import hmac
 import ipaddress
 import json
@@ -34,6 +35,10 @@ BROKEN_OFF_S: Final = 2.0
 """After ``drain_timeout``: for telling clients that their streams end."""
 
 CLIENT_LEFT: Final = 499
+
+GC_THRESHOLDS: Final = (2000, 10, 10)
+"""Unlike blocks, requests have cycles and live long enough to be old: all generations are looked through."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -319,6 +324,7 @@ def run(settings: ProxySettings, notes: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
 
     async def main(stop: asyncio.Event) -> int:
+        gc.set_threshold(*GC_THRESHOLDS)
         proxy = Proxy(settings)
         try:
             port = await proxy.start()

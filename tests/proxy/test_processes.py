@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import signal
 import subprocess
@@ -191,3 +192,12 @@ class TestTheCommandLine:
             load(ProxySettings, flags={}, environ={"KVPOOL_INSTANCES": "a:1, b"})
 
 
+
+
+def test_the_page_names_every_setting():
+    """With its default and what it is for."""
+    page = (ROOT / "docs" / "proxy.md").read_text(encoding="utf-8")
+    for item in dataclasses.fields(ProxySettings):
+        shown = str(item.metadata["shown"] or "none")
+        shown = shown.lower() if shown in {"True", "False"} else shown
+        assert f"| `{item.name}` | {shown} | {item.metadata['help']} |" in page
