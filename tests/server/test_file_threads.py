@@ -1,0 +1,246 @@
+"""The file tier's threads over stores that hang, fail and lie: nobody waits longer than they said."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+import xxhash
+
+from kvpool.core.file_jobs import FILES_OWNER, File, Miss
+from kvpool.core.filetier import FileTierState
+from kvpool.core.segment import SegmentState
+from kvpool.model import Backend, BackendState, Namespace
+from kvpool.server.filetier import FileTier
+from kvpool.testing.store_faults import FaultyStore
+from kvpool.tiers import blockfile
+from kvpool.tiers.dram import Segment, SlotHeader, pack_header
+from kvpool.tiers.memory_store import MemoryStore
+from kvpool.tiers.store import FileName, StoreError, StoreFullError
+
+SPACE = Namespace(model="demo")
+PAYLOAD = 8192
+SLOTS = 64
+T = 20.0
+TIMEOUT_S = 0.2
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def content(number: int) -> bytes:
+    return number.to_bytes(8, "big") * (PAYLOAD // 8)
+
+
+def named(number: int) -> FileName:
+    return FileName(SPACE.digest, key(number), 0)
+
+
+def file(number: int) -> File:
+    return SPACE.digest + key(number), 0
+
+
+class Node:
+    """A segment and a file tier of two threads, as the data plane uses them."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.faulty = FaultyStore(self.store)
+        self.segment = Segment.create(SLOTS * (PAYLOAD + 512), lock=False)
+        self.state = SegmentState(self.segment.size)
+        self.state.register(SPACE)
+        tier = FileTierState(self.state, [Backend(self.store.id, "here")], queue_bytes_max=1 << 20)
+        self.tier = FileTier(tier, [self.faulty], self.segment, threads=2, timeout_s=TIMEOUT_S)
+
+    def put(self, *numbers: int) -> None:
+        """Store blocks; raises when one finds no room."""
+        held = self.state.reserve(1, SPACE.digest, (0,), b"".join(map(key, numbers)), PAYLOAD, 1)
+        checksums = b""
+        for number, offset in zip(numbers, held.offsets, strict=True):
+            assert offset >= 0
+            self.segment.view[offset : offset + PAYLOAD] = content(number)
+            checksums += xxhash.xxh3_64_intdigest(content(number)).to_bytes(8, "little")
+        for slot in self.state.commit(1, held.id, checksums):
+            header = SlotHeader(SPACE.digest, slot.key, 0, PAYLOAD, 1, slot.generation, slot.checksums or b"")
+            pack_header(self.segment.view, slot.offset, header)
+            self.tier.state.committed([slot])
+        self.tier.pump()
+
+    async def fetch(self, *numbers: int, timeout_s: float = T) -> dict[File, Miss]:
+        """Ask for blocks; returns why those that are not there are not, and checks those that are."""
+        answer: asyncio.Future[dict[File, Miss]] = asyncio.get_running_loop().create_future()
+
+        def done(misses: dict[File, Miss]) -> None:
+            for number in numbers:
+                if file(number) not in misses:
+                    slot = self.state.slot(*file(number))
+                    assert slot is not None
+                    assert bytes(self.segment.view[slot.offset : slot.offset + PAYLOAD]) == content(number)
+            answer.set_result(misses)
+
+        self.tier.fetch(2, map(file, numbers), self.store.id, timeout_s, done)
+        return await answer
+
+    def drop(self) -> None:
+        """Empty the memory."""
+        self.state.evict(self.state.snapshot())
+
+    @property
+    def backend(self) -> Backend:
+        return self.tier.state.backends[0].described()
+
+    def idle(self) -> bool:
+        held = self.state._owners.get(FILES_OWNER)
+        return held is None or not (held.pins or held.reservations)
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + T
+    while not condition():
+        assert time.monotonic() < end, what
+        await asyncio.sleep(0.005)
+
+
+def with_node(test: Callable[[Node], Awaitable[None]]) -> None:
+    """Run a test on a loop of its own."""
+
+    async def run() -> None:
+        node = Node()
+        try:
+            await test(node)
+            node.state.check()
+        finally:
+            node.tier.close()
+            node.segment.close()
+
+    asyncio.run(run())
+
+
+def test_many_small_files_come_back_with_their_bytes() -> None:
+    """Written behind, dropped, read again: each batch is verified where it was read."""
+
+    async def test(node: Node) -> None:
+        for first in range(0, 512, 32):
+            node.put(*range(first, first + 32))
+            await until(lambda first=first: len(list(node.store.files())) == first + 32, "they are written")
+        for first in range(0, 512, 32):
+            assert await node.fetch(*range(first, first + 32)) == {}
+        await until(node.idle, "nothing is held")
+
+    with_node(test)
+
+
+def test_puts_go_on_at_full_speed_while_writes_hang() -> None:
+    """An eviction never waits for a disk: only what threads have in hand stays, and the tier is down with a reason."""
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang()
+        node.put(0)
+        await asyncio.to_thread(node.faulty.wait_hanging)
+        for number in range(1, 50 * SLOTS):
+            node.put(number)
+        await until(lambda: node.backend.state is BackendState.DOWN, "it is down")
+        assert "no answer" in node.backend.reason
+        assert await node.fetch(100_000) == {file(100_000): Miss.STORAGE_DOWN}
+        for number in range(50 * SLOTS, 100 * SLOTS):
+            node.put(number)
+        node.faulty.heal()
+        event.set()
+        await until(lambda: node.backend.state is BackendState.UP, "it comes back by itself")
+        node.put(200_000)
+        await until(lambda: named(200_000) in {found.name for found in node.store.files()}, "it writes again")
+        await until(node.idle, "nothing is held")
+
+    with_node(test)
+
+
+def test_a_request_is_answered_at_its_deadline_while_reads_hang() -> None:
+    """The slot that a thread may still fill stays taken until the thread returns."""
+
+    async def test(node: Node) -> None:
+        node.put(1)
+        await until(lambda: list(node.store.files()), "it is written")
+        await until(node.idle, "nothing is held")
+        node.drop()
+        event = node.faulty.hang(["read"])
+        assert await node.fetch(1, timeout_s=TIMEOUT_S / 4) == {file(1): Miss.NOT_IN_TIME}
+        assert node.state.reserved == 1
+        assert await node.fetch(1) == {file(1): Miss.STORAGE_DOWN}  # long before its own deadline
+        assert node.state.reserved == 1
+        node.faulty.heal()
+        event.set()
+        await until(lambda: node.state.reserved == 0, "the slot is free")
+        await until(lambda: node.backend.state is BackendState.UP, "it comes back")
+        assert await node.fetch(1) == {}
+
+    with_node(test)
+
+
+def test_a_broken_file_is_read_twice_and_set_aside() -> None:
+    """One bad read may be the way; two are the file."""
+
+    async def test(node: Node) -> None:
+        good, torn = blockfile.build(named(1), content(1), 1), blockfile.build(named(2), content(2), 1)
+        torn[5000:] = bytes(len(torn) - 5000)
+        node.store.write(named(1), memoryview(good))
+        node.store.write(named(2), memoryview(torn))
+        assert await node.fetch(1, 2, 3) == {file(2): Miss.FILE_BROKEN, file(3): Miss.FILE_MISSING}
+        assert list(node.store.aside) == [named(2)]
+        assert node.backend.state is BackendState.UP
+
+    with_node(test)
+
+
+def test_errors_and_a_full_disk_have_their_states_and_end() -> None:
+    """EIO: down. ENOSPC: read-only, reads go on. Both come back."""
+
+    async def test(node: Node) -> None:
+        node.put(1)
+        await until(lambda: list(node.store.files()), "it is written")
+        node.faulty.fail(StoreError("Input/output error"))
+        node.put(2)
+        await until(lambda: node.backend.state is BackendState.DOWN, "it is down")
+        assert node.backend.reason == "Input/output error"
+        node.faulty.heal()
+        await until(lambda: node.backend.state is BackendState.UP, "it is up")
+        node.faulty.fail(StoreFullError("No space left on device"), ["write", "probe"])
+        node.put(3)
+        await until(lambda: node.backend.state is BackendState.READ_ONLY, "it is read-only")
+        await until(node.idle, "nothing is held")
+        node.drop()
+        assert await node.fetch(1) == {}
+        node.faulty.heal()
+        await until(lambda: node.backend.state is BackendState.UP, "it is up again")
+
+    with_node(test)
+
+
+def test_a_client_that_goes_is_not_answered() -> None:
+    """Its request holds nothing any more."""
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang(["read"])
+        node.tier.fetch(7, [file(1)], node.store.id, T, lambda misses: os.abort())
+        node.tier.cancel(7)
+        node.faulty.heal()
+        event.set()
+        await until(node.idle, "nothing is held")
+
+    with_node(test)
+
+
+def test_a_node_ends_while_its_storage_hangs() -> None:
+    """Threads that never return do not keep it."""
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang()
+        node.put(1)
+        await asyncio.to_thread(node.faulty.wait_hanging)
+        node.tier.close()
+        event.set()
+        await until(lambda: not node.faulty.hanging, "threads end")
+
+    with_node(test)
