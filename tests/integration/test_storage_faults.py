@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -29,11 +30,12 @@ AWAY = {"storage_down", "storage_timeout", "not_stored", "file_missing", "not_he
 
 
 class Storage:
-    """A master and a node "a" on a directory; some blocks are in files only, some in memory too."""
+    """A master and a node "a" on a backend; some blocks are in files only, some in memory too."""
 
-    def __init__(self, pool: Pool, root: Path) -> None:
+    def __init__(self, pool: Pool, root: Path | str, *more: str) -> None:
         self.pool = pool
-        self.root = root
+        self.root = Path(root)
+        self._arguments = ("--storage_backends", str(root), *(more or ("--storage_timeout", "500ms")))
         pool.start_master("--data_dir", str(pool.directory / "catalog"))
         self.start()
         put_chain(pool.client("a"), SPACE, IN_FILES, SIZE)
@@ -46,9 +48,7 @@ class Storage:
         wait_for(lambda: self.backend().blocks == len(IN_FILES + IN_MEMORY), "the others are in files, too")
 
     def start(self) -> None:
-        self.pool.start_node(
-            "a", "--segment_size", str(SEGMENT), "--storage_backends", str(self.root), "--storage_timeout", "500ms"
-        )
+        self.pool.start_node("a", "--segment_size", str(SEGMENT), *self._arguments)
 
     def backend(self) -> admin_pb2.BackendStatus:
         reply: admin_pb2.BackendsResponse = self.pool.admin().Backends(
@@ -223,3 +223,39 @@ def test_a_directory_that_is_deleted(tmp_path: Path, storage_on: Any):
     wait_for((tmp_path / "files" / "kvpool.json").exists, "the directory is made again")
     storage.files_are_written(4)
     assert storage.backend().id == before
+
+
+def test_an_object_store_that_is_killed_and_started_again(tmp_path: Path, bare_pool: Pool):
+    """S3 for real: what it held is loaded again when it is back, and what comes then is stored; no secret is logged."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("moto", reason="moto is not installed")
+    from tests.faultfs.s3 import BUCKET, SECRET, S3Server
+
+    server = S3Server(tmp_path)
+    options = json.dumps(server.options())
+    try:
+        storage = Storage(
+            bare_pool, f"s3://{BUCKET}/pool", "--storage_options", options, "--storage_capacity", "1GB",
+            "--storage_timeout", "3s",
+        )  # fmt: skip
+        held = server.kill()
+        result = get_chain(storage.client, SPACE, IN_FILES, SIZE)
+        assert result.prefix == 0
+        assert result.reasons.keys() <= AWAY, result
+        storage.is_said_to_be(DOWN, "Could not connect")
+        storage.memory_goes_on(3)
+        server.restart(held)
+        storage.is_said_to_be(UP)
+        storage.files_are_read()
+        keys = chain_of(4, 4)
+        put_chain(storage.client, SPACE, keys, SIZE)
+        wait_for(
+            lambda: (
+                {f"pool/blocks/{SPACE.digest.hex()}/{key.hex()[:3]}/{key.hex()}.0" for key in keys}
+                <= server.objects().keys()
+            ),
+            "new blocks are objects",
+        )
+        assert not any(SECRET in process.words() for process in (bare_pool.master, bare_pool.nodes["a"]))
+    finally:
+        server.close()
