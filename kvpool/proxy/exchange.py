@@ -23,7 +23,7 @@ from kvpool.proxy.watch import Phase, Watch
 
 log = logging.getLogger(__name__)
 
-TRY_ELSEWHERE: Final = frozenset({500, 502, 503, 504})
+TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 """An instance's answers after which another one is tried."""
 
 DONE: Final = b"[DONE]"
@@ -157,7 +157,7 @@ class Exchange:
             finally:
                 self._fleet.end(ticket)
         outcomes.labels("failed").inc()
-        log.warning("prefill failed, the decode instance computes the prompt: %s", failed or "no instance is up")
+        log.debug("the decode instance computes the prompt: %s", failed or "no prefill instance is up")
         return None
 
     # ---- one attempt -----------------------------------------------------------------------------------
@@ -217,7 +217,8 @@ class Exchange:
         watch.expect(Phase.FIRST_BYTE, limit_s)
         headers = self._headers.copy()
         headers["Content-Type"] = "application/json"
-        return self._fleet.session.post(ticket.instance.name + self._request.path, data=raw, headers=headers)
+        url = ticket.instance.name + self._request.path
+        return self._fleet.session.post(url, data=raw, headers=headers, allow_redirects=False)
 
     async def _plain(self, upstream: aiohttp.ClientResponse) -> Plain:
         body = await read_all(upstream.content, self._settings.body_size_max)

@@ -217,10 +217,13 @@ class Fleet:
                 self._watches.pop(instance, None)
 
     def lose_all(self, why: str) -> None:
-        """End everything that runs."""
+        """End everything that runs or waits."""
         for watches in list(self._watches.values()):
             for watch in list(watches):
-                watch.lose(why)
+                watch.lose(why, final=True)
+        for waiter in [waiter for waiting in self._waiting.values() for waiter in waiting]:
+            if not waiter.place.done():
+                waiter.place.set_exception(RefusedRequestError(503, why))
 
     def _down(self, instance: Instance) -> None:
         self.router.down(instance)

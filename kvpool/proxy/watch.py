@@ -31,6 +31,7 @@ class Watch:
         self._scope = asyncio.timeout_at(end)
         self._phase = Phase.FIRST_BYTE
         self._lost = ""
+        self._final = False
 
     def expect(self, phase: Phase, limit_s: float) -> None:
         """Wait for this from now on, so long at most."""
@@ -38,10 +39,10 @@ class Watch:
         if not self._lost and not self._scope.expired():
             self._scope.reschedule(min(self._end, self._loop.time() + limit_s))
 
-    def lose(self, why: str) -> None:
-        """End it now."""
+    def lose(self, why: str, *, final: bool = False) -> None:
+        """End it now; ``final``: nor is it to be tried elsewhere."""
         if not self._lost and not self._scope.expired():
-            self._lost = why
+            self._lost, self._final = why, final
             self._scope.reschedule(self._loop.time())
 
     async def __aenter__(self) -> Self:
@@ -58,7 +59,7 @@ class Watch:
 
     def _error(self) -> Exception:
         if self._lost:
-            return AttemptError(self._lost, 503)
+            return AttemptError(self._lost, 503, final=self._final)
         if self._phase is Phase.CLIENT:
             return ClientGoneError("the client takes nothing more")
         if self._scope.when() == self._end:

@@ -174,7 +174,7 @@ class TestFailover:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize(
         "trouble",
-        [{"status": 500}, {"status": 503}, {"die_after": 0}, {"empty": True}, {"gone": True}],
+        [{"status": 500}, {"status": 429}, {"die_after": 0}, {"empty": True}, {"gone": True}],
         ids=str,
     )
     def test_another_instance_before_the_first_byte(self, pair, stream, trouble):
@@ -629,5 +629,23 @@ class TestTheEnd:
                 answer = await running
                 assert not answer.whole
                 assert b"shutting down" in answer.body
+
+        play(story())
+
+    def test_nothing_is_begun_anew_at_the_end(self, pair):
+        """Not elsewhere, and not out of the queue."""
+
+        async def story():
+            for fake in pair:
+                fake.hang_at = 0
+            async with staged(*pair, drain_timeout=100, instance_requests_max=1) as stage:
+                asked = [asyncio.create_task(stage.ask(STREAM)) for _ in range(3)]
+                await until(lambda: pair[0].running + pair[1].running == 2)
+                await until(lambda: stage.counted("kvpool_proxy_waiting") == 1)
+                await stage.proxy.drain()
+                for answer in await asyncio.gather(*asked):
+                    assert answer.status == 503
+                    assert "shutting down" in answer.json["error"]["message"]
+                assert [len(fake.requests) for fake in pair] == [1, 1]
 
         play(story())
