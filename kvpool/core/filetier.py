@@ -62,18 +62,26 @@ class FileTierState:
         self.queue_bytes = 0  # of writes
         self.storage_changed = False
         self.scans_asked: list[bytes] = []
-        self.backends = [BackendWork(b.id, b.url, b.capacity_bytes) for b in backends]
+        self.backends: list[BackendWork] = []
         self._batch_bytes = max(1, min(BATCH_BYTES, segment.capacity_bytes // 64))
         self.reads = FileReads(segment, self.backends, self._batch_bytes)
         self._segment = segment
         self._queue_bytes_max = queue_bytes_max
         self._write_through = write_through
-        self._numbers = {b.id: number for number, b in enumerate(self.backends)}
+        self._numbers: dict[bytes, int] = {}
         self._removals: dict[int, list[Remove]] = {}  # command -> jobs that have not ended
         self._removed: list[int] = []
+        for backend in backends:
+            self.add(backend)
 
     def __repr__(self) -> str:
         return f"<FileTierState {self.backends} {self.reads}, {self.queue_bytes} bytes to write>"
+
+    def add(self, backend: Backend) -> None:
+        """Take one more backend; it has the next number."""
+        self._numbers[backend.id] = len(self.backends)
+        self.backends.append(BackendWork(backend.id, backend.url, backend.capacity_bytes))
+        self.storage_changed = True
 
     @property
     def has_news(self) -> bool:

@@ -13,14 +13,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
 from kvpool.core.file_jobs import Failure, File, Job, Learn, Miss, Read, Remove, Trouble, Wait, Write
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.errors import InvalidArgumentError
-from kvpool.model import DIGEST_BYTES, BackendState, Namespace
+from kvpool.model import DIGEST_BYTES, Backend, BackendState, Namespace
 from kvpool.server.filescan import FileScan
 from kvpool.tiers import blockfile
 from kvpool.tiers.dram import HEADER_ALIGN_BYTES, Segment, header_area, parse_header
@@ -113,29 +113,44 @@ class FileTier:
     returns whether it could be sent.
     """
 
-    def __init__(
-        self, state: FileTierState, stores: Sequence[BlockStore], segment: Segment, *, threads: int, timeout_s: float
-    ) -> None:
+    def __init__(self, state: FileTierState, segment: Segment, *, threads: int, timeout_s: float) -> None:
+        """Take a state without backends: they are given with ``add``."""
         self.state = state
-        self.stores = stores
+        self.stores: list[BlockStore] = []
         self.view = segment.view
         self.results: deque[_Result] = deque()
-        self.batches: list[queue.SimpleQueue[_Batch | None]] = [queue.SimpleQueue() for _ in stores]
+        self.batches: list[queue.SimpleQueue[_Batch | None]] = []
         self.changed: Callable[[], None] = lambda: None
         self.tell: Callable[[Scanned], bool] = lambda _: False
         self._threads = threads
         self._timeout_s = timeout_s
-        self._workers: list[list[_Worker]] = [[] for _ in stores]
-        self._out = [0] * len(stores)  # batches that have not ended
-        self._logged = [BackendState.UP for _ in stores]
+        self._workers: list[list[_Worker]] = []
+        self._out: list[int] = []  # batches that have not ended, by backend
+        self._logged: list[BackendState] = []
+        self._background: set[asyncio.Task[None]] = set()
         self._probes: dict[int, float] = {}  # since when
         self._scans: dict[bytes, FileScan] = {}
         self._owners: dict[int, Wait] = {}
         self._loop = asyncio.get_running_loop()
         self._woken = False
-        self._closed = False
-        self._clean_at = time.monotonic()
+        self._clean_at = time.monotonic() + CLEAN_EVERY_S
         self._timer = self._loop.call_soon(self._tick)
+
+    def add(self, store: BlockStore) -> None:
+        """Serve one more backend."""
+        self.stores.append(store)
+        self.batches.append(queue.SimpleQueue())
+        self._workers.append([])
+        self._out.append(0)
+        self._logged.append(BackendState.UP)
+        self.state.add(Backend(store.id, store.url, store.capacity_bytes))
+        _start(_clean, store)
+
+    def background(self, work: Coroutine[None, None, None]) -> None:
+        """Do something until it ends, or the tier is closed."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def fetch(self, owner: int, files: Iterable[File], backend: bytes, timeout_s: float, done: Done) -> None:
         """Call ``done`` with why what is not here is not, when all files are here or can't be, or it is time.
@@ -180,11 +195,13 @@ class FileTier:
 
     def close(self) -> None:
         """Stop giving out work; threads end when what they do does, or with the process."""
-        self._closed = True
         self._timer.cancel()
+        for task in self._background:
+            task.cancel()
         for number, batches in enumerate(self.batches):
             self._empty(number)
-            for _ in self._workers[number]:
+            for worker in self._workers[number]:
+                worker.retired.set()  # the segment is gone before the rest of its batch could be written
                 batches.put(None)
         for scan in self._scans.values():
             scan.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 
@@ -10,7 +11,7 @@ from kvpool.config import NodeSettings
 from kvpool.core.filetier import FileTierState
 from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, KVPoolError
-from kvpool.model import Backend, format_size
+from kvpool.model import format_size
 from kvpool.server.filetier import FileTier
 from kvpool.server.metrics import Value
 from kvpool.tiers.dram import Segment
@@ -23,38 +24,86 @@ log = logging.getLogger(__name__)
 OPEN_S = 10.0
 """How long a backend may take to be opened."""
 
+REOPEN_S = 5.0
+"""How often one that could not be opened is tried again."""
+
 
 async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segment, owner: str) -> FileTier | None:
-    """Return the file tier that the settings ask for, None for none. Raises ConfigError for what cannot be opened."""
+    """Return the file tier that the settings ask for, None for none.
+
+    A backend that cannot be opened is tried again, as long as there is another one. Raises ConfigError.
+    """
     if not settings.storage_backends:
         return None
-    opened = await asyncio.gather(*(_open(settings, url, owner) for url in settings.storage_backends))
-    stores: list[MeasuredStore] = []
-    for store in opened:
-        if any(store.id == other.id for other in stores):
-            raise ConfigError("storage_backends", f"{store.url} is the same backend as another one")
-        log.info("storage %s: backend %s of %s", store.url, store.id.hex(), format_size(store.capacity_bytes))
-        stores.append(MeasuredStore(store))
+    opened: dict[str, MeasuredStore] = {}
+    failed: dict[str, ConfigError] = {}
+    for url, found in zip(
+        settings.storage_backends,
+        await asyncio.gather(*(_open_soon(settings, url, owner) for url in settings.storage_backends)),
+        strict=True,
+    ):
+        if isinstance(found, ConfigError):
+            failed[url] = found
+            continue
+        if any(found.id == other.id for other in opened.values()):
+            raise ConfigError("storage_backends", f"{url} is the same backend as another one")
+        opened[url] = found
+    if not opened:
+        raise next(iter(failed.values()))
     tier = FileTierState(
-        state,
-        [Backend(store.id, store.url, store.capacity_bytes) for store in stores],
-        queue_bytes_max=settings.storage_queue_size,
+        state, [], queue_bytes_max=settings.storage_queue_size,
         write_through=settings.storage_write_policy == "write_through",
-    )
-    timeout_s = settings.storage_timeout / 1000
-    return FileTier(tier, stores, segment, threads=settings.storage_threads, timeout_s=timeout_s)
+    )  # fmt: skip
+    files = FileTier(tier, segment, threads=settings.storage_threads, timeout_s=settings.storage_timeout / 1000)
+    for store in opened.values():
+        _add(files, store)
+    for url, error in failed.items():
+        log.warning("%s; trying again", error.problem)
+        files.background(_open_later(settings, url, owner, files))
+    return files
 
 
-async def _open(settings: NodeSettings, url: str, owner: str) -> BlockStore:
+def _add(files: FileTier, store: MeasuredStore) -> None:
+    log.info("storage %s: backend %s of %s", store.url, store.id.hex(), format_size(store.capacity_bytes))
+    files.add(store)
+
+
+async def _open_soon(settings: NodeSettings, url: str, owner: str) -> MeasuredStore | ConfigError:
+    """Open a backend within bounds; returns why it cannot be."""
+    try:
+        return await asyncio.wait_for(_open(settings, url, owner), OPEN_S)
+    except TimeoutError:
+        return ConfigError("storage_backends", f"{url} does not answer within {OPEN_S:g} s")
+    except ConfigError as exc:
+        return exc
+
+
+async def _open_later(settings: NodeSettings, url: str, owner: str, files: FileTier) -> None:
+    """Open a backend whenever that may be."""
+    while True:
+        await asyncio.sleep(REOPEN_S)
+        try:
+            store = await _open(settings, url, owner)
+        except ConfigError as exc:
+            log.debug("%s", exc)
+            continue
+        if any(store.id == other.id for other in files.stores):
+            log.error("%s is the same backend as another one: not used", url)
+        else:
+            _add(files, store)
+        return
+
+
+def _open(settings: NodeSettings, url: str, owner: str) -> asyncio.Future[MeasuredStore]:
     """Open one backend in a thread that may never return."""
     loop = asyncio.get_running_loop()
-    result: asyncio.Future[BlockStore] = loop.create_future()
+    result: asyncio.Future[MeasuredStore] = loop.create_future()
 
     def done(store: BlockStore | None, error: Exception | None) -> None:
         if result.done():
-            return
+            return  # nobody waits any more
         if store is not None:
-            result.set_result(store)
+            result.set_result(MeasuredStore(store))
         else:
             result.set_exception(error or KVPoolError("cannot be opened"))
 
@@ -72,13 +121,11 @@ async def _open(settings: NodeSettings, url: str, owner: str) -> BlockStore:
             )
         except Exception as exc:  # the loop's to hear, whatever it is
             error = exc
-        loop.call_soon_threadsafe(done, store, error)
+        with contextlib.suppress(RuntimeError):  # the loop is gone
+            loop.call_soon_threadsafe(done, store, error)
 
     threading.Thread(target=work, name="kvpool-open", daemon=True).start()
-    try:
-        return await asyncio.wait_for(result, OPEN_S)
-    except TimeoutError:
-        raise ConfigError("storage_backends", f"{url} does not answer within {OPEN_S:g} s") from None
+    return result
 
 
 def storage_values(tier: FileTier) -> list[Value]:

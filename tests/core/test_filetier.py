@@ -506,6 +506,7 @@ def test_probes_come_less_and_less_often_and_one_at_a_time():
 def test_a_state_is_told_once():
     """The master hears of changes only."""
     world = World()
+    world.tier.storage()
     assert not world.tier.storage_changed
     world.tier.stuck(0, 2.0, 0.0)
     world.tier.stuck(0, 2.1, 0.1)

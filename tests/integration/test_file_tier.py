@@ -302,6 +302,28 @@ def test_a_node_that_dies_under_load_leaves_whole_files_only(fs: FilePool, how: 
         assert result.prefix == len(part), result
 
 
+def test_one_of_two_directories_may_be_away_when_the_node_starts(bare_pool: Pool) -> None:
+    """It works with the other one, and takes the first one when it can be opened; both then have their part."""
+    fs = FilePool(bare_pool)
+    fs.start_master()
+    other = fs.root.with_name("other")
+    other.write_text("no directory")
+    fs.start_node("a", "--storage_backends", f"{fs.root},{other}")
+    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    fs.fill(client, chain_of(50, 16))
+    other.unlink()
+    wait_for(lambda: len(fs.pool.admin().Backends(admin_pb2.BackendsRequest(), timeout=T).backends) == 2, "it is taken")
+    keys = chain_of(51, 48)
+    put_chain(client, SPACE, keys, SIZE)
+    wait_for(lambda: fs.event("a", "written_files") == 64, "all are written")
+    shares = [len(list(root.glob("blocks/*/*/*"))) for root in (fs.root, other)]
+    assert sum(shares) == 64
+    assert shares[1] >= 8
+    put_chain(client, SPACE, chain_of(52, 60), SIZE)
+    wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are known")
+    assert get_chain(client, SPACE, keys, SIZE).prefix == len(keys)
+
+
 def test_without_a_cache_memory_is_a_buffer(bare_pool: Pool) -> None:
     """Pipeline "Posix": blocks are hits in files only, and are read and written through the segment."""
     fs = FilePool(bare_pool)

@@ -52,8 +52,9 @@ class Node:
         self.segment = Segment.create(SLOTS * (PAYLOAD + 512), lock=False)
         self.state = SegmentState(self.segment.size)
         self.state.register(SPACE)
-        tier = FileTierState(self.state, [Backend(self.store.id, "here")], queue_bytes_max=1 << 20)
-        self.tier = FileTier(tier, [self.faulty], self.segment, threads=2, timeout_s=TIMEOUT_S)
+        tier = FileTierState(self.state, [], queue_bytes_max=1 << 20)
+        self.tier = FileTier(tier, self.segment, threads=2, timeout_s=TIMEOUT_S)
+        self.tier.add(self.faulty)
 
     def put(self, *numbers: int) -> None:
         """Store blocks; raises when one finds no room."""
