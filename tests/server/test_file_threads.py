@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -191,6 +192,62 @@ def test_a_broken_file_is_read_twice_and_set_aside() -> None:
         assert await node.fetch(1, 2, 3) == {file(2): Miss.FILE_BROKEN, file(3): Miss.FILE_MISSING}
         assert list(node.store.aside) == [named(2)]
         assert node.backend.state is BackendState.UP
+
+    with_node(test)
+
+
+def spoiled(extent: bytes, rng: random.Random) -> bytes:
+    """Return a file with something wrong at a random place."""
+    data = bytearray(extent)
+    at = rng.randrange(len(data))
+    kind = rng.randrange(5)
+    if kind == 0:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        return bytes(data[:at])
+    elif kind == 2:
+        data[at:] = bytes(len(data) - at)
+    elif kind == 3:
+        end = min(len(data), at + rng.randrange(1, 4096))
+        data[at:end] = rng.randbytes(end - at)
+    else:
+        data += rng.randbytes(rng.randrange(1, 2000))
+    return bytes(data)
+
+
+def test_thousands_of_spoiled_files_and_not_one_wrong_byte() -> None:
+    """Whatever is wrong with a file: it is a miss and set aside, or nothing that counts was touched."""
+
+    async def test(node: Node) -> None:
+        rng = random.Random(4)
+        broken = 0
+        for first in range(0, 3000, 50):
+            numbers = range(first, first + 50)
+            for number in numbers:
+                extent = blockfile.build(named(number), content(number), 1)
+                node.store.write(named(number), memoryview(spoiled(extent, rng)))
+            misses = await node.fetch(*numbers)  # checks the bytes of those that are hits
+            assert set(misses.values()) <= {Miss.FILE_BROKEN, Miss.FILE_MISSING}
+            broken += len(misses)
+            left = {found.name for found in node.store.files()}
+            assert {number for number in numbers if named(number) in left} == {
+                number for number in numbers if file(number) not in misses
+            }
+            node.drop()
+        assert broken > 2500
+
+    with_node(test)
+
+
+def test_a_strangers_file_is_no_hit() -> None:
+    """A whole file under another key, shard or namespace holds somebody else's bytes."""
+
+    async def test(node: Node) -> None:
+        other = Namespace(model="other")
+        strangers = [named(7), FileName(SPACE.digest, key(1), 1), FileName(other.digest, key(3), 0)]
+        for number, name in enumerate(strangers, 1):
+            node.store.write(named(number), memoryview(blockfile.build(name, content(number), 1)))
+        assert await node.fetch(1, 2, 3) == dict.fromkeys(map(file, (1, 2, 3)), Miss.FILE_BROKEN)
 
     with_node(test)
 
