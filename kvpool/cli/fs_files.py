@@ -106,7 +106,7 @@ def _check(store: BlockStore, file: StoredFile, layers: int | None, buffer: _Buf
     except StoreMissingError:
         return Checked(file, Verdict.GONE)
     except (StoreBrokenError, StoreSizeError) as error:
-        return Checked(file, Verdict.BROKEN, str(error))
+        return Checked(file, Verdict.BROKEN, str(error).removeprefix(f"{name}: "))
     except StoreError as error:
         return Checked(file, Verdict.UNREADABLE, str(error))
     return Checked(file, Verdict.WHOLE, "", header.shard_bytes)

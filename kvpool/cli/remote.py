@@ -37,9 +37,9 @@ class ExitCode(IntEnum):
 EXIT_CODES_HELP = """\b
 Exit codes:
   0  done
-  1  the pool answered, but there was nothing: no hit, no live node, nothing to evict
+  1  the pool answered, but there was nothing: no hit, no live node, nothing to evict; or files were broken
   2  a wrong option or value
-  3  the master cannot be reached
+  3  the master, or a backend, cannot be reached
   4  the master refuses this host (protected mode)
   5  the master failed to answer this
 """
