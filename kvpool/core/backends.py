@@ -120,6 +120,12 @@ class Backends:
         """Return how many blocks it has something of."""
         return self._index.blocks_on.get(backend.incarnation, 0)
 
+    def hello(self, node: Node, seen: tuple[Backend, ...]) -> list[Effect]:
+        """Take in the backends of a node that begins a session, and tell it which of them are full."""
+        self._forget_scans(node)
+        effects = self.announce(node, seen)
+        return effects + self._limits_of(node) if seen else effects
+
     def announce(self, node: Node, seen: tuple[Backend, ...]) -> list[Effect]:
         """Take in how a node sees its backends: all of them, whatever it said before."""
         effects: list[Effect] = []
@@ -141,16 +147,19 @@ class Backends:
                 effects.append(BackendChanged(backend.name, f"{what}: {told.reason}" if bad else what, bad))
         return effects
 
-    def greet(self, node: Node) -> list[Effect]:
-        """Tell a node that has just said hello which of its backends are full."""
-        served = any(node.address.node_id in backend.servers for backend in self.by_id.values())
-        return self._limits_of(node) if served else []
-
     def judge(self, node: Node) -> None:
         """Bring what lookups may count on in line with a node's new state."""
         for backend in self.by_id.values():
             if node.address.node_id in backend.servers:
                 self._judge(backend)
+        if node.session is None:
+            self._forget_scans(node)
+
+    def _forget_scans(self, node: Node) -> None:
+        """A scan ends with its session: what it has found meanwhile is lost, so it begins again."""
+        for backend in self.by_id.values():
+            if backend.scanner == node.address.node_id:
+                backend.scanner, backend.scan_wanted = "", True
 
     def forget(self, node: Node) -> None:
         """Forget a node that is gone for long."""

@@ -206,8 +206,7 @@ class MasterState:
             self._await_inventory(node, up)
         effects.append(Send(session, Welcome(self.epoch, node.sequence if resume else 0, inventory=not resume)))
         effects += self._judge(node, up, "resumed" if resume else "says hello")
-        effects += self.backends.announce(node, hello.backends)
-        return effects + self.backends.greet(node) + self.pins.greet(node)
+        return effects + self.backends.hello(node, hello.backends) + self.pins.greet(node)
 
     def _await_inventory(self, node: Node, up: float) -> None:
         node.awaiting, node.asked_at, node.next_chunk = True, up, 0

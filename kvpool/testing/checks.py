@@ -12,6 +12,7 @@ from kvpool.core.keytable import Rows
 from kvpool.core.master import MasterState
 from kvpool.core.placement import NOWHERE
 from kvpool.core.segment import SegmentState
+from kvpool.core.slots import file_bytes
 from kvpool.model import mask_shards
 
 Held = dict[tuple[bytes, bytes], dict[str, int]]
@@ -23,6 +24,7 @@ def check_index(index: Index) -> None:
     used = index.rows_used
     in_use = np.zeros(used, bool)
     blocks_on: Counter[int] = Counter()
+    in_files: Counter[int] = Counter()
     for space in index.spaces.values():
         rows = _rows(index, space)
         in_use[rows] = True
@@ -34,8 +36,13 @@ def check_index(index: Index) -> None:
             assert owners, "a block lies somewhere"
             stored += sum(owner.shards.bit_count() for owner in owners) * int(index.shard_bytes[row])
             blocks_on.update({owner.incarnation for owner in owners})
+            for owner in owners:
+                size = file_bytes(int(index.shard_bytes[row]), index._layers(space))
+                in_files[owner.incarnation] += owner.shards.bit_count() * size * (owner.incarnation in index.file_bytes)
+            assert int(index.pinned[row]) == space.pins.get(index.keys[row].tobytes(), 0), "a row knows its pin"
         assert space.stored_bytes == stored, "stored bytes are counted"
     assert {i: n for i, n in index.blocks_on.items() if n} == dict(blocks_on), "a node's blocks are counted"
+    assert all(size == in_files[i] for i, size in index.file_bytes.items()), "bytes of files are counted"
     assert (index.placement[:used][~in_use] == NOWHERE).all(), "what is not stored lies nowhere"
     free = index._free[: index._free_count]
     assert len(set(free.tolist())) == len(free), "a row is free once"
@@ -70,6 +77,8 @@ def check_master(state: MasterState) -> None:
     """Raise AssertionError unless the index and the leases agree with themselves and with each other."""
     index = state.index
     check_index(index)
+    for backend in state.backends.by_id.values():
+        assert backend.removing_bytes == sum(size for _, size in backend.doomed.values()), "bytes to be removed"
     leased = np.zeros(index.rows_used, np.int64)
     for rows, _ in state.leases._leases.values():
         assert len(np.unique(rows)) == len(rows), "a lease names a row once"
@@ -91,7 +100,8 @@ def held_by_index(state: MasterState) -> Held:
                 node = state.node_of(owner.incarnation)
                 name = node.address.node_id if node is not None else f"incarnation {owner.incarnation}"
                 at[name] = at.get(name, 0) | owner.shards
-            held[space.digest, index.keys[row].tobytes()] = at
+            if at:  # or it is in files alone
+                held[space.digest, index.keys[row].tobytes()] = at
     return held
 
 

@@ -13,22 +13,22 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, segment
 from kvpool.core.effects import Close, Closed, Effect, Received, Send, Tick
+from kvpool.core.filetier import FileTierState
 from kvpool.core.master import MasterLimits, MasterState
-from kvpool.core.messages import Evict, MasterMessage, NodeMessage, Superseded
+from kvpool.core.messages import Ack, Evict, MasterMessage, NodeMessage, Superseded
 from kvpool.core.reporter import Reporter
 from kvpool.core.segment import SegmentState
-from kvpool.model import NodeAddress
+from kvpool.model import Backend, NodeAddress
 from kvpool.testing.checks import check_master, differences, held_by_index, held_by_nodes
 from kvpool.testing.clock import ManualClock
+from kvpool.testing.files import SharedFiles, SimulatedCatalog, told
+from kvpool.testing.slices import small_slices
 from kvpool.testing.workload import UNIT, Workload
 
 LIMITS = MasterLimits(lease_ttl_s=2.0, client_ttl_s=3.0, blocks_max=4096)
@@ -37,6 +37,7 @@ TICK_S = 0.1
 HEARTBEAT_S = 0.2
 FLUSH_S = 0.01
 SLICE_S = 0.002
+CATALOG_S = 0.02
 WELCOME_S = 2.0
 SETTLE_S = 30.0
 EVENTS_KEPT = 4000
@@ -77,17 +78,19 @@ class MasterProcess(Process):
         super().__init__(name)
         self.state = state
         self.sessions: dict[int, Session] = {}
-        self.pumping = self.working = False
+        self.pumping = self.working = self.keeping = False
 
 
 class NodeProcess(Process):
     """A node: its state machines, and its memory as one entry for each unit of the segment."""
 
-    def __init__(self, name: str, node_id: str, epoch: int) -> None:
+    def __init__(self, name: str, node_id: str, epoch: int, backend: Backend) -> None:
         super().__init__(name)
         self.node_id = node_id
         self.segment = SegmentState(SEGMENT_BYTES)
-        self.reporter = Reporter(self.segment, NodeAddress(node_id), epoch)
+        self.tier = FileTierState(self.segment, [backend], queue_bytes_max=SEGMENT_BYTES)
+        self.reporter = Reporter(self.segment, NodeAddress(node_id), epoch, self.tier)
+        self.storing = False
         self.session: Session | None = None
         self.flush_due = False
         self.report_due = False
@@ -122,8 +125,10 @@ class Cluster:
         self.happened: deque[tuple[float, str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events: list[tuple[float, int, Process | None, Callable[..., object], tuple[Any, ...]]] = []
         self._counter = count(1)
-        self.master = self._new_master()
+        self.storage = SharedFiles(self)
+        self.catalog = SimulatedCatalog()
         self.nodes: list[NodeProcess] = []
+        self.master = self._new_master()
         self.workload = Workload(self)
         for i in range(nodes):
             self.start_node(f"n{i}")
@@ -159,12 +164,18 @@ class Cluster:
     def _new_master(self) -> MasterProcess:
         epoch = self.random.getrandbits(63) | 1
         master = MasterProcess(f"master {epoch % 1000}", MasterState(self.limits, epoch, self.clock()))
+        self.catalog.load(master.state)
+        self._perform(master, [])
         self.after(TICK_S, master, self._tick, master)
         return master
 
     def restart_master(self, down_s: float) -> None:
-        """Kill the master; a new one, which knows nothing, starts a little later."""
+        """Kill the master; a new one, which knows what the catalog has, if that, starts a little later."""
         old = self.master
+        self.catalog.waiting.clear()
+        if self.random.random() < 0.2:
+            self.note("the catalog is lost")
+            self.catalog = SimulatedCatalog()
         old.gone = True
         self.note("master dies")
         for session in old.sessions.values():
@@ -213,7 +224,9 @@ class Cluster:
 
     def _perform(self, master: MasterProcess, effects: list[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, Send):
+            if isinstance(effect, Send) and isinstance(effect.message, Ack) and self.catalog.waiting:
+                self.catalog.waiting.append(effect)
+            elif isinstance(effect, Send):
                 self._send_to_node(master.sessions.get(effect.session), effect.message)
             elif isinstance(effect, Close):
                 session = master.sessions.get(effect.session)
@@ -222,9 +235,24 @@ class Cluster:
                     self._end_at_node_soon(session)
             else:
                 self.note("master", effect)
+                if master is self.master:
+                    self.catalog.waiting.append(effect)
+        if self.catalog.waiting and not master.keeping:
+            master.keeping = True
+            self.after(CATALOG_S * self.random.random(), master, self._keep, master)
         if master.state.busy and not master.working:
             master.working = True
             self.after(self.random.random() * self.weather.slice_s, master, self._work, master)
+
+    def _keep(self, master: MasterProcess) -> None:
+        """Write to the catalog what has waited for it, and send what has waited for that."""
+        master.keeping = False
+        waiting, self.catalog.waiting = self.catalog.waiting, deque()
+        for effect in waiting:
+            if isinstance(effect, Send):
+                self._send_to_node(master.sessions.get(effect.session), effect.message)
+            else:
+                self.catalog.write(effect)
 
     def perform(self, effects: list[Effect]) -> None:
         """Do what the running master decided on a client's behalf."""
@@ -285,6 +313,14 @@ class Cluster:
                     session.last_to_master = max(session.last_to_master, at)
                     self.after(at - self.clock(), session.master, self._arrive_at_master, session, message)
 
+    def tell_surely(self, node: NodeProcess, message: NodeMessage) -> None:
+        """Send what is neither numbered nor said again: it arrives unless its stream breaks."""
+        session = node.session
+        if session is not None:
+            at = max(self.clock() + self._delay(), session.last_to_master)
+            session.last_to_master = at
+            self.after(at - self.clock(), session.master, self._arrive_at_master, session, message)
+
     def _send_to_node(self, session: Session | None, message: MasterMessage) -> None:
         if session is not None and session.open_at_master:
             for at in self._arrivals(session.last_to_node):
@@ -308,7 +344,8 @@ class Cluster:
 
     def start_node(self, node_id: str) -> NodeProcess:
         """Start a process; another one of this id may be running."""
-        node = NodeProcess(f"{node_id}/{next(self._counter)}", node_id, self.random.getrandbits(63) | 1)
+        name = f"{node_id}/{next(self._counter)}"
+        node = NodeProcess(name, node_id, self.random.getrandbits(63) | 1, self.storage.described)
         self.nodes.append(node)
         self.note("starts", node.name)
         self.after(0, node, self._connect, node)
@@ -328,7 +365,11 @@ class Cluster:
         if not session.open_at_node:
             return
         self.note(f"{node.name} takes", message)
+        before = told(node)
         self._send_to_master(node, node.reporter.handle(message))
+        if isinstance(message, Ack):
+            self.storage.note_acknowledged(node, before)
+        self.storage.pump(node)
         self._report(node)
         if isinstance(message, Superseded):
             self.stop_node(node)
@@ -357,10 +398,12 @@ class Cluster:
     def _flush(self, node: NodeProcess) -> None:
         node.flush_due = False
         self._send_to_master(node, node.reporter.flush())
+        self.storage.pump(node)
 
     def _beat(self, node: NodeProcess) -> None:
         if node.reporter.welcomed:
             self._send_to_master(node, [node.reporter.heartbeat()])
+        self.storage.pump(node)
         self.after(HEARTBEAT_S, node, self._beat, node)
 
     # ---- a run ---------------------------------------------------------------------------------
@@ -379,7 +422,8 @@ class Cluster:
     def _fault(self) -> None:
         fault = self.random.choice(
             (self._crash, self._cut, self._cut, self._stall_node, self._stall_master, self._new_weather,
-             self._new_weather, self._new_weather, self._second_process, self._lose_master)
+             self._new_weather, self._new_weather, self._second_process, self._lose_master,
+             self.storage.lose_file, self.storage.lose_file, self.storage.hang)
         )  # fmt: skip
         fault()
 
@@ -451,36 +495,9 @@ class Cluster:
             if node and known.used_bytes != node.segment.used_bytes:
                 problems.append(f"{node_id} uses {node.segment.used_bytes} bytes, not {known.used_bytes}")
         problems += [f"{node_id} is unknown" for node_id in running if node_id not in state.nodes]
+        problems += self.storage.problems(state)
         real = held_by_nodes((node.node_id, node.segment) for node in self.nodes)
         return problems + differences(held_by_index(state), real)
-
-
-_SMALL: tuple[tuple[ModuleType, str, int], ...] = (
-    (index, "ROWS_PER_SLICE", 2),
-    (operators, "ROWS_PER_SLICE", 2),
-    (backends, "ROWS_PER_SLICE", 2),
-    (nodes, "ROWS_PER_SLICE", 2),
-    (recency, "SEGMENT", 16),
-    (keytable, "BUCKETS_MIN", 1),
-    (keytable, "MOVE_BUCKETS", 16),
-    (reporter, "DELTA_KEYS_MAX", 6),
-    (reporter, "INVENTORY_KEYS_MAX", 5),
-    (segment, "_SNAPSHOT_WINDOW_BLOCKS", 5),
-    (reporter, "JOURNAL_DELTAS_MAX", 8),
-)
-
-
-@contextmanager
-def small_slices() -> Iterator[None]:
-    """Cut messages and the master's long work into tiny slices, so that a few blocks are enough to come between."""
-    before = [vars(module)[name] for module, name, _ in _SMALL]
-    for module, name, value in _SMALL:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), value in zip(_SMALL, before, strict=True):
-            setattr(module, name, value)
 
 
 def simulate(seed: int, steps: int) -> Cluster:

@@ -24,6 +24,7 @@ NAMESPACES = (
 )
 """With the payload bytes of one shard; each comes into use a little later than the one before it."""
 
+PINS_MAX = 2
 PROMPTS = 5
 BLOCKS = 9
 
@@ -63,10 +64,12 @@ class Workload:
         elif choice < 0.65 and nodes:
             namespace, _ = self._namespace()
             self._read(self._random.choice(nodes), namespace, self._keys())
-        elif choice < 0.95:
+        elif choice < 0.92:
             self._lookup()
-        else:
+        elif choice < 0.97:
             self._evict()
+        else:
+            self._pin()
 
     def _namespace(self) -> tuple[Namespace, int]:
         return self._random.choice(NAMESPACES[: 2 + self._steps // 12])
@@ -110,7 +113,7 @@ class Workload:
             for slot in put.slots:
                 _write(node, slot, _content(slot))
             layers = put.slots[0].layers
-            segment.commit(put.owner, put.id, bytes(CHECKSUM_BYTES * layers * len(put.slots)))
+            node.tier.committed(segment.commit(put.owner, put.id, bytes(CHECKSUM_BYTES * layers * len(put.slots))))
         elif choice < 0.9:
             segment.abort(put.owner, put.id)
         else:
@@ -212,6 +215,30 @@ class Workload:
                 self._cluster.perform(master.state.evictions.coldest(self._random.randrange(4000))[2])
         except UnknownNamespaceError:
             assert digest not in master.state.index.spaces
+
+
+    def _pin(self) -> None:
+        """Take a pin, hard or for a while, or end one."""
+        master = self._cluster.master
+        if master.gone or master.stalled_until > self._cluster.clock():
+            return
+        pins = master.state.pins
+        if len(pins.by_id) > PINS_MAX:
+            self.unpin(self._random.choice(list(pins.by_id)))
+            return
+        ttl_s = self._random.choice((0, 3.0))
+        try:
+            _, slices = pins.begin(self._namespace()[0].digest, self._keys(), ttl_s, "", self._cluster.clock())
+        except UnknownNamespaceError:
+            return
+        for effects in slices:
+            self._cluster.perform(effects)
+
+    def unpin(self, pin_id: int) -> None:
+        """End a pin."""
+        pins = self._cluster.master.state.pins
+        for effects in pins.end(pins.by_id[pin_id]):
+            self._cluster.perform(effects)
 
 
 def _content(slot: Slot) -> object:

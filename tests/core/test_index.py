@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 
 from kvpool.core import index as index_module
 from kvpool.core import recency
-from kvpool.core.index import Index
+from kvpool.core.index import HARD, SOFT, Index
 from kvpool.core.keytable import as_words
 from kvpool.core.leases import Leases
 from kvpool.core.messages import BlockRun
+from kvpool.core.slots import file_bytes
 from kvpool.model import Namespace
 from kvpool.testing.checks import check_index
 
 SPACES = [Namespace(model="a"), Namespace(model="b", layers=2, layer_groups=2)]
 KEYS = [blake2b(bytes([i]), digest_size=16).digest() for i in range(12)]
 INCARNATIONS = (1, 2, 3)
+STORE = 4  # the incarnation of a storage backend
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,6 +34,10 @@ def small_slices():
         yield
 
 
+def _tier(incarnation: int) -> str:
+    return "fs" if incarnation == STORE else "dram"
+
+
 class Twin:
     """An index with two namespaces, and dicts that it must equal."""
 
@@ -41,6 +47,9 @@ class Twin:
         self.held: dict[tuple[int, bytes], dict[int, int]] = {}
         self.order: list[tuple[int, bytes]] = []
         self.leased: list[tuple[np.ndarray, list[tuple[int, bytes]]]] = []
+        self.index.file_bytes[STORE] = 0
+        self.sizes: dict[tuple[int, bytes], int] = {}
+        self.pins: dict[tuple[int, bytes], int] = {}
 
     def full(self, space: int) -> int:
         return self.spaces[space].full
@@ -57,13 +66,27 @@ class Twin:
                 self.order.remove(name)
             self.order.append(name)
 
-    def add(self, space: int, keys: list[int], incarnation: int, mask: int, size: int) -> None:
+    def add(
+        self, space: int, keys: list[int], incarnation: int, mask: int, size: int, *, touch: bool = True
+    ) -> None:
         mask = mask & self.full(space) or 1
-        self.index.add(self.run(space, keys, mask, size), incarnation, "dram")
+        new = [name for name in dict.fromkeys(self.names(space, keys)) if name not in self.held]
+        self.index.add(self.run(space, keys, mask, size), incarnation, _tier(incarnation), touch=touch)
         for name in self.names(space, keys):
             at = self.held.setdefault(name, {})
             at[incarnation] = at.get(incarnation, 0) | mask
-        self.touch(self.names(space, keys)[::-1])
+            self.sizes[name] = size
+        self.touch((self.names(space, keys) if touch else new)[::-1])
+
+    def load(self, space: int, keys: list[int], mask: int, size: int) -> None:
+        """Take in files that were found, which is no use of them."""
+        self.add(space, keys, STORE, mask, size, touch=False)
+
+    def pin(self, space: int, keys: list[int], level: int) -> None:
+        for name in self.names(space, keys):
+            self.pins[name] = level
+            self.spaces[space].pins[name[1]] = level
+        self.index.pinned[self.rows(space, keys)] = level
 
     def lose(self, name: tuple[int, bytes], incarnation: int, mask: int) -> bool:
         """Take shards away; returns whether the block was whole before and is neither whole nor gone now."""
@@ -89,7 +112,7 @@ class Twin:
     def remove(self, space: int, keys: list[int], incarnation: int, mask: int) -> None:
         mask = mask & self.full(space) or 1
         had = {name for name in self.names(space, keys) if incarnation in self.held.get(name, {})}
-        rows, broken = self.index.remove(self.run(space, keys, mask), incarnation, "dram")
+        rows, broken = self.index.remove(self.run(space, keys, mask), incarnation, _tier(incarnation))
         assert {(space, self.index.keys[row].tobytes()) for row in rows.tolist()} == had
         expected = {name for name in self.names(space, keys) if self.lose(name, incarnation, mask)}
         assert {self.name_of(row) for row in broken.tolist()} == expected
@@ -144,12 +167,15 @@ class Twin:
             for row, name in zip(rows.tolist(), names, strict=True):
                 # A leased row is that block's for as long as the lease lasts, or nobody's.
                 assert self.index.space_of[row] < 0 or self.name_of(row) == name
-        for incarnation in INCARNATIONS:
-            held = [name for name in self.order if incarnation in self.held[name]]
-            leased = {name for _, names in self.leased for name in names}
-            assert self.coldest(incarnation, leased=False) == [name for name in held if not self.is_leased(name)]
-            assert self.coldest(incarnation, leased=True) == [name for name in held if self.is_leased(name)]
-            assert {name for name in held if self.is_leased(name)} <= leased
+        for incarnation in (*INCARNATIONS, STORE):
+            held = [name for name in self.order if incarnation in self.held[name] and self.pins.get(name) != HARD]
+            spared = [name for name in held if self.is_leased(name) or self.pins.get(name)]
+            assert self.coldest(incarnation, leased=False) == [name for name in held if name not in spared]
+            assert self.coldest(incarnation, leased=True) == spared
+        stored = {name: at.get(STORE, 0).bit_count() for name, at in self.held.items()}
+        assert self.index.file_bytes[STORE] == sum(
+            shards * file_bytes(self.sizes[name], SPACES[name[0]].shard_layers) for name, shards in stored.items()
+        )
 
     def is_leased(self, name: tuple[int, bytes]) -> bool:
         row = int(self.spaces[name[0]].table.find(as_words(name[1]))[0])
@@ -162,11 +188,14 @@ class Twin:
 spaces = st.integers(0, 1)
 some_keys = st.lists(st.integers(0, len(KEYS) - 1), min_size=1, max_size=6)
 some_incarnation = st.sampled_from(INCARNATIONS)
+any_incarnation = st.sampled_from((*INCARNATIONS, STORE))
 masks = st.integers(1, 3)
 change = st.one_of(
-    st.tuples(st.just("add"), spaces, some_keys, some_incarnation, masks, st.sampled_from([100, 100, 250])),
-    st.tuples(st.just("add"), spaces, some_keys, some_incarnation, st.just(3), st.just(100)),
-    st.tuples(st.just("remove"), spaces, some_keys, some_incarnation, masks),
+    st.tuples(st.just("add"), spaces, some_keys, any_incarnation, masks, st.sampled_from([100, 100, 250])),
+    st.tuples(st.just("add"), spaces, some_keys, any_incarnation, st.just(3), st.just(100)),
+    st.tuples(st.just("remove"), spaces, some_keys, any_incarnation, masks),
+    st.tuples(st.just("load"), spaces, some_keys, masks, st.sampled_from([100, 5000])),
+    st.tuples(st.just("pin"), spaces, some_keys, st.sampled_from([0, SOFT, HARD])),
     st.tuples(st.just("sweep"), st.frozensets(some_incarnation, min_size=1)),
     st.tuples(st.just("lease"), spaces, some_keys),
     st.tuples(st.just("unlease"), st.integers(0, 9)),

@@ -1,0 +1,39 @@
+"""Tiny slices, so that a few blocks are enough for something to come between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, segment
+
+_SMALL: tuple[tuple[ModuleType, str, float], ...] = (
+    (index, "ROWS_PER_SLICE", 2),
+    (operators, "ROWS_PER_SLICE", 2),
+    (backends, "ROWS_PER_SLICE", 2),
+    (backends, "BATCH_FILES", 3),
+    (backends, "REMOVE_RETRY_S", 1.0),
+    (backends, "SCAN_RETRY_S", 1.0),
+    (nodes, "ROWS_PER_SLICE", 2),
+    (recency, "SEGMENT", 16),
+    (keytable, "BUCKETS_MIN", 1),
+    (keytable, "MOVE_BUCKETS", 16),
+    (reporter, "DELTA_KEYS_MAX", 6),
+    (reporter, "INVENTORY_KEYS_MAX", 5),
+    (segment, "_SNAPSHOT_WINDOW_BLOCKS", 5),
+    (reporter, "JOURNAL_DELTAS_MAX", 8),
+)
+
+
+@contextmanager
+def small_slices() -> Iterator[None]:
+    """Cut messages and the master's long work into tiny slices, so that a few blocks are enough to come between."""
+    before = [vars(module)[name] for module, name, _ in _SMALL]
+    for module, name, value in _SMALL:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(_SMALL, before, strict=True):
+            setattr(module, name, value)
