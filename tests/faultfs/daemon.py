@@ -39,7 +39,6 @@ class Rule:
     every: int = 1
     path: str = "*"
     hang: bool = False
-    deaf: bool = False
 
     seen: int = 0
 
@@ -79,14 +78,14 @@ class Faults:
             self.calls[op] = self.calls.get(op, 0) + 1
             return next((rule for rule in self.rules if rule.strikes(op, path)), None)
 
-    def hang(self, *, deaf: bool) -> None:
-        """Wait for the release; like a hard NFS mount, let go of a caller that is being killed, unless ``deaf``."""
+    def hang(self) -> None:
+        """Wait for the release; like a hard NFS mount, let go of a caller that is being killed."""
         free = self.free
         with self.lock:
             self.hanging += 1
         try:
             while not free.wait(0.02):
-                if not deaf and mfusepy._libfuse.fuse_interrupted():
+                if mfusepy._libfuse.fuse_interrupted():
                     raise OSError(errno.EINTR, "interrupted")
         finally:
             with self.lock:
@@ -97,7 +96,7 @@ class Faults:
         if rule is None:
             return act()
         if rule.hang:
-            self.hang(deaf=rule.deaf)
+            self.hang()
             return act()
         if rule.after:
             act()

@@ -110,9 +110,9 @@ class FaultyMount:
         """
         self._add(ops=op.split("|"), error=error, after=after, left=times, every=every, path=path)
 
-    def hang(self, op: str = "*", *, path: str = "*", deaf: bool = False) -> None:
-        """Let operations wait until `heal`, or until the caller is killed; ``deaf``: not even then."""
-        self._add(ops=op.split("|"), hang=True, path=path, deaf=deaf)
+    def hang(self, op: str = "*", *, path: str = "*") -> None:
+        """Let operations wait until `heal`, or until the caller is killed."""
+        self._add(ops=op.split("|"), hang=True, path=path)
 
     def heal(self) -> None:
         """End all faults, and let go of what hangs."""

@@ -25,7 +25,7 @@ IN_FILES = chain_of(1, 12)
 IN_MEMORY = chain_of(2, 6)
 MS_RDONLY, MS_REMOUNT = 1, 32
 UP, DOWN, READ_ONLY = Backend.State.UP, Backend.State.DOWN, Backend.State.READ_ONLY
-AWAY = {"storage_down", "storage_timeout", "not_stored", "file_missing", "not_here"}
+AWAY = {"storage_down", "storage_timeout", "owner_suspect", "not_stored", "file_missing", "not_here"}
 """Why blocks are not had whose storage is away: who asked first is told, later ones find them gone from the index."""
 
 

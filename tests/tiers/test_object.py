@@ -231,3 +231,21 @@ def test_nothing_shows_a_secret(memory_url, monkeypatch):
     assert not any(secret in str(failed.value) for secret in ("hush-hush", "mum-is-the-word", "pass-word"))
     assert failed.value.__cause__ is None
     assert failed.value.__suppress_context__
+
+
+def test_files_are_listed_a_few_directories_at_a_time(memory_url, monkeypatch):
+    """Nobody holds the names of a whole backend."""
+    store = open_object(memory_url)
+    names = write_many(store, range(100))
+    asked: list[int] = []
+    listed = store._listed
+
+    def count(paths: list[str]) -> Any:
+        asked.append(len(paths))
+        return listed(paths)
+
+    monkeypatch.setattr(store, "_listed", count)
+    files = store.files()
+    first = next(files)
+    assert sum(asked) < 50, "most of the hundred directories have not been looked at"
+    assert {first.name, *(file.name for file in files)} == set(names)
