@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.faultfs.mount import ROOT, detach, why_no_fuse
-from tests.faultfs.nfs_client import LIBRARY
 from tests.integration.pool import free_port, wait_for
 
+LIBRARY = "libnfs.so.13"
 RPCBIND = "/run/rpcbind.sock"
 _CONFIGURATION = """
 NFS_CORE_PARAM {{
@@ -68,7 +68,7 @@ class NfsMount:
             _CONFIGURATION.format(port=self._port, mount_port=self._mount_port, directory=self.below, state=state)
         )
         self._processes: list[subprocess.Popen[bytes]] = []
-        client = [sys.executable, "-m", "tests.faultfs.nfs_client", str(self._port), str(self._mount_port)]
+        client = [sys.executable, "-m", "tests.faultfs.nfs_client", LIBRARY, str(self._port), str(self._mount_port)]
         try:
             self._start_rpcbind()
             self.start_server()

@@ -1,6 +1,6 @@
 """An NFS client as a FUSE filesystem, through libnfs, for kernels without one.
 
-``python -m tests.faultfs.nfs_client PORT MOUNT_PORT PATH MOUNTPOINT``.
+``python -m tests.faultfs.nfs_client LIBRARY PORT MOUNT_PORT PATH MOUNTPOINT``.
 Every operation is a request to the server; nothing is remembered in between.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 
 import mfusepy
 
-LIBRARY = "libnfs.so.13"
 _STAT = (
     "dev", "ino", "mode", "nlink", "uid", "gid", "rdev", "size", "blksize", "blocks", "atime", "mtime", "ctime",
     "atime_nsec", "mtime_nsec", "ctime_nsec", "used",
@@ -41,8 +40,8 @@ class Client(mfusepy.Operations):
 
     use_ns = True
 
-    def __init__(self, port: int, mount_port: int, path: str) -> None:
-        self._nfs = ctypes.CDLL(LIBRARY)
+    def __init__(self, library: str, port: int, mount_port: int, path: str) -> None:
+        self._nfs = ctypes.CDLL(library)
         self._nfs.nfs_init_context.restype = c_void_p
         self._nfs.nfs_parse_url_dir.restype = POINTER(_Url)
         self._nfs.nfs_readdir.restype = POINTER(_Entry)
@@ -142,11 +141,11 @@ class Client(mfusepy.Operations):
         self._do("link", source.encode(), target.encode())
 
 
-def main(port: str, mount_port: str, path: str, mountpoint: str) -> None:
+def main(library: str, port: str, mount_port: str, path: str, mountpoint: str) -> None:
     """Serve until unmounted or killed."""
     mfusepy.FUSE(
-        Client(int(port), int(mount_port), path), mountpoint, foreground=True, fsname="kvpool-nfs",
-        entry_timeout=0, attr_timeout=0, hard_remove=True,
+        Client(library, int(port), int(mount_port), path), mountpoint, foreground=True, fsname="kvpool-nfs",
+        entry_timeout=0, attr_timeout=0, hard_remove=True, max_threads=64,
     )  # fmt: skip
 
 

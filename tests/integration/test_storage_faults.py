@@ -17,6 +17,7 @@ from kvpool import Client
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.rpc.v1.types_pb2 import Backend
 from tests.faultfs.mount import FaultyMount, fill_up, mount
+from tests.faultfs.nfs import NfsMount, why_no_nfs
 from tests.integration.pool import SPACE, Pool, T, chain_of, get_chain, put_chain, wait_for
 
 SIZE = 32 << 10
@@ -184,6 +185,28 @@ def test_a_mount_that_dies_and_is_mounted_again(faulty_mount: FaultyMount, stora
     storage.is_said_to_be(UP)
     storage.files_are_read()
     storage.files_are_written(4)
+
+
+def test_an_nfs_server_that_is_killed_and_started_again(tmp_path: Path, bare_pool: Pool):
+    """A hard mount: whoever asks waits for the server, only not those who ask the pool."""
+    if why := why_no_nfs():
+        pytest.skip(why)
+    nfs = NfsMount(tmp_path / "nfs")
+    try:
+        storage = Storage(bare_pool, nfs.path / "pool")
+        nfs.kill_server()
+        result = get_chain(storage.client, SPACE, IN_FILES, SIZE)
+        assert result.prefix == 0
+        assert result.reasons.keys() <= AWAY, result
+        storage.is_said_to_be(DOWN, "no answer")
+        storage.memory_goes_on(3)
+        nfs.start_server()
+        storage.is_said_to_be(UP)
+        storage.files_are_read()
+        storage.files_are_written(4)
+        assert storage.pool.nodes["a"].end() == 0
+    finally:
+        nfs.close()
 
 
 def test_a_disk_that_is_full(small_disk: Path, storage_on: Any):
