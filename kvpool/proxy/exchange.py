@@ -194,6 +194,7 @@ class Exchange:
                 except (aiohttp.ClientError, OSError, ValueError) as exc:
                     raise _failure(exc) from exc
         self._count(ticket)
+        self._fleet.router.answered(ticket)
         return answer
 
     async def _answer(self, ticket: Ticket, raw: bytes) -> web.StreamResponse:
@@ -211,6 +212,7 @@ class Exchange:
                 except (aiohttp.ClientError, OSError, ValueError) as exc:
                     raise _failure(exc) from exc
         self._count(ticket)
+        self._fleet.router.answered(ticket)
         return await self._send(answer)
 
     def _post(self, ticket: Ticket, raw: bytes, watch: Watch, limit_s: float) -> Any:
@@ -248,6 +250,7 @@ class Exchange:
             chunk = await upstream.content.readany()
         if not tail.rstrip().endswith(DONE):
             raise AttemptError("the stream ended before it was done")
+        self._fleet.router.answered(ticket)
         await _write(response, b"", last=True)
         return response
 
@@ -303,7 +306,7 @@ def _failure(exc: Exception) -> AttemptError:
     if isinstance(exc, aiohttp.ServerTimeoutError):
         return AttemptError("the instance could not be reached in time", 504, reached=False)
     if isinstance(exc, aiohttp.ClientConnectorError):
-        return AttemptError(f"the instance takes no connections: {exc.os_error}", 503, reached=False)
+        return AttemptError("the instance takes no connections", 503, reached=False)
     stale = isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
     return AttemptError(f"the connection broke: {str(exc) or type(exc).__name__}", stale=stale)
 

@@ -243,8 +243,12 @@ class Router:
 
     def first_byte(self, ticket: Ticket) -> None:
         """Its prompt is computed."""
+        ticket.instance.backlog -= ticket.backlog
+        ticket.backlog = 0.0
+
+    def answered(self, ticket: Ticket) -> None:
+        """The instance has done all that it was asked to."""
         ticket.instance.trouble = 0.0
-        self._computed(ticket)
 
     def failed(self, ticket: Ticket) -> None:
         """The instance has not done what it was asked to: others are preferred for a while."""
@@ -257,16 +261,12 @@ class Router:
         if instance.trouble < REQUEST_TOKENS:
             instance.trouble = 0.0
 
-    def _computed(self, ticket: Ticket) -> None:
-        ticket.instance.backlog -= ticket.backlog
-        ticket.backlog = 0.0
-
     def end(self, ticket: Ticket) -> None:
         """The request has ended there, well or not. Idempotent."""
         if not ticket.open:
             return
         ticket.open = False
-        self._computed(ticket)
+        self.first_byte(ticket)
         instance = ticket.instance
         instance.requests -= 1
         instance.tokens -= ticket.prompt.tokens + ticket.prompt.output_tokens

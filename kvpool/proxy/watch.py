@@ -14,7 +14,7 @@ class Phase(StrEnum):
     """What is waited for; the words end the sentence "... in time"."""
 
     FIRST_BYTE = "did not answer"
-    NEXT_BYTE = "went silent"
+    NEXT_BYTE = "did not go on"
     CLIENT = "was not listened to"
 
 

@@ -99,6 +99,9 @@ class FakeInstance:
         except asyncio.CancelledError:
             self.aborted += 1
             raise
+        except ConnectionError:
+            self.aborted += 1
+            return web.Response(status=499)
         finally:
             self.running -= 1
 

@@ -219,6 +219,8 @@ class TestChoice:
         assert again.instance is ticket.instance
         made.failed(again)
         made.first_byte(again)
+        assert again.instance.trouble > 0
+        made.answered(again)
         assert again.instance.trouble == 0
 
     def test_an_instance_leaves_with_its_last_request(self):
