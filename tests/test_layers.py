@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "testing": WORDS | {"core", "tiers", "transport", "rpc", "client"},
     "bench": CONTROL | {"core", "tiers", "transport", "rpc", "client", "server", "testing"},
     "proxy": CONTROL | {"client", "rpc", "server"},
-    "cli": CONTROL | {"client", "rpc", "server", "bench", "proxy"},
+    "cli": CONTROL | {"client", "core", "rpc", "server", "tiers", "bench", "proxy"},
     "kvpool": {"client", "model"},
     "kvpool_vllm": CONTROL | {"client", "kvpool"},
 }
