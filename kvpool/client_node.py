@@ -77,6 +77,7 @@ class LocalNode:
             if attached.epoch != self.epoch:
                 self.alive = False
                 raise UnavailableError(f"another node serves {self.path} by now")
+            self.backends |= frozenset(attached.backends)
         except KVPoolError:
             channel.close()
             raise
@@ -242,7 +243,9 @@ class LocalNode:
 
     def serves(self, backend: bytes, named: str) -> bool:
         """Return whether this node reads a backend's files, given the node that the master named for them."""
-        return backend in self.backends or named == self.node_id
+        if named == self.node_id and backend not in self.backends:
+            self.backends |= {backend}  # storage may have been opened long after we attached
+        return backend in self.backends
 
     def part_bytes(self) -> int:
         """Return how much to ask of storage at a time: a small segment must hold several parts for several calls."""

@@ -309,3 +309,14 @@ def test_who_reads_files_for_this_host(client: Client, own: FileNode, make: Any)
     assert client.storages(other.address, BACKEND) == both
     assert client.storages(own.address, BACKEND) == both[:1]
     assert client.storages(other.address, OTHER) == [("other", storage_name("other", OTHER))]
+
+
+def test_storage_that_was_opened_later_is_noticed(make: Any) -> None:
+    """By the first answer that names this host's node for it."""
+    own = make("own", backends=[])
+    own.files = {key: bytes(content_of(key, SIZE)) for key in KEYS}
+    with Client(None, node=own.path) as client:
+        client.register(SPACE)
+        assert not client.reads_files()
+        assert get(client, in_files(own)).tiers == {"fs": BLOCKS}
+        assert client.reads_files()

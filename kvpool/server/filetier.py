@@ -117,7 +117,7 @@ class FileTier:
         """Take a state without backends: they are given with ``add``."""
         self.state = state
         self.stores: list[BlockStore] = []
-        self.view = segment.view
+        self.view = segment.view[:]  # a view of its own: threads may still write when the node lets go of the segment
         self.results: deque[_Result] = deque()
         self.batches: list[queue.SimpleQueue[_Batch | None]] = []
         self.changed: Callable[[], None] = lambda: None
@@ -200,8 +200,7 @@ class FileTier:
             task.cancel()
         for number, batches in enumerate(self.batches):
             self._empty(number)
-            for worker in self._workers[number]:
-                worker.retired.set()  # the segment is gone before the rest of its batch could be written
+            for _ in self._workers[number]:
                 batches.put(None)
         for scan in self._scans.values():
             scan.stop()

@@ -161,3 +161,18 @@ def test_prompts_that_memory_cannot_hold_come_from_files(
     prefetched = engine_a.scheduler._client.stats().get("prefetch.blocks", 0) - asked
     assert (prefetched > 0) == prefetch
     engine_a.step_until(lambda: engine_a.scheduler.leases == 0)
+
+
+def test_layer_by_layer_from_files(pool: FilePool, engine_a: Engine, model: Path, prompts: Prompts) -> None:
+    """The first layer waits for a block's file, the others find it in memory: the same tokens."""
+    wait_for(lambda: joined(engine_a), "the engine knows the pool")
+    cold = [saved(pool, engine_a, prompts) for _ in range(6)]
+    layerwise = settings(pool, pool.files.parent) | {"use_layerwise": True, "prefetch": False}
+    engine = EngineProcess(model, layerwise, {})
+    try:
+        for prompt, answer in cold:
+            warm = engine.generate(prompt, 4)
+            assert (warm.tokens, warm.cached) == (answer.tokens, BLOCKS * BLOCK_TOKENS)
+        assert engine.state()["client"]["worker"]["get.fs_blocks"] > 0
+    finally:
+        engine.close()

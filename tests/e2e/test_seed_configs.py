@@ -216,7 +216,8 @@ def test_ucm_in_multi_connector(stage: Stage, tmp_path: Path) -> None:
     }
     said = stage.check(multi("kv_producer", tmp_path, child), loads=True, saves=True)
     assert said["recomputes"]
-    assert {"storage_backends", "store_pipeline", "cache_buffer_capacity_gb"} <= ignored(said)
+    assert {"ucm_connector_name", "enable_event_sync"} <= ignored(said)
+    assert sum("for kvpool-node, which this engine does not start" in line for line in said["heard"]) == 1
 
 
 def test_own_module_path_gives_every_name(stage: Stage) -> None:

@@ -12,6 +12,7 @@ from kvpool.client_autostart import node_arguments, start_node
 from kvpool.config import AUTOSTARTED, ClientSettings, NodeSettings, child_environment
 from kvpool.errors import UnavailableError
 from kvpool.transport.channel import Channel
+from tests.integration.pool import SPACE, chain_of, put_chain, wait_for
 
 
 def wait_for_node(path, process, deadline_s=20.0):
@@ -67,6 +68,33 @@ def test_a_started_node_gets_the_storage_settings(storage):
         assert getattr(node, name) == getattr(alone, name), name
     assert "s3cret" not in " ".join(arguments)
     assert child_environment(secrets).get("KVPOOL_STORAGE_OPTIONS") == secrets.get("storage_options")
+
+
+def test_ucms_file_configures_a_node(bare_pool, tmp_path):
+    """Its pipeline, its directories and its memory are a running node's, beside kvpool's own names."""
+    pool = bare_pool
+    pool.start_master()
+    backends = [tmp_path / "a", tmp_path / "b"]
+    config = tmp_path / "ucm.yaml"
+    config.write_text(
+        "ucm_connectors:\n"
+        "  - ucm_connector_name: UcmPipelineStore\n"
+        "    ucm_connector_config:\n"
+        '      store_pipeline: "Cache|Posix"\n'
+        f'      storage_backends: "{backends[0]}:{backends[1]}"\n'
+        "      cache_buffer_capacity_gb: 0.03125\n"
+        "enable_event_sync: true\n"
+        "use_layerwise: true\n"
+    )
+    node = pool.start_node("a", "--config", str(config))
+    client = pool.client("a")
+    assert len(client._node.backends) == 2
+    assert len(client._node._memory) == 32 << 20
+    keys = chain_of(1, 64)
+    put_chain(client, SPACE, keys, 64 << 10)
+    written = [lambda at=at: any(at.glob("blocks/*/*/*.0")) for at in backends]
+    wait_for(lambda: all(some() for some in written), "both directories are written to")
+    assert node.words().count("these UCM keys mean nothing here: enable_event_sync, ucm_connector_name") == 1
 
 
 def test_a_started_node_ends_with_its_engine(settings):
