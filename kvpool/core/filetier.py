@@ -35,8 +35,8 @@ from kvpool.model import Backend, BackendState, Namespace, mask_shards
 BATCH_BYTES: Final = 2 << 20
 """What a thread is given at a time at most: small files must not cost a turn of the loop each."""
 
-REMOVE_FILES: Final = 256
-"""Files removed at a time."""
+REMOVE_FILES: Final = 16
+"""Files removed at a time: one operation, which must not seem to hang where each takes its while."""
 
 ERRORS_MAX: Final = 8
 """Failures in a row after which a backend is down though its probes succeed."""
