@@ -134,7 +134,7 @@ class MasterSettings(Settings):
     default_kv_lease_ttl: int = setting("10s", DURATION, "How long a lookup keeps blocks from eviction.")
     client_ttl: int = setting("10s", DURATION, "A node unheard of for this long is dead.")
     metrics_port: int = setting(0, PORT, "Serve Prometheus metrics on this port; 0 is off.")
-    data_dir: str | None = setting(None, PATH, "Keep namespace descriptors here; without it they live in memory.")
+    data_dir: str | None = setting(None, PATH, "Keep the catalog here: files, pins, namespaces; else all is forgotten.")
     insecure: bool = setting(False, BOOL, "Answer peers of other hosts without TLS or a token.")
     storage_high_watermark_ratio: float = setting(0.95, RATIO, "Remove files when a backend is fuller than this.")
     storage_eviction_ratio: float = setting(0.05, RATIO, "Share of a backend's bytes to free in one go.")

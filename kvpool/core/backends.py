@@ -27,8 +27,8 @@ TIER = "fs"
 DOOMED_MAX = 16384
 """Files that may await their removal before more are evicted to make room."""
 
-BATCH_FILES = 1024
-BATCHES_AT_ONCE = 2
+BATCH_FILES = 256
+BATCHES_AT_ONCE = 4
 REMOVE_RETRY_S = 30.0
 SCAN_RETRY_S = 60.0
 
@@ -207,12 +207,21 @@ class Backends:
         return [*effects, CatalogFiles(backend.id, FileChange.ADDED, (piece,))]
 
     def remove(self, piece: BlockRun, now: float) -> list[Effect]:
-        """Files are missing or broken."""
+        """Files are missing or broken, as somebody says.
+
+        Another node may have written them again since, and may have been faster to say so: what is in the index
+        no more must not be in the storage either, so they are removed like evicted ones.
+        """
         backend = self.of(piece.backend)
         rows, broken = self._index.remove(piece, backend.incarnation, TIER)
         self._counters["files_lost"] += len(rows)
+        effects: list[Effect] = []
+        if len(rows):
+            keys = self._index.keys.take(rows, axis=0).tobytes()
+            size = int(self._index.shard_bytes.take(rows).max())
+            effects = self._await_removal_of(backend, BlockRun(piece.namespace, piece.shards, size, keys))
         self._note(backend, piece.namespace, rows, Why.FILE_LOST, now)
-        return [CatalogFiles(backend.id, FileChange.LOST, (piece,)), *self._drop_rest(broken)]
+        return [*effects, CatalogFiles(backend.id, FileChange.LOST, (piece,)), *self._drop_rest(broken)]
 
     def _note(self, backend: StorageBackend, namespace: bytes, rows: Rows, why: Why, now: float) -> None:
         keys = self._index.keys.take(rows, axis=0)
@@ -248,21 +257,22 @@ class Backends:
         backend = self._by_incarnation[incarnation]
         effects: list[Effect] = []
         for run in list(self._index.runs_on(rows, incarnation)):
-            for shard in mask_shards(run.shards):
-                self._await_removal(backend, BlockRun(run.namespace, 1 << shard, run.shard_bytes, run.keys))
-            # Doomed before it is gone for everybody else: a file is in the catalog in one way or the other.
-            effects.append(CatalogFiles(backend.id, FileChange.DOOMED, (run,)))
+            effects += self._await_removal_of(backend, run)
             gone, broken = self._index.remove(run, incarnation, TIER)
             self._note(backend, run.namespace, gone, why, now)
             self._counters["files_doomed"] += len(gone)
             effects += self._drop_rest(broken)
         return effects
 
+    def _await_removal_of(self, backend: StorageBackend, run: BlockRun) -> list[Effect]:
+        for shard in mask_shards(run.shards):
+            self._await_removal(backend, BlockRun(run.namespace, 1 << shard, run.shard_bytes, run.keys))
+        return [CatalogFiles(backend.id, FileChange.DOOMED, (run,))]
+
     def _await_removal(self, backend: StorageBackend, run: BlockRun) -> None:
         size = self._size(run)
         for name in _names(run):
-            if name not in backend.doomed:
-                backend.removing_bytes += size
+            backend.removing_bytes += size - backend.doomed.get(name, (0, 0))[1]
             backend.doomed[name] = (0, size)
         backend.waiting.append(run)
 

@@ -141,6 +141,20 @@ def test_files_beyond_the_capacity_are_removed_the_coldest_first(bare_pool, tmp_
     assert len(owners) > 0
 
 
+def test_a_node_that_does_not_come_back_is_named(bare_pool, tmp_path):
+    """The catalog remembers who was there: a restarted master says who is missing, until it is back."""
+    bare_pool.start_master("--data_dir", str(tmp_path / "data"), "--client_ttl", "500ms")
+    bare_pool.start_node("a")
+    bare_pool.start_node("b")
+    bare_pool.master.kill()
+    bare_pool.nodes["b"].kill()
+    bare_pool.start_master()
+    wait_for(lambda: any("node b was here" in text for text in bare_pool.status().warnings), "b is missed")
+    assert not any("node a was here" in text for text in bare_pool.status().warnings)
+    bare_pool.start_node("b")
+    assert not bare_pool.status().warnings
+
+
 def test_a_restart_is_measured():
     """The benchmark's part: a killed master finds all that it has acknowledged."""
     figures = measure(2500)
