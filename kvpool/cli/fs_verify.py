@@ -17,7 +17,7 @@ UNREADABLE_MAX = 16
 
 
 class Disposal:
-    """What becomes of broken files: the master hears of it first, so that no lookup names them any more."""
+    """What becomes of broken files. The master hears of it afterwards: it has what is said to be lost removed."""
 
     def __init__(self, store: BlockStore, catalog: Catalog | None, *, remove: bool, dry_run: bool) -> None:
         self._store = store
@@ -38,17 +38,17 @@ class Disposal:
         """Get rid of one file. Raises StoreError."""
         if self._dry_run:
             return
+        if self._remove:
+            self._store.remove([name])
+        else:
+            self._store.set_aside(name)
+        self.done += 1
         if self._catalog is not None:
             try:
                 self.told += self._catalog.remove([name])
             except RemoteError as error:  # a node that reads the file will notice too
                 fs_print.note(f"the master could not be told: {error.message}")
                 self._catalog = None
-        if self._remove:
-            self._store.remove([name])
-        else:
-            self._store.set_aside(name)
-        self.done += 1
 
 
 class Verification:

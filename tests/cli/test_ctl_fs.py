@@ -215,13 +215,13 @@ class TestVerify:
         assert len(list(Path(store.url, "aside").iterdir())) == 4
         assert ctl("fs", "verify", store.url).exit_code == 0
 
-    def test_the_master_hears_of_it_before_the_file_goes(self, ctl, store, master, path):
-        """No lookup names a file that is gone already."""
+    def test_the_master_hears_of_it_when_the_file_is_set_aside(self, ctl, store, master, path):
+        """It has lost files removed: that must not take away what is kept to be looked at."""
         flip(path(name_of(0)), 700)
         there = []
         master.on_correct = lambda request: there.append(path(name_of(0)).exists())
         assert ctl("fs", "verify", store.url).exit_code == 1
-        assert there == [True]
+        assert there == [False]
 
     def test_remove_instead_of_setting_aside(self, ctl, store, path):
         """Nothing of it is kept."""
