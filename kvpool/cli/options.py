@@ -71,7 +71,7 @@ def settings_options(cls: type[Settings], *, leave_out: tuple[str, ...] = ()) ->
         for item in reversed(dataclasses.fields(cls)):
             if item.name not in leave_out:
                 function = setting_option(item)(function)
-        text = f"YAML or JSON file with the same names; a mooncake.json or UCM's YAML will do.  [{CONFIG_ENV}{mooncake}]"
+        text = f"YAML or JSON file with the same names; also a mooncake.json or UCM's YAML.  [{CONFIG_ENV}{mooncake}]"
         return click.option("--config", metavar="FILE", help=text)(function)
 
     return decorate
