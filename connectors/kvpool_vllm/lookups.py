@@ -26,6 +26,9 @@ logger = logging.getLogger(LOGGER_NAME)
 STEP_S = 0.002
 """What all lookups of one step together may hold up the scheduler."""
 
+READ_AHEAD_MAX = 8
+"""Of read-aheads, under way at once."""
+
 GIVE_UP = 3
 """A lookup that has not answered after this many of its own timeouts is a miss."""
 
@@ -76,6 +79,7 @@ class Lookups:
         self._counters = counters
         self._left_s = STEP_S
         self._idle = False
+        self._ahead: list[Future[Lookup]] = []
 
     def begin_step(self, *, idle: bool) -> None:
         """Allow some waiting again; in an ``idle`` engine even for lookups that were waited for before."""
@@ -110,9 +114,15 @@ class Lookups:
         return Ask(known, pending, started + self._give_up_s)
 
     def read_ahead(self, namespace: Namespace, chain: list[bytes], known: int) -> None:
-        """Have what only files hold of a chain brought into memory; nobody waits for that, or hears of it."""
+        """Have what only files hold of a chain brought into memory; nobody waits for that, or hears of it.
+
+        Left out while several are under way: lookups that somebody waits for take the same threads.
+        """
+        self._ahead = [pending for pending in self._ahead if not pending.done()]
+        if len(self._ahead) >= READ_AHEAD_MAX:
+            return
         with contextlib.suppress(RuntimeError):  # as above
-            self._client.lookup_async(namespace, chain, known_prefix=known, prefetch=True)
+            self._ahead.append(self._client.lookup_async(namespace, chain, known_prefix=known, prefetch=True))
             self._counters["lookup.read_ahead"] += 1
 
     def settle(self, ask: Ask) -> bool:

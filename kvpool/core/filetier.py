@@ -7,7 +7,7 @@ never waits for a disk. A backend that fails is left alone until a probe succeed
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -247,7 +247,11 @@ class FileTierState:
         backend = self.backends[job.backend]
         if failure is not None:
             self._removals.pop(job.id, None)  # the master asks somebody else
-            self._error(backend, failure.text, now)
+            backend.removes = deque(waiting for waiting in backend.removes if waiting.id != job.id)
+            if failure.trouble is Trouble.READ_ONLY:
+                self._set_state(backend, BackendState.READ_ONLY, failure.text, now)
+            else:
+                self._error(backend, failure.text, now)
             return
         backend.counters["removed_files"] += len(job.files)
         for file in job.files:
@@ -310,15 +314,15 @@ class FileTierState:
         backend.probing = False
         if failure is None and free_bytes is not None and free_bytes < 2 * backend.room_bytes:
             failure = Failure(Trouble.FULL, backend.reason or "no space left")
-        if failure is None:
-            backend.errors = backend.room_bytes = 0
+        only_reads = failure is not None and failure.trouble in {Trouble.FULL, Trouble.READ_ONLY}
+        if failure is None or only_reads:  # it is itself: what is not there is gone
             for file, shard_bytes in backend.missing.items():
                 self.changes.note(backend.id, *file, shard_bytes, added=False)
-            backend.missing.clear()
+        backend.missing.clear()
+        if failure is None:
+            backend.errors = backend.room_bytes = 0
             self._set_state(backend, BackendState.UP, "", now)
             return
-        backend.missing.clear()  # a backend that fails its probe proves nothing
-        only_reads = failure.trouble in {Trouble.FULL, Trouble.READ_ONLY}
         self._set_state(backend, BackendState.READ_ONLY if only_reads else BackendState.DOWN, failure.text, now)
         self._probe_later(backend, now)
 

@@ -469,6 +469,34 @@ def test_a_backend_that_takes_nothing_is_still_read(trouble):
     assert {file(n) for n in (1, 2, 3)} <= set(world.files[0])
 
 
+def test_a_missing_file_is_reported_though_nothing_can_be_written():
+    """A disk that only reads proves by its probe that it is itself: what is not there is no hit any more."""
+    world = World()
+    wait = world.fetch(1, backend=A)
+    world.tier.take(0)
+    (read,) = world.tier.take(0)
+    world.end(read)
+    world.trouble[0] = Trouble.READ_ONLY
+    world.probe()
+    assert world.finished() == [wait]
+    world.listen()
+    assert world.told == {(A, file(1)): False}
+    assert world.tier.backends[0].state is BackendState.READ_ONLY
+
+
+def test_removals_that_a_read_only_disk_refuses_do_not_take_it_down():
+    """Its files are still read; what was left of the command is given up with its first failure."""
+    world = World()
+    backend = world.tier.backends[0]
+    keys = b"".join(file(n)[0][16:] for n in range(1, 3 * REMOVE_FILES))
+    world.tier.take(0)
+    world.tier.remove(RemoveFiles(1, A, (BlockRun(file(1)[0][:16], 1, 100, keys),)))
+    (job,) = world.tier.take(0)
+    world.tier.removed(job, Failure(Trouble.READ_ONLY, "read-only"), world.now)
+    assert (backend.state, backend.errors, len(backend.removes)) == (BackendState.READ_ONLY, 0, 0)
+    assert world.tier.take_removed() == []
+
+
 def test_a_full_disk_is_believed_to_have_room_when_a_block_would_fit():
     """A probe's small file fits where no block does."""
     world = World()
