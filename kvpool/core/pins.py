@@ -6,8 +6,8 @@ has the strongest pin of each row in a column; nodes are told of hard ones, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from kvpool.model import DIGEST_BYTES, KEY_BYTES
 
 KEYS_MAX = 1 << 20
 """Keys of all pins together."""
+
+GREETING_KEYS_MAX = 1 << 14
+"""Keys in one message to a node that says hello: however many pins there are, the messages are few."""
 
 LABEL_CHARS_MAX = 256
 
@@ -98,7 +101,7 @@ class Pins:
             for at in range(0, len(part), KEY_BYTES):
                 self._pins_of.setdefault(pin.namespace + part[at : at + KEY_BYTES], []).append(pin)
             pin.present += self._mark(pin.namespace, part)
-            yield self._tell(pin, Keep(keep=(self._run(pin, part),)))
+            yield self._tell(pin, Keep(keep=(self._run(pin.namespace, part),)))
         if remember and not pin.ended:
             yield [_catalog(pin)]
 
@@ -129,7 +132,7 @@ class Pins:
                 if all(other.level < HARD for other in others):
                     free.append(key)
             self._mark(pin.namespace, part)
-            yield self._tell(pin, Keep(release=(self._run(pin, b"".join(free)),))) if free else []
+            yield self._tell(pin, Keep(release=(self._run(pin.namespace, b"".join(free)),))) if free else []
 
     def expire(self, now: float) -> list[Iterator[list[Effect]]]:
         """End the soft pins whose time is over; returns the slices that do."""
@@ -155,9 +158,9 @@ class Pins:
 
     # ---- nodes ---------------------------------------------------------------------------------
 
-    def _run(self, pin: OperatorPin, keys: bytes) -> BlockRun:
-        space: Space = self._index.space(pin.namespace)
-        return BlockRun(pin.namespace, space.full or 1, 0, keys)
+    def _run(self, namespace: bytes, keys: bytes) -> BlockRun:
+        space: Space = self._index.space(namespace)
+        return BlockRun(namespace, space.full or 1, 0, keys)
 
     def _tell(self, pin: OperatorPin, message: Keep) -> list[Effect]:
         if pin.level < HARD:
@@ -168,12 +171,12 @@ class Pins:
         """Tell a node that has just said hello what it must keep; it remembers nothing of earlier sessions."""
         if node.session is None:
             return []
-        return [
-            Send(node.session, Keep(keep=(self._run(pin, pin.keys[start : start + 16 * _SLICE_BYTES]),)))
-            for pin in self.by_id.values()
-            if pin.level == HARD
-            for start in range(0, len(pin.keys), 16 * _SLICE_BYTES)
-        ]
+        kept: dict[bytes, list[bytes]] = {}
+        for pin in self.by_id.values():
+            if pin.level == HARD:
+                kept.setdefault(pin.namespace, []).append(pin.keys)
+        runs = (self._run(namespace, b"".join(parts)) for namespace, parts in kept.items())
+        return [Send(node.session, Keep(keep=batch)) for batch in _batches(runs)]
 
     def tell_again(self) -> list[Effect]:
         """Say every pin again, to a catalog that has lost it."""
@@ -187,3 +190,21 @@ class Pins:
 
 def _catalog(pin: OperatorPin) -> Effect:
     return CatalogPin(pin.id, pin.label, pin.namespace, pin.until, pin.keys)
+
+
+def _batches(runs: Iterable[BlockRun]) -> Iterator[tuple[BlockRun, ...]]:
+    """Group runs, split where needed, into messages of a bounded size."""
+    batch: list[BlockRun] = []
+    room = GREETING_KEYS_MAX
+    for run in runs:
+        at = 0
+        while at < len(run.keys):
+            keys = run.keys[at : at + room * KEY_BYTES]
+            batch.append(replace(run, keys=keys))
+            at += len(keys)
+            room -= len(keys) // KEY_BYTES
+            if not room:
+                yield tuple(batch)
+                batch, room = [], GREETING_KEYS_MAX
+    if batch:
+        yield tuple(batch)

@@ -115,14 +115,30 @@ def test_a_hard_pin_ends_at_the_nodes_too(pool):
 
 def test_a_node_that_says_hello_is_told_what_to_keep(pool, monkeypatch):
     """After the Welcome, with which it forgets what it kept; in messages of a bounded size."""
-    monkeypatch.setattr(pins_module, "_SLICE_BYTES", 16)
+    monkeypatch.setattr(pins_module, "GREETING_KEYS_MAX", 16)
     pool.join(1, "a", run(*range(40)))
     pool.pin(*range(40))
     pool.join(2, "b")
     kinds = [type(message) for to, message in pool.sent if to == 2]
     assert kinds.index(Welcome) < kinds.index(Keep)
-    assert max(len(r) for m in pool.told(2, Keep) for r in m.keep) == 16
+    assert [sum(map(len, m.keep)) for m in pool.told(2, Keep)] == [16, 16, 8]
     assert pool.kept_by(2) == pool.kept_by(1) == {key(n) for n in range(40)}
+
+
+def test_thousands_of_pins_are_told_in_few_messages(pool):
+    """A node's session takes only so many messages at once; soft pins are not the node's business."""
+    pool.join(1, "a")
+    for number in range(1500):
+        pool.pin(number)
+    pool.pin(2000, ttl_s=60)
+    pin, slices = pool.master.pins.begin(TWO.digest, key(1), 0, "", pool.clock())
+    for effects in slices:
+        pool.perform(effects)
+    pool.join(2, "b")
+    (message,) = pool.told(2, Keep)
+    assert {(r.namespace, r.shards, len(r)) for r in message.keep} == {(ONE.digest, 1, 1500), (TWO.digest, 3, 1)}
+    assert pool.kept_by(2) == {key(n) for n in range(1500)}
+    assert pin.present == 0
 
 
 def test_pinned_files_are_spared(pool):
