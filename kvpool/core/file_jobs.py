@@ -72,7 +72,7 @@ class Read:
     file: File
     places: list[int]  # backends where it may lie, the first one next
     named: bool  # the index says that it lies there
-    waits: list[Wait] = field(default_factory=list)
+    waits: dict[Wait, None] = field(default_factory=dict)
     queue: OrderedDict[File, Read] | None = None
     backend: int = -1  # that reads it now
     reservation: int = 0

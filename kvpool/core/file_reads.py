@@ -54,7 +54,7 @@ class FileReads:
         ``backend`` is where they lie; empty: wherever this node would have put them.
         """
         wait = Wait(deadline, token)
-        for file in files:
+        for file in dict.fromkeys(files):
             read = self._reads.get(file)
             if read is None:
                 if len(self._reads) >= READS_MAX:
@@ -71,7 +71,7 @@ class FileReads:
             elif read.queue is not None and read.queue is self._backends[read.places[0]].ahead:
                 self._queue(read, self._backends[read.places[0]].reads)
             wait.reads[file] = read
-            read.waits.append(wait)
+            read.waits[wait] = None
         if wait.reads:
             self._waits[wait] = None
         else:
@@ -95,7 +95,7 @@ class FileReads:
         """Forget a request: nobody is there to be answered."""
         self._waits.pop(wait, None)
         for read in wait.reads.values():
-            read.waits.remove(wait)
+            read.waits.pop(wait, None)
             self._drop_unwanted(read)
         wait.reads.clear()
         self.close(wait)
@@ -104,7 +104,7 @@ class FileReads:
         """Finish the requests whose deadline has come."""
         for wait in [wait for wait in self._waits if wait.deadline <= now]:
             for file, read in wait.reads.items():
-                read.waits.remove(wait)
+                read.waits.pop(wait, None)
                 wait.misses[file] = Miss.NOT_IN_TIME
                 self._drop_unwanted(read)
             wait.reads.clear()
