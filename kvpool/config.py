@@ -217,8 +217,9 @@ def _check_storage(settings: NodeSettings | ClientSettings) -> None:
     if settings.pipeline is None:
         object.__setattr__(settings, "pipeline", _default_pipeline(settings.storage_backends or ()))
     if (settings.pipeline == "Cache") == bool(settings.storage_backends):
-        needed = "must be left out" if settings.storage_backends else "must be given"
-        raise ConfigError("storage_backends", f'{needed} with pipeline "{settings.pipeline}"')
+        if settings.storage_backends:
+            raise ConfigError("pipeline", '"Cache" has no files: leave out either it or storage_backends')
+        raise ConfigError("pipeline", f'"{settings.pipeline}" needs storage_backends')
     if "Object" not in str(settings.pipeline) and settings.storage_options:
         raise ConfigError("storage_options", f'means nothing with pipeline "{settings.pipeline}"')
 

@@ -364,7 +364,7 @@ hit_ratio: 0.8
             ("ucm_connectors: [{ucm_connector_config: {storage_backend: /x}}]", "did you mean storage_backends"),
             ("ucm_connectors: []\nuse_layerwyse: true", r"use_layerwyse: .*did you mean use_layerwise\?"),
             ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Fake}}]", "pipeline: 'Fake' is not allowed"),
-            ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Posix}}]", "storage_backends: must be given"),
+            ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Posix}}]", "needs storage_backends"),
         ],
     )
     def test_what_is_wrong_is_said(self, write, text, error):

@@ -29,7 +29,7 @@ def pin(remote: Remote, namespace: str, hashes: str, hard: bool, soft_for: str |
 
     \b
     Examples:
-      kvpoolctl pin --namespace Qwen2.5-72B --hashes @system_prompt.txt --hard --label "system prompt"
+      kvpoolctl pin --namespace Qwen2.5-72B --hashes @hashes.txt --hard --label "system prompt"
       kvpoolctl pin --namespace 4be1 --hashes 9f86d081884c7d659a2feaa0c55ad015 --for 1h
     """
     if hard == (soft_for is not None):

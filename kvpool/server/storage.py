@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
+from pathlib import Path
 
 from kvpool.config import NodeSettings
 from kvpool.core.filetier import FileTierState
@@ -31,15 +33,17 @@ REOPEN_S = 5.0
 async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segment, owner: str) -> FileTier | None:
     """Return the file tier that the settings ask for, None for none.
 
-    A backend that cannot be opened is tried again, as long as there is another one. Raises ConfigError.
+    A backend that cannot be opened is tried again, if this node has used it before or there is another one; a new
+    one that cannot be is a mistake. Raises ConfigError.
     """
     if not settings.storage_backends:
         return None
+    known = Known(settings.data_dir)
     opened: dict[str, MeasuredStore] = {}
     failed: dict[str, ConfigError] = {}
     for url, found in zip(
         settings.storage_backends,
-        await asyncio.gather(*(_open_soon(settings, url, owner) for url in settings.storage_backends)),
+        await asyncio.gather(*(_open_soon(settings, url, owner, known) for url in settings.storage_backends)),
         strict=True,
     ):
         if isinstance(found, ConfigError):
@@ -48,8 +52,8 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
         if any(found.id == other.id for other in opened.values()):
             raise ConfigError("storage_backends", f"{url} is the same backend as another one")
         opened[url] = found
-    if not opened:
-        raise next(iter(failed.values()))
+    if not opened and (new := [error for url, error in failed.items() if url not in known.ids]):
+        raise new[0]
     tier = FileTierState(
         state, [], queue_bytes_max=settings.storage_queue_size,
         write_through=settings.storage_write_policy == "write_through",
@@ -58,8 +62,9 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
     for store in opened.values():
         _add(files, store)
     for url, error in failed.items():
-        log.warning("%s; trying again", error.problem)
-        files.background(_open_later(settings, url, owner, files))
+        before = f" (it was one before: is it mounted? to begin anew, remove {known.path})" if url in known.ids else ""
+        log.warning("%s%s; trying again", error.problem, before)
+        files.background(_open_later(settings, url, owner, known, files))
     return files
 
 
@@ -68,24 +73,55 @@ def _add(files: FileTier, store: MeasuredStore) -> None:
     files.add(store)
 
 
-async def _open_soon(settings: NodeSettings, url: str, owner: str) -> MeasuredStore | ConfigError:
+class Known:
+    """The backends that this node has used, by name: what was there once and is not is away, not to be made anew."""
+
+    def __init__(self, data_dir: str | None) -> None:
+        self.path = Path(data_dir) / "backends.json" if data_dir is not None else None
+        self.ids: dict[str, str] = {}
+        if self.path is not None:
+            with contextlib.suppress(OSError, ValueError):  # nothing is remembered, as at first
+                found = json.loads(self.path.read_text())
+                self.ids = {str(url): str(name) for url, name in found.items()} if isinstance(found, dict) else {}
+
+    def remember(self, url: str, store: BlockStore) -> None:
+        """Note a backend that was opened."""
+        name = store.id.hex()
+        if self.path is None or self.ids.get(url) == name:
+            return
+        if url in self.ids:
+            log.warning("%s holds another backend than before: %s instead of %s", store.url, name, self.ids[url])
+        self.ids[url] = name
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.ids, indent=1) + "\n")
+            temporary.replace(self.path)
+        except OSError as exc:
+            log.warning("cannot remember the backends in %s: %s", self.path, exc.strerror)
+
+
+async def _open_soon(settings: NodeSettings, url: str, owner: str, known: Known) -> MeasuredStore | ConfigError:
     """Open a backend within bounds; returns why it cannot be."""
     try:
-        return await asyncio.wait_for(_open(settings, url, owner), OPEN_S)
+        return await asyncio.wait_for(_open(settings, url, owner, known), OPEN_S)
     except TimeoutError:
         return ConfigError("storage_backends", f"{url} does not answer within {OPEN_S:g} s")
     except ConfigError as exc:
         return exc
 
 
-async def _open_later(settings: NodeSettings, url: str, owner: str, files: FileTier) -> None:
+async def _open_later(settings: NodeSettings, url: str, owner: str, known: Known, files: FileTier) -> None:
     """Open a backend whenever that may be."""
     while True:
         await asyncio.sleep(REOPEN_S)
         try:
-            store = await _open(settings, url, owner)
+            store = await _open(settings, url, owner, known)
         except ConfigError as exc:
             log.debug("%s", exc)
+            continue
+        except Exception:  # whatever it is, the next try may succeed
+            log.exception("storage %s cannot be opened; trying again", url)
             continue
         if any(store.id == other.id for other in files.stores):
             log.error("%s is the same backend as another one: not used", url)
@@ -94,7 +130,7 @@ async def _open_later(settings: NodeSettings, url: str, owner: str, files: FileT
         return
 
 
-def _open(settings: NodeSettings, url: str, owner: str) -> asyncio.Future[MeasuredStore]:
+def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio.Future[MeasuredStore]:
     """Open one backend in a thread that may never return."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[MeasuredStore] = loop.create_future()
@@ -103,6 +139,7 @@ def _open(settings: NodeSettings, url: str, owner: str) -> asyncio.Future[Measur
         if result.done():
             return  # nobody waits any more
         if store is not None:
+            known.remember(url, store)
             result.set_result(MeasuredStore(store))
         else:
             result.set_exception(error or KVPoolError("cannot be opened"))
@@ -118,6 +155,7 @@ def _open(settings: NodeSettings, url: str, owner: str) -> asyncio.Future[Measur
                 options=settings.storage_options,
                 direct=settings.storage_direct == "auto",
                 fsync=settings.storage_fsync,
+                create=url not in known.ids,
             )
         except Exception as exc:  # the loop's to hear, whatever it is
             error = exc

@@ -130,7 +130,9 @@ class ObjectStore:
             # Listings are never remembered: other nodes write too.
             fs, root = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
         except ImportError as exc:
-            raise ConfigError("storage_backends", f"{self.url} needs a package: {self._public(str(exc))}") from None
+            extra = " (pip install 'kvpool[s3]')" if protocol in _S3 else ""
+            needed = f"{self.url} needs a package: {self._public(str(exc))}{extra}"
+            raise ConfigError("storage_backends", needed) from None
         except TypeError as exc:
             raise ConfigError("storage_options", f"{self.url}: {self._public(str(exc))}") from None
         except (ValueError, OSError) as exc:
@@ -154,7 +156,10 @@ class ObjectStore:
             raise ConfigError("storage_backends", str(exc)) from exc
         if capacity_bytes not in {None, identity.capacity_bytes}:
             recorded = format_size(identity.capacity_bytes)
-            log.warning("%s was made with a capacity of %s, which counts; to change it, edit it", self.url, recorded)
+            log.warning(
+                "%s: storage_capacity is ignored, the backend was made with %s; to change that, edit capacity_bytes in "
+                "its %s and restart the nodes", self.url, recorded, IDENTITY_FILE,
+            )  # fmt: skip
         return identity
 
     def _identity(self) -> Identity | None:

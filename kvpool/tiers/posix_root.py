@@ -45,6 +45,10 @@ class Root:
                 os.makedirs(self.path, exist_ok=True)
                 capacity = capacity_bytes or int(CAPACITY_RATIO * (self.free_bytes() + used_bytes()))
                 identity = self._settle(Identity.make(capacity))
+                log.warning(
+                    "%s held no backend, and is one now; if a filesystem should be mounted there, stop the nodes, "
+                    "mount it, and remove %s from under it", self.path, IDENTITY_FILE,
+                )  # fmt: skip
             self._device = os.stat(self.path).st_dev
         except OSError as exc:
             raise ConfigError("storage_backends", f"{exc.filename or self.path}: {exc.strerror}") from exc
@@ -52,7 +56,10 @@ class Root:
             raise ConfigError("storage_backends", f"{self.path}: {exc}") from exc
         if capacity_bytes not in {None, identity.capacity_bytes}:
             recorded = format_size(identity.capacity_bytes)
-            log.warning("%s was made with a capacity of %s, which counts; to change it, edit it", self.path, recorded)
+            log.warning(
+                "%s: storage_capacity is ignored, the backend was made with %s; to change that, edit capacity_bytes in "
+                "its %s and restart the nodes", self.path, recorded, IDENTITY_FILE,
+            )  # fmt: skip
         self._identity = identity
         return identity
 
