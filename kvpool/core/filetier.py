@@ -86,7 +86,7 @@ class FileTierState:
     @property
     def has_news(self) -> bool:
         """Whether there is something to tell the master."""
-        return self.changes.untold or self.storage_changed or bool(self._removed)
+        return self.changes.untold or self.storage_changed or bool(self._removed) or self._segment.has_changes
 
     def storage(self) -> Storage:
         """Return what the master is told of the backends."""
@@ -202,15 +202,18 @@ class FileTierState:
                 backend.kept.add(job.namespace.digest)
             self.changes.note(backend.id, *job.file, job.shard_bytes, added=True)
         else:
-            backend.counters["dropped_" + failure.trouble.value] += 1
             slot = self._segment.slot(*job.file)
             if slot is not None:
                 slot.filed = False
+            if failure.trouble is not Trouble.GIVEN_BACK:
+                backend.counters["dropped_" + failure.trouble.value] += 1
+            elif slot is not None:
+                self._enqueue(slot)
             if failure.trouble in {Trouble.FULL, Trouble.READ_ONLY}:
                 backend.room_bytes = job.size if failure.trouble is Trouble.FULL else 0
                 self._set_state(backend, BackendState.READ_ONLY, failure.text, now)
             else:
-                self._error(backend, failure.text, now)
+                self._error(backend, failure, now)
         self._segment.release(FILES_OWNER, job.pin)
 
     def read_ended(self, read: Read, shard_bytes: int, checksums: bytes) -> None:
@@ -230,7 +233,7 @@ class FileTierState:
                 backend.missing[read.file] = shard_bytes
                 self._ask_probe(backend, now)
         elif failure.trouble is not Trouble.SIZE:
-            self._error(backend, failure.text, now)
+            self._error(backend, failure, now)
 
     def learned(self, number: int, namespaces: Iterable[Namespace], failure: Failure | None, now: float) -> None:
         """Take the namespaces that a backend keeps; what waited for them goes on."""
@@ -240,7 +243,8 @@ class FileTierState:
             backend.kept.add(namespace.digest)
         self.reads.learned(backend)
         if failure is not None:
-            self._error(backend, failure.text, now)
+            backend.learn_asked |= failure.trouble is Trouble.GIVEN_BACK
+            self._error(backend, failure, now)
 
     def removed(self, job: Remove, failure: Failure | None, now: float) -> None:
         """Take the end of a removal; the command it belongs to is confirmed with its last job."""
@@ -251,7 +255,7 @@ class FileTierState:
             if failure.trouble is Trouble.READ_ONLY:
                 self._set_state(backend, BackendState.READ_ONLY, failure.text, now)
             else:
-                self._error(backend, failure.text, now)
+                self._error(backend, failure, now)
             return
         backend.counters["removed_files"] += len(job.files)
         for file in job.files:
@@ -337,12 +341,14 @@ class FileTierState:
         if backend.probe_at is None or backend.probe_at > now:
             backend.probe_at = now
 
-    def _error(self, backend: BackendWork, text: str, now: float) -> None:
+    def _error(self, backend: BackendWork, failure: Failure, now: float) -> None:
         """Count a failure that may be the backend's or the file's alone: a probe tells."""
+        if failure.trouble is Trouble.GIVEN_BACK:
+            return
         backend.errors += 1
         backend.counters["errors"] += 1
         if backend.errors >= ERRORS_MAX:
-            self._set_state(backend, BackendState.DOWN, text, now)
+            self._set_state(backend, BackendState.DOWN, failure.text, now)
         elif backend.readable:
             self._ask_probe(backend, now)
 

@@ -47,10 +47,10 @@ def file(number: int) -> File:
 class Node:
     """A segment and a file tier of two threads, as the data plane uses them."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = SLOTS) -> None:
         self.store = MemoryStore()
         self.faulty = FaultyStore(self.store)
-        self.segment = Segment.create(SLOTS * (PAYLOAD + 512), lock=False)
+        self.segment = Segment.create(slots * (PAYLOAD + 512), lock=False)
         self.state = SegmentState(self.segment.size)
         self.state.register(SPACE)
         tier = FileTierState(self.state, [], queue_bytes_max=1 << 20)
@@ -106,11 +106,11 @@ async def until(condition: Callable[[], object], what: str) -> None:
         await asyncio.sleep(0.005)
 
 
-def with_node(test: Callable[[Node], Awaitable[None]]) -> None:
+def with_node(test: Callable[[Node], Awaitable[None]], slots: int = SLOTS) -> None:
     """Run a test on a loop of its own."""
 
     async def run() -> None:
-        node = Node()
+        node = Node(slots)
         try:
             await test(node)
             node.state.check()
@@ -300,5 +300,47 @@ def test_a_node_ends_while_its_storage_hangs() -> None:
         node.tier.close()
         event.set()
         await until(lambda: not node.faulty.hanging, "threads end")
+
+    with_node(test)
+
+
+def test_what_a_stuck_thread_has_not_begun_is_done_by_others() -> None:
+    """Jobs behind one that hangs are given back at once; their end says nothing of a backend that is up again."""
+
+    async def test(node: Node) -> None:
+        backend = node.tier.state.backends[0]
+        event = node.faulty.hang(["write"])
+        node.put(*range(200))
+        await until(lambda: node.faulty.hanging == 2, "both threads hang")
+        node.faulty.heal()  # whoever hangs, hangs
+        await until(lambda: node.backend.state is BackendState.DOWN, "it is down")
+        assert "no answer" in node.backend.reason
+        await until(lambda: node.state.pinned <= 2, "only what hangs is held")
+        assert "no answer" in node.backend.reason
+        await until(lambda: node.backend.state is BackendState.UP, "it is up again")
+        event.set()
+        await until(node.idle, "threads have come back")
+        assert backend.errors <= 2
+        assert backend.counters["down"] == 1
+
+    with_node(test, 1024)
+
+
+def test_what_is_read_from_a_file_is_told() -> None:
+    """A block that came into memory, and those that had to go for it, are changes like any others."""
+
+    async def test(node: Node) -> None:
+        node.put(1)
+        await until(lambda: list(node.store.files()), "it is written")
+        await until(node.idle, "nothing is held")
+        node.drop()
+        node.state.take_changes()
+        changes = node.tier.state.changes
+        changes.told(1, changes.take(100)[0])
+        node.tier.state.storage()
+        told: list[bool] = []
+        node.tier.changed = lambda: told.append(node.state.has_changes)
+        assert await node.fetch(1) == {}
+        assert True in told
 
     with_node(test)
