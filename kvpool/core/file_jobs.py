@@ -42,6 +42,7 @@ class Trouble(Enum):
     FULL = "full"
     READ_ONLY = "read_only"
     ERROR = "error"
+    GIVEN_BACK = "given_back"  # nobody has begun it: says nothing of the store
 
 
 class Failure(NamedTuple):

@@ -63,13 +63,28 @@ _Value = tuple[int, bytes] | list[Namespace] | None
 _Result = tuple["_Batch", Job | None, Failure | None, _Value]
 
 
+_GIVEN_BACK: Final = Failure(Trouble.GIVEN_BACK, "the backend is down")
+
+
 class _Batch:
     """Jobs that a thread does one after the other; ``abandoned`` when nobody counts on it any more."""
 
     def __init__(self, number: int, jobs: list[Job]) -> None:
         self.number = number
-        self.jobs = jobs
         self.abandoned = False
+        self._jobs = deque(jobs)
+
+    def next(self) -> Job | None:
+        """Take a job that nobody has begun, None when there is none; from any thread."""
+        try:
+            return self._jobs.popleft()
+        except IndexError:
+            return None
+
+    def give_back(self, results: deque[_Result]) -> None:
+        """Have what nobody has begun done elsewhere."""
+        while (job := self.next()) is not None:
+            results.append((self, job, _GIVEN_BACK, None))
 
 
 class _Worker(threading.Thread):
@@ -90,10 +105,7 @@ class _Worker(threading.Thread):
         while not self.retired.is_set() and (batch := batches.get()) is not None:
             self.batch = batch
             posted = time.monotonic()
-            for job in batch.jobs:
-                if self.retired.is_set():
-                    tier.results.append((batch, job, Failure(Trouble.ERROR, "the backend is down"), None))
-                    continue
+            while not self.retired.is_set() and (job := batch.next()) is not None:
                 self.started = now = time.monotonic()
                 if now - posted > POST_S:
                     posted = now
@@ -102,6 +114,7 @@ class _Worker(threading.Thread):
                 tier.results.append((batch, job, failure, value))
                 self.started = None
             self.batch = None
+            batch.give_back(tier.results)
             tier.results.append((batch, None, None, None))
             tier.wake()
 
@@ -286,6 +299,7 @@ class FileTier:
                 worker.retired.set()
                 if worker.batch is not None and not worker.batch.abandoned:
                     worker.batch.abandoned = True
+                    worker.batch.give_back(self.results)
                     self._out[number] -= 1
                 self.state.stuck(number, now - started, now)
         if not backend.readable:
@@ -301,8 +315,7 @@ class FileTier:
         """Take back what no thread has begun."""
         with contextlib.suppress(queue.Empty):
             while batch := self.batches[number].get_nowait():
-                failure = Failure(Trouble.ERROR, "the backend is down")
-                self.results.extend((batch, job, failure, None) for job in batch.jobs)
+                batch.give_back(self.results)
                 self.results.append((batch, None, None, None))
 
     def _probe(self, number: int) -> None:
