@@ -30,6 +30,7 @@ DOOMED_MAX = 16384
 BATCH_FILES = 256
 BATCHES_AT_ONCE = 4
 REMOVE_RETRY_S = 30.0
+_FAILED_SPLIT = 16
 SCAN_RETRY_S = 60.0
 
 _PRESENT = frozenset({"live", "warming"})
@@ -43,6 +44,7 @@ class Batch:
     blocks: tuple[BlockRun, ...]
     sent_to: str
     sent_at: float
+    again: bool  # of files that were not removed in time before
 
 
 @dataclass(slots=True)
@@ -68,6 +70,8 @@ class StorageBackend:
     doomed: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # file -> (batch, or 0; bytes)
     removing_bytes: int = 0
     waiting: deque[BlockRun] = field(default_factory=deque)  # doomed, in no batch yet
+    failed: deque[tuple[BlockRun, str]] = field(default_factory=deque)  # next batches, and who did not do them
+    batch_files: int = BATCH_FILES
     batches: OrderedDict[int, Batch] = field(default_factory=OrderedDict)
 
     @property
@@ -312,6 +316,7 @@ class Backends:
                 left = [self._still(backend, run, batch_id) for run in batch.blocks]
                 removed = self._undoom(backend, [(run, _names(run)) for run in left])
                 self._counters["files_removed"] += sum(len(run) for run in removed)
+                backend.batch_files = min(BATCH_FILES, 2 * backend.batch_files)
                 return self._told(backend, FileChange.REMOVED, removed)
         return []
 
@@ -320,27 +325,46 @@ class Backends:
         return backend.doomed.get(name, (-1, 0))[0]
 
     def _send_removals(self, backend: StorageBackend, up: float) -> list[Effect]:
-        """Keep a few batches under way; what is not confirmed in time goes to another node."""
+        """Keep a few batches under way, at most half of them of files that were tried before."""
         effects: list[Effect] = []
         nodes = self.serving(backend)
         able = [n for n in nodes if backend.servers[n.address.node_id].state is BackendState.UP] or nodes
         if not able:
             return []
         for batch in list(backend.batches.values()):
-            serving = any(node.address.node_id == batch.sent_to for node in able)
-            if serving and up - batch.sent_at < REMOVE_RETRY_S:
+            late = up - batch.sent_at >= REMOVE_RETRY_S
+            if not late and any(node.address.node_id == batch.sent_to for node in able):
                 continue
             blocks = tuple(r for run in batch.blocks if len(r := self._still(backend, run, batch.id)))
             del backend.batches[batch.id]
-            if blocks:
-                others = [node for node in able if node.address.node_id != batch.sent_to] or able
-                effects.append(self._remove_by(backend, batch.id, blocks, others, up))
-        while len(backend.batches) < BATCHES_AT_ONCE and backend.waiting:
+            if late:
+                self._put_back(backend, batch, blocks)
+            elif blocks:
+                effects.append(self._remove_by(backend, replace(batch, blocks=blocks), able))
+        again = sum(batch.again for batch in backend.batches.values())
+        while len(backend.batches) < BATCHES_AT_ONCE:
+            tried = bool(backend.failed) and again < BATCHES_AT_ONCE // 2
+            if not tried and not backend.waiting:
+                break
             number, self.next_batch = self.next_batch, self.next_batch + 1
-            blocks = self._next_blocks(backend, number)
-            if blocks:
-                effects.append(self._remove_by(backend, number, blocks, able, up))
+            again += tried
+            run, node_id = backend.failed.popleft() if tried else (None, "")
+            blocks = (self._claim(backend, run, number),) if run is not None else self._next_blocks(backend, number)
+            if any(map(len, blocks)):
+                others = [node for node in able if node.address.node_id != node_id] or able
+                effects.append(self._remove_by(backend, Batch(number, blocks, "", up, tried), others))
         return effects
+
+    def _put_back(self, backend: StorageBackend, batch: Batch, blocks: tuple[BlockRun, ...]) -> None:
+        """Try these again in smaller batches: in the end, a file that cannot be removed keeps back only itself."""
+        if blocks and not batch.again:
+            backend.batch_files = max(1, backend.batch_files // 4)  # or a slow storage would be asked for ever more
+        step = max(1, sum(map(len, blocks)) // _FAILED_SPLIT) * KEY_BYTES
+        for run in blocks:
+            for name in _names(run):
+                backend.doomed[name] = (0, backend.doomed[name][1])
+            for at in range(0, len(run.keys), step):
+                backend.failed.append((replace(run, keys=run.keys[at : at + step]), batch.sent_to))
 
     def _still(self, backend: StorageBackend, run: BlockRun, batch: int) -> BlockRun:
         keys = b"".join(n[-KEY_BYTES:] for n in _names(run) if self._batch_of(backend, n) == batch)
@@ -348,28 +372,30 @@ class Backends:
 
     def _next_blocks(self, backend: StorageBackend, number: int) -> tuple[BlockRun, ...]:
         blocks: list[BlockRun] = []
-        room = BATCH_FILES
+        room = min(BATCH_FILES, backend.batch_files)
         while backend.waiting and room > 0:
             run = backend.waiting.popleft()
             if len(run) > room:
                 cut = room * KEY_BYTES
                 backend.waiting.appendleft(BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[cut:]))
                 run = BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[:cut])
-            run = self._still(backend, run, 0)
-            for name in _names(run):
-                backend.doomed[name] = (number, backend.doomed[name][1])
+            run = self._claim(backend, run, number)
             if len(run):
                 blocks.append(run)
                 room -= len(run)
         return tuple(blocks)
 
-    def _remove_by(
-        self, backend: StorageBackend, number: int, blocks: tuple[BlockRun, ...], nodes: list[Node], up: float
-    ) -> Effect:
+    def _claim(self, backend: StorageBackend, run: BlockRun, number: int) -> BlockRun:
+        run = self._still(backend, run, 0)
+        for name in _names(run):
+            backend.doomed[name] = (number, backend.doomed[name][1])
+        return run
+
+    def _remove_by(self, backend: StorageBackend, batch: Batch, nodes: list[Node]) -> Effect:
         backend.turn += 1
         node = nodes[backend.turn % len(nodes)]
-        backend.batches[number] = Batch(number, blocks, node.address.node_id, up)
-        return Send(node.session or 0, RemoveFiles(number, backend.id, blocks))
+        backend.batches[batch.id] = replace(batch, sent_to=node.address.node_id)
+        return Send(node.session or 0, RemoveFiles(batch.id, backend.id, batch.blocks))
 
     # ---- capacity ------------------------------------------------------------------------------
 

@@ -213,7 +213,7 @@ def test_removal_is_announced_first_and_confirmed_by_a_node(pool):
 
 
 def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
-    """When its node falls silent or goes, the next one gets the same files under the same number."""
+    """When its node does not do it or goes, the next one gets the same files."""
     pool.serve(1, "a")
     pool.scanned()
     pool.serve(2, "b")
@@ -222,12 +222,59 @@ def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
     pool.pass_time(0.1, 1, 2, sequence=1)
     first = 1 if pool.told(1, RemoveFiles) else 2
     pool.pass_time(REMOVE_RETRY_S + 0.2, 1, 2, sequence=1)
-    assert pool.told(3 - first, RemoveFiles) == pool.told(first, RemoveFiles)
+    assert pool.removing(3 - first) == pool.removing(first) == [key(1)]
     pool.close(3 - first)
     pool.pass_time(0.2, first, sequence=1)
     assert len(pool.told(first, RemoveFiles)) == 2
-    pool.say(first, FilesRemoved(pool.told(first, RemoveFiles)[0].id))
+    assert pool.told(first, RemoveFiles)[1] == pool.told(3 - first, RemoveFiles)[0]
+    pool.say(first, FilesRemoved(pool.told(first, RemoveFiles)[1].id))
     assert not pool.backend().doomed
+
+
+def test_files_that_cannot_be_removed_hold_up_only_themselves(pool, monkeypatch):
+    """Those of their batch go in smaller ones, others beside them; they themselves go when they can be removed."""
+    monkeypatch.setattr(backends_module, "BATCH_FILES", 32)
+    pool.serve(1, "a", backends=(seen(files=10_000),))
+    pool.scanned()
+    fixed = {key(n) for n in range(0, 200, 25)}
+
+    def pass_time(seconds: float) -> None:
+        """Confirm every batch that has none of the files that cannot be removed."""
+        for _ in range(round(seconds * 10)):
+            pool.pass_time(0.1, 1, sequence=1)
+            for message in pool.told(1, RemoveFiles):
+                if not any(k in fixed for r in message.blocks for k in split_keys(r.keys)):
+                    pool.say(1, FilesRemoved(message.id))
+            pool.sent.clear()
+
+    pool.say(1, Delta(1, (files(*range(300)),), (), 0))
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(*range(200)))[2])
+    pass_time(12 * REMOVE_RETRY_S)
+    assert {name[-16:] for name in pool.backend().doomed} == fixed
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(*range(200, 300)))[2])
+    pass_time(3)
+    assert {name[-16:] for name in pool.backend().doomed} == fixed
+    fixed.clear()
+    pass_time(4 * REMOVE_RETRY_S)
+    assert not pool.backend().doomed
+
+
+def test_a_slow_storage_is_asked_for_less_at_a_time(pool):
+    """Else what a node has still to remove would grow; what is confirmed in time brings larger batches back."""
+    pool.serve(1, "a", backends=(seen(files=10_000),))
+    pool.scanned()
+    pool.say(1, Delta(1, (files(*range(3000)),), (), 0))
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(*range(3000)))[2])
+    pool.pass_time(REMOVE_RETRY_S + 0.3, 1, sequence=1)
+    sizes = [sum(map(len, message.blocks)) for message in pool.told(1, RemoveFiles)]
+    assert (sizes[:4], sum(sizes[4:])) == ([256] * 4, 34)
+    for _ in range(100):
+        for message in pool.told(1, RemoveFiles):
+            pool.say(1, FilesRemoved(message.id))
+        pool.sent.clear()
+        pool.pass_time(0.1, 1, sequence=1)
+    assert not pool.backend().doomed
+    assert pool.backend().batch_files == backends_module.BATCH_FILES
 
 
 def test_a_file_written_again_is_not_waited_for(pool):
