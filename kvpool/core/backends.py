@@ -133,6 +133,7 @@ class Backends:
     def announce(self, node: Node, seen: tuple[Backend, ...]) -> list[Effect]:
         """Take in how a node sees its backends: all of them, whatever it said before."""
         effects: list[Effect] = []
+        news = False
         named = {backend.id for backend in seen}
         for backend in self.by_id.values():
             if backend.id not in named and backend.servers.pop(node.address.node_id, None) is not None:
@@ -149,7 +150,8 @@ class Backends:
                 what = f"is {told.state.name.lower()} at node {node.address.node_id}"
                 bad = told.state is not BackendState.UP
                 effects.append(BackendChanged(backend.name, f"{what}: {told.reason}" if bad else what, bad))
-        return effects
+            news |= before is None or (before.state is not told.state and told.state is BackendState.UP)
+        return effects + self._limits_of(node) if news else effects
 
     def judge(self, node: Node) -> None:
         """Bring what lookups may count on in line with a node's new state."""
@@ -418,8 +420,9 @@ class Backends:
             return []
         backend.full = full
         effects: list[Effect] = [BackendChanged(backend.name, "is full" if full else "has room again", full)]
-        for node in self.serving(backend):
-            effects += self._limits_of(node)
+        for node_id in backend.servers:  # also where it is down or unheard of at the moment: it comes back
+            if (node := self._nodes.get(node_id)) is not None:
+                effects += self._limits_of(node)
         return effects
 
     def _limits_of(self, node: Node) -> list[Effect]:

@@ -357,6 +357,25 @@ def test_a_full_backend_is_written_no_more_until_there_is_room(pool):
     assert [pool.told(s, StorageLimits)[-1].full for s in (1, 2)] == [frozenset(), frozenset()]
 
 
+def test_limits_reach_nodes_that_do_not_serve_the_backend_at_the_moment(pool):
+    """Those where it is down when it gets full, or has room again, and those that name it later."""
+    pool.serve(1, "a", backends=(seen(files=10),))
+    pool.serve(2, "b", backends=(seen(files=10),))
+    pool.serve(3, "c")
+    pool.say(2, Storage((seen(state=DOWN, files=10),)))
+    pool.say(3, Storage(()))
+    pool.say(1, Delta(1, (files(*range(10)),), (), 0))
+    pool.sent.clear()
+    pool.pass_time(0.1, 1, 2, 3, sequence=1)
+    full = StorageLimits(frozenset({HERE}))
+    assert [pool.told(s, StorageLimits) for s in (1, 2, 3)] == [[full], [full], []]
+    pool.say(2, Storage((seen(files=10),)))
+    pool.say(3, Storage((seen(files=10),)))
+    assert [pool.told(s, StorageLimits) for s in (1, 2, 3)] == [[full], [full] * 2, [full]]
+    pool.say(3, Storage((seen(state=READ_ONLY, files=10),)))
+    assert pool.told(3, StorageLimits) == [full]
+
+
 def test_another_size_for_a_block_keeps_the_account(pool):
     """The newest report's size counts, for every backend that has it; the account comes down to zero."""
     pool.serve(1, "a", backends=(seen(), seen(THERE)))
