@@ -212,22 +212,34 @@ class NodeSettings(Settings):
         _check_storage(self)
 
 
+STORAGE_CAPACITY_MIN = 1 << 20
+_LOCAL_URLS = ("file://", "local://")  # directories by another name
+
+
 def _check_storage(settings: NodeSettings | ClientSettings) -> None:
     """Fill in the pipeline, and check that what concerns storage fits together."""
     if settings.pipeline is None:
-        object.__setattr__(settings, "pipeline", _default_pipeline(settings.storage_backends or ()))
+        object.__setattr__(settings, "pipeline", default_pipeline(settings.storage_backends or ()))
     if (settings.pipeline == "Cache") == bool(settings.storage_backends):
         if settings.storage_backends:
             raise ConfigError("pipeline", '"Cache" has no files: leave out either it or storage_backends')
         raise ConfigError("pipeline", f'"{settings.pipeline}" needs storage_backends')
+    remote = [is_url(backend) and not backend.startswith(_LOCAL_URLS) for backend in settings.storage_backends or ()]
+    if "Posix" in str(settings.pipeline) and any(remote):
+        raise ConfigError("pipeline", f'"{settings.pipeline}" is for directories, a backend is a URL: leave it out')
+    if "Object" in str(settings.pipeline) and not any(remote):
+        raise ConfigError("pipeline", f'"{settings.pipeline}" is for URLs, all backends are directories: leave it out')
+    if settings.storage_capacity is not None and settings.storage_capacity < STORAGE_CAPACITY_MIN:
+        raise ConfigError("storage_capacity", f"must be at least 1MB, not {settings.storage_capacity}")
     if "Object" not in str(settings.pipeline) and settings.storage_options:
         raise ConfigError("storage_options", f'means nothing with pipeline "{settings.pipeline}"')
 
 
-def _default_pipeline(backends: Iterable[str]) -> str:
+def default_pipeline(backends: Iterable[str]) -> str:
+    """Return the pipeline of a node with these backends."""
     if not backends:
         return "Cache"
-    return "Cache|Object" if any(is_url(backend) for backend in backends) else "Cache|Posix"
+    return "Cache|Object" if any(is_url(b) and not b.startswith(_LOCAL_URLS) for b in backends) else "Cache|Posix"
 
 
 def is_url(backend: str) -> bool:

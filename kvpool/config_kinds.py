@@ -150,10 +150,19 @@ def _parse_backends(value: Any, name: str) -> tuple[str, ...]:
     parts = re.split(r",|:(?=/(?!/))", value) if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= 64:
         raise _refuse(name, value, "1 to 64 directories or URLs, with commas between them or as a list")
-    backends = tuple(_parse_text(part, name) for part in parts)
+    backends = tuple(_parse_backend(_parse_text(part, name), name) for part in parts)
     if len(set(backends)) < len(backends):
         raise _refuse(name, value, "backends that differ")
     return backends
+
+
+def _parse_backend(text: str, name: str) -> str:
+    protocol, separator, rest = text.partition("://")
+    if not separator:
+        return _parse_path(text, name)
+    if not protocol or (not rest.strip("/") and protocol != "memory"):
+        raise _refuse(name, text, "a directory, or a URL with a bucket or path, for example s3://bucket/pool")
+    return text
 
 
 def _parse_mapping(value: Any, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -474,3 +475,27 @@ class TestMooncake:
     def test_ignored_keys_are_told_apart_from_ours(self):
         """A key is translated or ignored, never both."""
         assert "master_server_address" not in MOONCAKE_IGNORED
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"pipeline": "Cache|Object", "storage_backends": "/kv"}, "pipeline: .*is for URLs"),
+        ({"pipeline": "Cache|Posix", "storage_backends": "s3://bucket/pool"}, "pipeline: .*is for directories"),
+        ({"pipeline": "Posix"}, "pipeline: .*needs storage_backends"),
+        ({"pipeline": "Cache", "storage_backends": "/kv"}, "pipeline: .*has no files"),
+        ({"storage_backends": "s3://"}, "storage_backends: .*with a bucket"),
+        ({"storage_backends": "/kv", "storage_capacity": 1}, "storage_capacity: must be at least 1MB"),
+    ],
+)
+def test_storage_that_does_not_fit_together(settings, problem):
+    """Is refused with the name of what to change."""
+    with pytest.raises(ConfigError, match=problem):
+        NodeSettings(**settings)
+
+
+def test_a_relative_directory_is_the_same_wherever_it_is_read_from():
+    """As every other path in the settings."""
+    settings = NodeSettings(storage_backends="kv,file:///mnt/kv")
+    assert settings.storage_backends == (str(Path("kv").absolute()), "file:///mnt/kv")
+    assert settings.pipeline == "Cache|Posix"

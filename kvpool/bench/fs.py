@@ -247,7 +247,7 @@ def measure(plan: Plan, report: Report) -> None:
     help="Size of a block; may be repeated.",
 )
 @click.option("--size", default="1GB", show_default=True, help="Bytes of blocks in one round.")
-@click.option("--segment_size", default="256MB", show_default=True, help="Memory of the node: at most a third of --size.")
+@click.option("--segment_size", default="256MB", show_default=True, help="Of the node: at most a third of --size.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="Rounds of fill and read.")
 @click.option("--threads", type=click.IntRange(1, 64), default=4, show_default=True, help="Threads, also of raw files.")
 @click.option("--buffered", is_flag=True, help="Go through the page cache, also where O_DIRECT works.")

@@ -17,7 +17,7 @@ from kvpool.cli.fs_scrub import Scrub
 from kvpool.cli.fs_verify import Verification
 from kvpool.cli.options import CONTEXT, load_settings, one_line_errors
 from kvpool.cli.remote import ExitCode, Remote, RemoteError, asks_master
-from kvpool.config import NodeSettings, is_url
+from kvpool.config import NodeSettings, default_pipeline, is_url
 from kvpool.errors import KVPoolError
 from kvpool.model import parse_duration_ms
 from kvpool.rpc.v1 import admin_pb2
@@ -67,7 +67,7 @@ def opened(backends: Sequence[str], storage_options: str | None, config: str | N
     """Yield the backends that are meant, opened; none of them is made. Ends the program with one line."""
     flags = {"storage_backends": backends or None, "storage_options": storage_options}
     if backends:  # whatever is configured for a node, these are to be opened
-        flags["pipeline"] = "Object"
+        flags["pipeline"] = default_pipeline(backends)
     settings = load_settings(NodeSettings, flags, config).settings
     if not settings.storage_backends:
         raise click.UsageError("name a BACKEND: a directory, or a URL; or set KVPOOL_STORAGE_BACKENDS")

@@ -22,9 +22,13 @@ def command(config: str | None, **flags: Any) -> None:
       kvpool-node --master 10.0.0.7:50088 --segment_size 100GB
       kvpool-node --master 10.0.0.7:50088 --segment_size 100GB --socket_mode 0660 --socket_path /run/kvpool/node.sock
       MOONCAKE_CONFIG_PATH=mooncake.json kvpool-node
+      kvpool-node --master 10.0.0.7:50088 --segment_size 100GB --storage_backends /mnt/kv
     Sizes are bytes or 1GB, 512MB (powers of 1024).
     """
     loaded = load_settings(NodeSettings, flags, config)
+    given = [name for name, source in loaded.sources.items() if name.startswith("storage_") and source != "default"]
+    if given and not loaded.settings.storage_backends:
+        loaded.notes.append(f"without storage_backends there are no files: {', '.join(given)} mean nothing")
     from kvpool.server.node import run
 
     with one_line_errors():
