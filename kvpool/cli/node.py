@@ -28,7 +28,7 @@ def command(config: str | None, **flags: Any) -> None:
     loaded = load_settings(NodeSettings, flags, config)
     given = [name for name, source in loaded.sources.items() if name.startswith("storage_") and source != "default"]
     if given and not loaded.settings.storage_backends:
-        loaded.notes.append(f"without storage_backends there are no files: {', '.join(given)} mean nothing")
+        loaded.notes.append(f"without storage_backends there are no files; not used: {', '.join(given)}")
     from kvpool.server.node import run
 
     with one_line_errors():
