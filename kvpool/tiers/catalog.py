@@ -231,8 +231,9 @@ class Catalog:
 
     def _write_for_ever(self) -> None:
         going = True
+        calls: list[Callable[[], None]] = []  # for when all that came before them is kept or given up
+        done = 0
         while going:
-            calls: list[Callable[[], None]] = []
             taken = 0
             try:
                 item = self._queue.get(timeout=RETRY_S if self._held else None)
@@ -252,9 +253,12 @@ class Catalog:
             except queue.Empty:
                 pass
             self._write()
-            self._done += taken
-            for call in calls:
-                call()
+            done += taken
+            if not self._held:
+                self._done = done
+                for call in calls:
+                    call()
+                calls.clear()
 
     def _write(self) -> None:
         """Write all that is held, in one transaction; on trouble hold it, within bounds."""
