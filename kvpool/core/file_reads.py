@@ -91,6 +91,14 @@ class FileReads:
             self._queue(read, self._backends[read.places[0]].ahead)
             self.counters["prefetch_asked"] += 1
 
+    def drop_ahead(self, backend: BackendWork) -> None:
+        """Forget what is to be read ahead: nobody waits for it."""
+        for read in backend.ahead.values():
+            read.queue = None
+            del self._reads[read.file]
+        self.counters["prefetch_dropped"] += len(backend.ahead)
+        backend.ahead.clear()
+
     def cancel(self, wait: Wait) -> None:
         """Forget a request: nobody is there to be answered."""
         self._waits.pop(wait, None)

@@ -293,6 +293,13 @@ class FileTierState:
             if backend.full:
                 self._move_writes(backend)
 
+    def only_write(self) -> None:
+        """Forget what need not be done before the end."""
+        self._removals.clear()
+        for backend in self.backends:
+            backend.removes.clear()
+            self.reads.drop_ahead(backend)
+
     # ---- backends that fail and come back ------------------------------------------------------------
 
     def stuck(self, number: int, age_s: float, now: float) -> None:

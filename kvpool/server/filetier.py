@@ -51,6 +51,12 @@ STUCK_FACTOR: Final = 4
 
 CLEAN_EVERY_S: Final = 3600.0
 
+FINISH_S: Final = 5.0
+"""How long an end in order may take to write what waits to be written."""
+
+LAST_S: Final = 2.0
+"""How long what is under way then may take, if the store is not down earlier."""
+
 _TROUBLES: Final = (
     (StoreMissingError, Trouble.MISSING),
     (StoreBrokenError, Trouble.BROKEN),
@@ -146,6 +152,7 @@ class FileTier:
         self._owners: dict[int, Wait] = {}
         self._loop = asyncio.get_running_loop()
         self._woken = False
+        self._giving_out = True
         self._clean_at = time.monotonic() + CLEAN_EVERY_S
         self._timer = self._loop.call_soon(self._tick)
 
@@ -189,7 +196,7 @@ class FileTier:
         state = self.state
         state.reads.expire(time.monotonic())
         self._answer()
-        for number, batches in enumerate(self.batches):
+        for number, batches in enumerate(self.batches if self._giving_out else ()):
             while self._out[number] < BATCHES_AHEAD * self._threads and (jobs := state.take(number)):
                 self._out[number] += 1
                 batches.put(_Batch(number, jobs))
@@ -205,6 +212,29 @@ class FileTier:
             self._woken = True
             with contextlib.suppress(RuntimeError):  # the loop is gone, and so is everybody who waits
                 self._loop.call_soon_threadsafe(self.pump)
+
+    async def finish(self) -> None:
+        """Write what waits to be written as far as it goes within FINISH_S, and let end what is under way."""
+        state = self.state
+        dropped = state.counters["dropped_no_backend"]
+        state.only_write()
+        self.session_ended()
+        await self._until(lambda: not state.queue_bytes and not any(self._out), FINISH_S)
+        self._giving_out = False
+        for number in range(len(self.batches)):
+            self._empty(number)
+        await self._until(lambda: not any(self._out), min(self._timeout_s, LAST_S))
+        dropped = state.counters["dropped_no_backend"] - dropped + sum(len(b.writes) for b in state.backends)
+        stuck = sum(worker.started is not None for workers in self._workers for worker in workers)
+        if dropped or stuck:
+            log.warning("%d blocks were not written, and %d threads have not ended", dropped, stuck)
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        self.pump()
+        while not condition() and time.monotonic() < end:
+            await asyncio.sleep(TICK_S / 5)
+            self.pump()
 
     def close(self) -> None:
         """Stop giving out work; threads end when what they do does, or with the process."""

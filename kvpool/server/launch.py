@@ -22,7 +22,7 @@ from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
 
 LOG_LINES_KEPT = 200
 LOG_LINES_SHOWN = 15
-STOP_S = 5.0
+STOP_S = 10.0
 ASK_S = 1.0
 
 # A master takes a moment to listen: try again soon, and never by way of a proxy.

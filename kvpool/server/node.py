@@ -41,6 +41,9 @@ WELCOME_S = 5.0
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 1.0
 COMPLAIN_EVERY_S = 10.0
+TOLD_S = 1.0
+"""How long a node that ends waits for the master to take what it has to tell of files."""
+
 QUEUE_MAX = 64
 MESSAGE_BYTES_MAX = 32 << 20
 EXIT_SUPERSEDED = 3
@@ -122,6 +125,16 @@ class Session:
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_MAX_S)
         self.superseded.set()
+
+    async def told(self) -> None:
+        """Wait until the master will not forget any change of files, within TOLD_S, if it is there."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + TOLD_S
+        while self._reporter.welcomed and loop.time() < end and self._tier is not None and self._tier.state.changes:
+            self.changed()
+            await asyncio.sleep(FLUSH_S)
+        if self._tier is not None and self._tier.state.changes:
+            log.warning("the master has not been told of %d files", len(self._tier.state.changes))
 
     async def _once(self) -> None:
         options = [
@@ -277,11 +290,16 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     elif running.done():
         log.error("the node stops: %r", running.exception(), exc_info=running.exception())
         code = 1
+    close_s = 5.0
+    if code == 0 and tier is not None:
+        await asyncio.gather(server.close(close_s), tier.finish())
+        close_s = 0.0
+        await session.told()
     running.cancel()
     stopped.cancel()
     await asyncio.gather(running, stopped, return_exceptions=True)
     stop_metrics()
-    await server.close()
+    await server.close(close_s)
     if tier is not None:
         tier.close()
     segment.close()

@@ -121,6 +121,16 @@ def test_everything_killed_and_every_acknowledged_block_found(fs: FilePool) -> N
     assert result.tiers == {"fs": len(keys)}
 
 
+def test_a_node_that_is_asked_to_end_loses_nothing(fs: FilePool) -> None:
+    """SIGTERM right after the last put: all of it is in files, and the master knows, before the process ends."""
+    client = fs.pool.client("a")
+    keys = chain_of(3, 50)
+    put_chain(client, SPACE, keys, SIZE)
+    assert fs.pool.nodes["a"].end() == 0
+    assert len(fs.files()) == len(keys)
+    assert fs.known() == len(keys)
+
+
 def test_a_lost_catalog_is_rebuilt_from_the_directory(fs: FilePool) -> None:
     """A new master, with nothing but the name of its node, knows the files after a scan."""
     client = fs.pool.client("a")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 import time
 from collections.abc import Awaitable, Callable
 
+import pytest
 import xxhash
 
 from kvpool.core.file_jobs import FILES_OWNER, File, Miss
@@ -342,5 +344,35 @@ def test_what_is_read_from_a_file_is_told() -> None:
         node.tier.changed = lambda: told.append(node.state.has_changes)
         assert await node.fetch(1) == {}
         assert True in told
+
+    with_node(test)
+
+
+def test_an_end_in_order_writes_what_waits() -> None:
+    """What is queued when a node is asked to end is in files when it ends."""
+
+    async def test(node: Node) -> None:
+        slow = threading.Event()
+        node.faulty.around = lambda operation, size, call: (slow.wait(0.005), call())[1]  # type: ignore[method-assign]
+        node.put(*range(50))
+        assert len(list(node.store.files())) < 50
+        await node.tier.finish()
+        assert {found.name for found in node.store.files()} == {named(number) for number in range(50)}
+        assert len(node.tier.state.changes) == 50
+        assert node.idle()
+
+    with_node(test)
+
+
+def test_an_end_in_order_does_not_wait_for_a_store_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """What was not written is said to have been lost."""
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang()
+        node.put(*range(10))
+        await node.tier.finish()
+        event.set()
+        assert "blocks were not written" in caplog.text
+        await until(node.idle, "threads have come back")
 
     with_node(test)
