@@ -51,6 +51,9 @@ STUCK_FACTOR: Final = 4
 
 CLEAN_EVERY_S: Final = 3600.0
 
+SCAN_AGAIN_S: Final = 5.0
+"""When a scan that lost changes made necessary is tried again after it has failed."""
+
 FINISH_S: Final = 5.0
 """How long an end in order may take to write what waits to be written."""
 
@@ -141,6 +144,7 @@ class FileTier:
         self.batches: list[queue.SimpleQueue[_Batch | None]] = []
         self.changed: Callable[[], None] = lambda: None
         self.tell: Callable[[Scanned], bool] = lambda _: False
+        self.listening: Callable[[], bool] = lambda: True  # whether there is a master to be told
         self._threads = threads
         self._timeout_s = timeout_s
         self._workers: list[list[_Worker]] = []
@@ -149,6 +153,7 @@ class FileTier:
         self._background: set[asyncio.Task[None]] = set()
         self._probes: dict[int, float] = {}  # since when
         self._scans: dict[bytes, FileScan] = {}
+        self._necessary: set[bytes] = set()  # scans that lost changes have asked for
         self._owners: dict[int, Wait] = {}
         self._loop = asyncio.get_running_loop()
         self._woken = False
@@ -249,8 +254,10 @@ class FileTier:
             scan.stop()
 
     def session_ended(self) -> None:
-        """Forget scans: who asked for them is gone, or will ask again."""
+        """Forget scans: who asked for them is gone, or will ask again; lost changes ask for theirs until it is told."""
         self.state.scans_asked.clear()
+        self.state.changes.lost |= self._necessary
+        self._necessary.clear()
         for scan in self._scans.values():
             scan.stop()
         self._scans.clear()
@@ -366,17 +373,17 @@ class FileTier:
 
     def _scan(self) -> None:
         """Begin the scans that are asked for, and those that a flood of changes made necessary."""
-        state = self.state
-        asked = [*state.scans_asked, *state.changes.lost]
-        state.scans_asked.clear()
-        for backend_id in asked:
-            if backend_id in self._scans:
-                continue
-            for store in self.stores:
-                if store.id == backend_id:
-                    self._scans[backend_id] = FileScan(store, self._loop, self._tell)
-                    self._scans[backend_id].start()
-        state.changes.lost.clear()
+        asked, lost = self.state.scans_asked, self.state.changes.lost
+        for store in self.stores:
+            necessary = store.id in lost and self.listening()
+            if store.id in self._scans or not (necessary or store.id in asked):
+                continue  # what gets lost during a scan makes another one necessary
+            if necessary:
+                lost.discard(store.id)
+                self._necessary.add(store.id)
+            self._scans[store.id] = FileScan(store, self._loop, self._tell)
+            self._scans[store.id].start()
+        asked.clear()
 
     def _tell(self, scan: FileScan, scanned: Scanned) -> bool:
         if self._scans.get(scanned.backend) is not scan:
@@ -385,6 +392,10 @@ class FileTier:
             return False
         if scanned.last:
             del self._scans[scanned.backend]
+            if scanned.backend in self._necessary:
+                self._necessary.discard(scanned.backend)
+                if scanned.error:
+                    self._loop.call_later(SCAN_AGAIN_S, self.state.changes.lost.add, scanned.backend)
         return True
 
 

@@ -58,7 +58,7 @@ class Session:
         self._reporter = reporter
         self._tier = tier
         if tier is not None:
-            tier.changed, tier.tell = self.changed, self._tell
+            tier.changed, tier.tell, tier.listening = self.changed, self._tell, lambda: reporter.welcomed
         self._out: asyncio.Queue[NodeMessage] = asyncio.Queue()
         self._flush_asked = False
         self._flushed_at = 0.0

@@ -14,6 +14,7 @@ import xxhash
 
 from kvpool.core.file_jobs import FILES_OWNER, File, Miss
 from kvpool.core.filetier import FileTierState
+from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
 from kvpool.model import Backend, BackendState, Namespace
 from kvpool.server.filetier import FileTier
@@ -374,5 +375,39 @@ def test_an_end_in_order_does_not_wait_for_a_store_that_hangs(caplog: pytest.Log
         event.set()
         assert "blocks were not written" in caplog.text
         await until(node.idle, "threads have come back")
+
+    with_node(test)
+
+
+def test_a_scan_that_lost_changes_made_necessary_is_told_to_the_end() -> None:
+    """It begins again after a session that broke or a scan that failed, and once more if changes got lost meanwhile."""
+
+    async def test(node: Node) -> None:
+        lost, told = node.tier.state.changes.lost, []
+        listens = broken = True
+
+        def tell(scanned: Scanned) -> bool:
+            told.append(scanned)
+            if broken:
+                node.tier.session_ended()
+            return not broken
+
+        node.tier.tell, node.tier.listening = tell, lambda: listens
+        lost.add(node.store.id)
+        await until(lambda: len(told) > 1, "it is tried again")
+        listens = False
+        node.tier.session_ended()
+        assert lost == {node.store.id}
+        broken = False
+        told.clear()
+        listens = True
+        await until(lambda: told and told[-1].last, "it is told")
+        assert not lost
+        assert len(told) == 2
+        lost.add(node.store.id)
+        node.tier._scan()
+        lost.add(node.store.id)  # another one
+        await until(lambda: sum(scanned.last for scanned in told) == 3, "it is told twice more")
+        assert not lost
 
     with_node(test)
