@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
+        self._changes: set[asyncio.Task[None]] = set()
 
     @rpc
     async def Status(self, request: admin_pb2.StatusRequest, context: Any) -> admin_pb2.StatusResponse:
@@ -191,7 +192,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         pin, slices = self.pool.state.pins.begin(
             request.namespace, request.keys, request.ttl_ms / 1000, request.label, time.monotonic()
         )
-        await self._perform(slices)
+        await self._perform([slices])
         await self._kept()
         return admin_pb2.PinBlocksResponse(pin=pin.id, blocks=pin.present)
 
@@ -203,8 +204,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         pins = self.pool.state.pins
         chosen = pins.chosen(set(request.pins), request.label, every=request.all)
         blocks = sum(len(pin) for pin in chosen)
-        for pin in chosen:
-            await self._perform(pins.end(pin))
+        await self._perform(pins.end(pin) for pin in chosen)
         await self._kept()
         return admin_pb2.UnpinBlocksResponse(pins=len(chosen), blocks=blocks)
 
@@ -225,10 +225,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             await asyncio.sleep(0)
         return response
 
-    async def _perform(self, slices: Iterator[list[Effect]]) -> None:
-        for effects in slices:
-            self.pool.perform(effects)
-            await asyncio.sleep(0)
+    async def _perform(self, works: Iterable[Iterator[list[Effect]]]) -> None:
+        """Do it all, a slice at a time, whether or not the client waits: half a pin would never end."""
+        task = asyncio.create_task(self._perform_all(works))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
+    async def _perform_all(self, works: Iterable[Iterator[list[Effect]]]) -> None:
+        for slices in works:
+            for effects in slices:
+                self.pool.perform(effects)
+                await asyncio.sleep(0)
 
     async def _kept(self) -> None:
         if self.pool.keeper is not None:

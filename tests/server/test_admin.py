@@ -1,0 +1,74 @@
+"""The operators' service, without a wire: clients that go before they have their answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+
+import pytest
+
+from kvpool.config import MasterSettings
+from kvpool.core import pins as pins_module
+from kvpool.core.index import HARD
+from kvpool.model import KEY_BYTES, Namespace
+from kvpool.rpc.v1 import admin_pb2
+from kvpool.server.admin import AdminService
+from kvpool.server.master import Pool
+
+ONE = Namespace(model="one")
+KEYS = b"".join(blake2b(number.to_bytes(8), digest_size=KEY_BYTES).digest() for number in range(50))
+
+
+class Context:
+    """What a servicer method wants to know of its client."""
+
+    def peer(self) -> str:
+        return "unix:"
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(pins_module, "_SLICE_BYTES", KEY_BYTES)
+    pool = Pool(MasterSettings(), None)
+    pool.state.announce(ONE, time.monotonic())
+    return pool
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 -- the state tells nobody
+            await asyncio.sleep(0)
+
+
+async def cancelled(call, begun: Callable[[], bool]) -> None:
+    """Go away when it has begun."""
+    task = asyncio.ensure_future(call)
+    await until(begun)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+def test_pins_are_taken_and_ended_as_a_whole_when_the_client_goes(pool):
+    """What has begun comes to its end: no block stays pinned for a pin that is not there."""
+    admin = AdminService(pool)
+    pinned = pool.state.index.spaces[ONE.digest].pins
+
+    async def main() -> None:
+        request = admin_pb2.PinBlocksRequest(namespace=ONE.digest, keys=KEYS)
+        await cancelled(admin.PinBlocks(request, Context()), lambda: bool(pinned))
+        assert 0 < len(pinned) < 50
+        await until(lambda: len(pinned) == 50)
+        (pin,) = pool.state.pins.by_id.values()
+        assert set(pinned.values()) == {HARD}
+        request = admin_pb2.UnpinBlocksRequest(pins=[pin.id])
+        await cancelled(admin.UnpinBlocks(request, Context()), lambda: len(pinned) < 50)
+        assert pinned
+        await until(lambda: not pinned)
+        assert not pool.state.pins.by_id
+
+    asyncio.run(main())
