@@ -132,7 +132,7 @@ class BackendWork:
         self.writes: OrderedDict[File, int] = OrderedDict()  # bytes
         self.removes: deque[Remove] = deque()
         self.running: dict[File, Read] = {}
-        self.learning: list[Read] = []  # wait for namespaces
+        self.learning: OrderedDict[File, Read] = OrderedDict()  # wait for namespaces
         self.learn_asked = True
         self.kept: set[bytes] = set()  # namespaces that lie beside the files
         self.missing: dict[File, int] = {}  # not found: true only if the backend proves to be itself

@@ -68,7 +68,7 @@ class FileReads:
             elif read.backend >= 0 and not self._backends[read.backend].readable:
                 wait.misses[file] = Miss.STORAGE_DOWN
                 continue
-            elif read.queue is not None and read.queue is self._backends[read.places[0]].ahead:
+            elif read.backend < 0 and self._is_put_off(read):
                 self._queue(read, self._backends[read.places[0]].reads)
             wait.reads[file] = read
             read.waits[wait] = None
@@ -139,6 +139,11 @@ class FileReads:
         read = self._reads[file] = Read(file, places, bool(backend))
         return read
 
+    def _is_put_off(self, read: Read) -> bool:
+        """Whether a read is only to be done ahead, or met a put of its block, which may have been given up since."""
+        backend = self._backends[read.places[0]]
+        return read.queue is backend.ahead or (read.queue is None and backend.readable)
+
     def _queue(self, read: Read, queue: OrderedDict[File, Read], *, first: bool = False) -> None:
         self._unqueue(read)
         queue[read.file] = read
@@ -208,7 +213,7 @@ class FileReads:
                     self._failed(read, Miss.FILE_MISSING)
                 else:
                     read.learned = True
-                    backend.learning.append(read)
+                    self._queue(read, backend.learning)
                     backend.learn_asked = True
             elif self._reserve(read, namespace):
                 read.backend = number
@@ -276,10 +281,8 @@ class FileReads:
 
     def learned(self, backend: BackendWork) -> None:
         """Go on with the reads that waited for the namespaces that a backend keeps."""
-        waiting, backend.learning = backend.learning, []
-        for read in waiting:
-            if self._reads.get(read.file) is read and read.queue is None:
-                self._queue(read, backend.reads if read.waits else backend.ahead)
+        for read in list(backend.learning.values()):
+            self._queue(read, backend.reads if read.waits else backend.ahead)
 
     def shard_bytes(self, file: File) -> int:
         """Return how long a block's payload is, as far as its namespace tells; 0 when it is not known."""
@@ -289,11 +292,9 @@ class FileReads:
         """Have what was to be read from a backend that is down read elsewhere, or tell who waits."""
         for read in list(backend.running.values()):
             self._failed(read, Miss.STORAGE_DOWN)
-        for read in [*backend.reads.values(), *backend.ahead.values(), *backend.learning]:
-            if self._reads.get(read.file) is read:
-                self._unqueue(read)
-                self._next_place(read, Miss.STORAGE_DOWN)
-        backend.learning.clear()
+        for read in [*backend.reads.values(), *backend.ahead.values(), *backend.learning.values()]:
+            self._unqueue(read)
+            self._next_place(read, Miss.STORAGE_DOWN)
 
     def _next_place(self, read: Read, miss: Miss) -> None:
         """Try the next backend where a block may lie; with none left, say why it is not here."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.core.file_world import PAYLOAD, World, file
+from kvpool.core.file_jobs import Read
+from tests.core.file_world import CLIENT, PAYLOAD, SPACE, World, file
 
 
 def stored(world: World, *numbers: int) -> None:
@@ -25,3 +26,36 @@ def test_a_request_may_name_a_block_twice():
     world.tier.reads.cancel(world.fetch(4, 4))
     assert len(world.tier.reads) == 0
     world.segment.check()
+
+
+def test_a_block_whose_put_was_given_up_is_read_when_it_is_asked_for_again():
+    """A read that met the put waits for its end; without one, the next request goes to the file."""
+    world = World()
+    stored(world, 1)
+    world.work()
+    held = world.segment.reserve(CLIENT, SPACE.digest, (0,), file(1)[0][16:], PAYLOAD, 1)
+    first = world.fetch(1)
+    assert world.work() == []
+    world.segment.abort(CLIENT, held.id)
+    assert world.work() == []
+    second = world.fetch(1)
+    assert [type(job) for job in world.work()] == [Read]
+    assert world.finished() == [first, second]
+    assert not first.misses
+    assert not second.misses
+
+
+def test_a_request_for_a_block_whose_namespace_is_being_looked_for_waits_for_that():
+    """It is not queued again."""
+    world = World()
+    world.work()
+    unknown = bytes(32), 0
+    wait = world.tier.reads.fetch([unknown], b"", world.now + 1)
+    (learn,) = world.tier.take(0)
+    again = world.tier.reads.fetch([unknown], b"", world.now + 1)
+    assert world.tier.backends[0].learning.keys() == {unknown}
+    assert world.tier.take(0) == []
+    world.end(learn)
+    world.work()
+    assert world.finished() == [wait, again]
+    assert len(world.tier.reads) == 0
