@@ -7,7 +7,7 @@ has the strongest pin of each row in a column; nodes are told of hard ones, so t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class OperatorPin:
     label: str
     namespace: bytes
     until: float | None
-    keys: bytes = b""
+    keys: bytearray = field(default_factory=bytearray)
     present: int = 0  # blocks that were there when it was taken
     ended: bool = False
 
@@ -121,7 +121,7 @@ class Pins:
     def _end(self, pin: OperatorPin) -> Iterator[list[Effect]]:
         yield [PinEnded(pin.id)]
         for start in range(0, len(pin.keys), _SLICE_BYTES):
-            part = pin.keys[start : start + _SLICE_BYTES]
+            part = bytes(pin.keys[start : start + _SLICE_BYTES])
             free = []
             for at in range(0, len(part), KEY_BYTES):
                 key = part[at : at + KEY_BYTES]
@@ -171,7 +171,7 @@ class Pins:
         """Tell a node that has just said hello what it must keep; it remembers nothing of earlier sessions."""
         if node.session is None:
             return []
-        kept: dict[bytes, list[bytes]] = {}
+        kept: dict[bytes, list[bytearray]] = {}
         for pin in self.by_id.values():
             if pin.level == HARD:
                 kept.setdefault(pin.namespace, []).append(pin.keys)
@@ -182,14 +182,15 @@ class Pins:
         """Say every pin again, to a catalog that has lost it."""
         return [_catalog(pin) for pin in self.by_id.values()]
 
-    def present(self, pin: OperatorPin) -> int:
-        """Return how many of a pin's blocks are there now."""
-        rows = self._index.space(pin.namespace).table.find(as_words(pin.keys))
-        return int((rows >= 0).sum())
+    def present(self, pin: OperatorPin) -> Iterator[int]:
+        """Count, slice by slice, how many of a pin's blocks are there now."""
+        for start in range(0, len(pin.keys), _SLICE_BYTES):
+            part = bytes(pin.keys[start : start + _SLICE_BYTES])
+            yield int((self._index.space(pin.namespace).table.find(as_words(part)) >= 0).sum())
 
 
 def _catalog(pin: OperatorPin) -> Effect:
-    return CatalogPin(pin.id, pin.label, pin.namespace, pin.until, pin.keys)
+    return CatalogPin(pin.id, pin.label, pin.namespace, pin.until, bytes(pin.keys))
 
 
 def _batches(runs: Iterable[BlockRun]) -> Iterator[tuple[BlockRun, ...]]:

@@ -214,15 +214,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         pins, now = self.pool.state.pins, time.monotonic()
         response = admin_pb2.PinsResponse()
         for pin in list(pins.by_id.values()):
+            present = 0
+            for found in pins.present(pin):
+                present += found
+                await asyncio.sleep(0)
             response.pins.add(
                 pin=pin.id,
                 label=pin.label,
                 namespace=pin.namespace,
                 blocks=len(pin),
-                present=pins.present(pin),
+                present=present,
                 left_s=max(0.001, pin.until - now) if pin.until is not None else 0.0,
             )
-            await asyncio.sleep(0)
         return response
 
     async def _perform(self, works: Iterable[Iterator[list[Effect]]]) -> None:

@@ -83,9 +83,9 @@ def test_blocks_that_come_later_are_pinned_when_they_come(pool):
     """And when they went and come again; what was there when the pin was taken is counted."""
     pool.join(1, "a", run(1))
     pin = pool.pin(1, 2)
-    assert (pin.present, pool.master.pins.present(pin)) == (1, 1)
+    assert (pin.present, sum(pool.master.pins.present(pin))) == (1, 1)
     pool.say(1, Delta(1, (run(2),), (run(1),), 0))
-    assert pool.master.pins.present(pin) == 1
+    assert sum(pool.master.pins.present(pin)) == 1
     pool.say(1, Delta(2, (run(1, 3),), (), 0))
     assert pool.evict_all() == [key(3)]
 
@@ -139,6 +139,22 @@ def test_thousands_of_pins_are_told_in_few_messages(pool):
     assert {(r.namespace, r.shards, len(r)) for r in message.keep} == {(ONE.digest, 1, 1500), (TWO.digest, 3, 1)}
     assert pool.kept_by(2) == {key(n) for n in range(1500)}
     assert pin.present == 0
+
+
+def test_large_pins_are_taken_and_counted_in_slices(pool, monkeypatch):
+    """No slice costs more because of those before it: what has been taken is not copied."""
+    monkeypatch.setattr(pins_module, "_SLICE_BYTES", 16 * 10)
+    pool.join(1, "a", run(*range(25, 40)))
+    pin, slices = pool.master.pins.begin(ONE.digest, keys(*range(40)), 0, "", pool.clock())
+    taken = pin.keys
+    for effects in slices:
+        pool.perform(effects)
+        assert pin.keys is taken
+    assert (taken, pin.present) == (keys(*range(40)), 15)
+    assert list(pool.master.pins.present(pin)) == [0, 0, 5, 10]
+    (kept,) = [e for e in pool.kept if isinstance(e, CatalogPin)]
+    pool.end(pin)
+    assert kept.keys == keys(*range(40))
 
 
 def test_pinned_files_are_spared(pool):
