@@ -193,6 +193,7 @@ class FileTier:
         wait = self._owners.pop(owner, None)
         if wait is not None:
             wait.token[2].cancel()
+            wait.token = None  # it may be finished already, and about to be answered
             self.state.reads.cancel(wait)
 
     def pump(self) -> None:
@@ -272,8 +273,12 @@ class FileTier:
                 owner, done, timer = wait.token
                 timer.cancel()
                 self._owners.pop(owner, None)
-                done(wait.misses)
-                self.state.reads.close(wait)
+                try:
+                    done(wait.misses)
+                except Exception:  # one that cannot be answered must not cost the others their answers
+                    log.exception("a request for files could not be answered")
+                finally:
+                    self.state.reads.close(wait)
 
     def _drain(self) -> None:
         self._woken = False

@@ -411,3 +411,27 @@ def test_a_scan_that_lost_changes_made_necessary_is_told_to_the_end() -> None:
         assert not lost
 
     with_node(test)
+
+
+def test_one_answer_that_fails_costs_nobody_else_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    """Requests that end together are answered one by one; one that is cancelled meanwhile is not."""
+
+    async def test(node: Node) -> None:
+        answered: list[int] = []
+
+        def fail(misses: dict[File, Miss]) -> None:
+            node.tier.cancel(9)
+            raise ValueError("no such connection")
+
+        node.put(1)
+        await until(lambda: list(node.store.files()), "it is written")
+        await until(node.idle, "nothing is held")
+        node.drop()
+        node.tier.fetch(7, [file(1)], node.store.id, T, fail)
+        node.tier.fetch(8, [file(1)], node.store.id, T, lambda misses: answered.append(8))
+        node.tier.fetch(9, [file(1)], node.store.id, T, lambda misses: answered.append(9))
+        await until(node.idle, "nothing is held")
+        assert answered == [8]
+        assert "no such connection" in caplog.text
+
+    with_node(test)
