@@ -262,7 +262,7 @@ class Backends:
         """Take blocks out of a backend: no hits any more from now on, their files removed later."""
         backend = self._by_incarnation[incarnation]
         effects: list[Effect] = []
-        for run in list(self._index.runs_on(rows, incarnation)):
+        for run in self._index.files_on(rows, incarnation):
             effects += self._await_removal_of(backend, run)
             gone, broken = self._index.remove(run, incarnation, TIER)
             self._note(backend, run.namespace, gone, why, now)

@@ -294,6 +294,21 @@ class Index:
             mask = self.placements.shards_of(number, incarnation)
             yield BlockRun(space.digest, mask, int(self.shard_bytes[part[0]]), self.keys.take(part, axis=0).tobytes())
 
+    def files_on(self, rows: Rows, incarnation: int) -> list[BlockRun]:
+        """Group rows, wherever they are, by namespace, shards and size, naming what one incarnation holds of them."""
+        rows = rows[self.placements.held_by(incarnation).take(self.placement.take(rows))]
+        numbers, back = np.unique(self.placement.take(rows), return_inverse=True)
+        masks = [self.placements.shards_of(number, incarnation) for number in numbers.tolist()]
+        kinds = np.array([masks.index(mask) for mask in masks], np.int64)[back.ravel()]
+        groups, back = np.unique(
+            np.stack((self.space_of.take(rows), kinds, self.shard_bytes.take(rows))), axis=1, return_inverse=True
+        )
+        runs = []
+        for at, (number, kind, size) in enumerate(groups.T.tolist()):
+            part = rows[back.ravel() == at]
+            runs.append(BlockRun(self._by_number[number].digest, masks[kind], size, self.keys[part].tobytes()))
+        return runs
+
     def bytes_on(self, rows: Rows, incarnation: int) -> NDArray[np.int64]:
         """Return, for each row, the payload bytes that one incarnation holds of it."""
         return self._shards_on(self.placement.take(rows), incarnation) * self.shard_bytes.take(rows)

@@ -291,6 +291,28 @@ def test_a_file_written_again_is_not_waited_for(pool):
     assert (pool.prefix(1, 2), pool.used(), pool.backend().removing_bytes) == (2, 2 * FILE, 0)
 
 
+def test_files_are_doomed_by_kind(pool):
+    """Few changes for the catalog, however kinds of files alternate in the order of eviction."""
+    pool.serve(1, "a", run(*range(0, 40, 3)))
+    pool.scanned()
+    kinds = [
+        replace(files(*range(first, 40, 4), namespace=namespace), shard_bytes=size)
+        for first, (namespace, size) in enumerate([(ONE, SIZE), (TWO, SIZE), (ONE, 2 * SIZE), (TWO, 2 * SIZE)])
+    ]
+    for number in range(10):
+        told = tuple(replace(kind, keys=kind.keys[16 * number : 16 * number + 16]) for kind in kinds)
+        pool.say(1, Delta(number + 1, told, (), 0))
+    used = pool.used()
+    pool.kept.clear()
+    pool.perform(pool.master.evictions.coldest(1 << 40)[2])
+    doomed = [r for e in pool.kept if isinstance(e, CatalogFiles) for r in e.blocks]
+    assert len(doomed) == len(kinds)
+    for kind in kinds:
+        (found,) = [r for r in doomed if (r.namespace, r.shard_bytes) == (kind.namespace, kind.shard_bytes)]
+        assert (found.shards, set(split_keys(found.keys))) == (1, set(split_keys(kind.keys)))
+    assert (pool.used(), pool.backend().removing_bytes) == (0, used)
+
+
 def test_removals_come_in_bounded_messages(pool, monkeypatch):
     """Some files a message and some messages at once; the next ones follow confirmations."""
     monkeypatch.setattr(backends_module, "BATCH_FILES", 3)
