@@ -22,6 +22,10 @@ PROBE_MAX_S: Final = 5.0
 """A backend that is not up is probed again after this long, twice as long each time, up to this long."""
 
 
+LOOKS_MAX: Final = 256
+"""Queued files looked at in one search for jobs: what is gone or finds no room must not keep the loop for long."""
+
+
 class Miss(IntEnum):
     """Why a block that was asked for is not here: what Pin and Get answer instead of an offset or size."""
 
@@ -143,6 +147,7 @@ class BackendWork:
         self.probing = False
         self.room_bytes = 0  # what a file needed that did not fit
         self.turn = 0
+        self.looked = 0  # at so many files in the last search for jobs
 
     def __repr__(self) -> str:
         return f"<{self.url} {self.state.name} {len(self.reads)} reads, {len(self.writes)} writes {self.reason}>"

@@ -10,7 +10,19 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from kvpool.core.file_jobs import FILES_OWNER, BackendWork, Failure, File, Job, Miss, Read, Trouble, Wait, ranked
+from kvpool.core.file_jobs import (
+    FILES_OWNER,
+    LOOKS_MAX,
+    BackendWork,
+    Failure,
+    File,
+    Job,
+    Miss,
+    Read,
+    Trouble,
+    Wait,
+    ranked,
+)
 from kvpool.core.segment import BEING_WRITTEN, STORED, SegmentState, header_bytes
 from kvpool.errors import InvalidArgumentError, NoRoomError
 from kvpool.model import DIGEST_BYTES, Namespace
@@ -204,7 +216,8 @@ class FileReads:
         backend = self._backends[number]
         jobs: list[Job] = []
         size = 0
-        while queue and len(jobs) < BATCH_FILES and size < self._batch_bytes:
+        while queue and backend.looked < LOOKS_MAX and len(jobs) < BATCH_FILES and size < self._batch_bytes:
+            backend.looked += 1
             read = queue.popitem(last=False)[1]
             read.queue = None
             namespace = self._segment.namespace(read.file[0][:DIGEST_BYTES])
@@ -233,6 +246,8 @@ class FileReads:
             held = self._segment.reserve(FILES_OWNER, digest, (shard,), key, read.shard_bytes, read.layers)
         except NoRoomError:
             self.counters["no_room"] += 1
+            if not read.waits:  # nor will there be any for what else is read ahead
+                self.drop_ahead(self._backends[read.places[0]])
             self._failed(read, Miss.NO_ROOM)
             return False
         except InvalidArgumentError:  # no such shard in this namespace

@@ -14,6 +14,7 @@ from typing import Final
 from kvpool.core.file_changes import FileChanges
 from kvpool.core.file_jobs import (
     FILES_OWNER,
+    LOOKS_MAX,
     PROBE_FIRST_S,
     PROBE_MAX_S,
     BackendWork,
@@ -138,8 +139,12 @@ class FileTierState:
     # ---- jobs for threads ----------------------------------------------------------------------------
 
     def take(self, number: int) -> list[Job]:
-        """Return the next jobs for one thread of this backend, none when there is nothing to do."""
+        """Return the next jobs for one thread of this backend, none when there is nothing to do.
+
+        There may be more to do though when it has ``looked`` LOOKS_MAX times.
+        """
         backend = self.backends[number]
+        backend.looked = 0
         if not backend.readable:
             return []
         jobs = [] if backend.learn_asked else self._take_in_turn(number)
@@ -174,7 +179,10 @@ class FileTierState:
             return []
         jobs: list[Job] = []
         size = 0
-        while backend.writes and len(jobs) < BATCH_FILES and size < self._batch_bytes:
+        while (
+            backend.writes and backend.looked < LOOKS_MAX and len(jobs) < BATCH_FILES and size < self._batch_bytes
+        ):
+            backend.looked += 1
             file, queued_bytes = backend.writes.popitem(last=False)
             self.queue_bytes -= queued_bytes
             pin = self._segment.hold(FILES_OWNER, *file)

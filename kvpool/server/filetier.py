@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from kvpool.core.file_jobs import Failure, File, Job, Learn, Miss, Read, Remove, Trouble, Wait, Write
+from kvpool.core.file_jobs import LOOKS_MAX, Failure, File, Job, Learn, Miss, Read, Remove, Trouble, Wait, Write
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.errors import InvalidArgumentError
@@ -45,6 +45,9 @@ POST_S: Final = 0.001
 
 BATCHES_AHEAD: Final = 2
 """Batches given out for each thread: it finds the next one when it has ended one."""
+
+RESULTS_MAX: Final = 256
+"""Results that the loop takes at a time."""
 
 STUCK_FACTOR: Final = 4
 """Threads that never came back, for each that works, before no more are started."""
@@ -203,7 +206,11 @@ class FileTier:
         state.reads.expire(time.monotonic())
         self._answer()
         for number, batches in enumerate(self.batches if self._giving_out else ()):
-            while self._out[number] < BATCHES_AHEAD * self._threads and (jobs := state.take(number)):
+            while self._out[number] < BATCHES_AHEAD * self._threads:
+                if not (jobs := state.take(number)):
+                    if state.backends[number].looked >= LOOKS_MAX:
+                        self.wake()  # go on when others have had their turn
+                    break
                 self._out[number] += 1
                 batches.put(_Batch(number, jobs))
         self._answer()  # what found no room
@@ -283,7 +290,7 @@ class FileTier:
     def _drain(self) -> None:
         self._woken = False
         results, state, now = self.results, self.state, time.monotonic()
-        while results:
+        for _ in range(min(len(results), RESULTS_MAX)):
             batch, job, failure, value = results.popleft()
             if job is None:
                 if not batch.abandoned:
@@ -301,6 +308,8 @@ class FileTier:
                 state.removed(job, failure, now)
             else:
                 state.learned(job.backend, value if isinstance(value, list) else [], failure, now)
+        if results:
+            self.wake()
 
     def _log_states(self) -> None:
         for number, backend in enumerate(self.state.backends):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvpool.core.file_jobs import Read
+from kvpool.core.file_jobs import LOOKS_MAX, Read
+from kvpool.core.file_reads import AHEAD_MAX
 from tests.core.file_world import CLIENT, PAYLOAD, SPACE, World, file
 
 
@@ -59,3 +60,40 @@ def test_a_request_for_a_block_whose_namespace_is_being_looked_for_waits_for_tha
     world.work()
     assert world.finished() == [wait, again]
     assert len(world.tier.reads) == 0
+
+
+def test_no_room_for_one_block_is_none_for_all_that_are_read_ahead():
+    """Thousands of them must not be tried one after the other."""
+    world = World(slots=4)
+    world.work()
+    held = world.segment.reserve(CLIENT, SPACE.digest, (0,), b"".join(file(n)[0][16:] for n in range(4)), PAYLOAD, 1)
+    assert len(held.slots) == 4
+    world.tier.reads.ahead([file(n) for n in range(10, 10 + AHEAD_MAX)], b"")
+    assert world.tier.take(0) == []
+    assert world.tier.backends[0].looked == 1
+    assert len(world.tier.reads) == 0
+    assert world.tier.reads.counters["no_room"] == 1
+    assert world.tier.reads.counters["prefetch_dropped"] == AHEAD_MAX - 1
+
+
+def test_a_search_for_jobs_looks_at_so_many_files_only():
+    """Reads that find no room and writes of blocks that are gone: the rest is for later, and none is left out."""
+    world = World(slots=4)
+    world.work()
+    for first in range(0, 1000, 4):
+        world.put(*range(first, first + 4))
+    for _ in range(3):
+        assert world.tier.take(0) == []
+        assert world.tier.backends[0].looked == LOOKS_MAX
+    (last,) = world.tier.take(0)
+    world.end(last)
+    world.work()
+    assert len(world.files[0]) == 4
+    wait = world.fetch(*range(10_000, 11_000))
+    while world.tier.backends[0].reads:
+        jobs = world.tier.take(0)
+        assert world.tier.backends[0].looked <= LOOKS_MAX
+        for job in jobs:
+            world.end(job)
+    assert len(wait.misses) == 1000
+    world.segment.check()

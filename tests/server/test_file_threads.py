@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import xxhash
 
-from kvpool.core.file_jobs import FILES_OWNER, File, Miss
+from kvpool.core.file_jobs import FILES_OWNER, LOOKS_MAX, File, Miss
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
@@ -433,5 +433,24 @@ def test_one_answer_that_fails_costs_nobody_else_theirs(caplog: pytest.LogCaptur
         await until(node.idle, "nothing is held")
         assert answered == [8]
         assert "no such connection" in caplog.text
+
+    with_node(test)
+
+
+def test_what_one_turn_of_the_loop_does_not_take_is_taken_in_the_next() -> None:
+    """A thousand writes of blocks that are gone: others have their turn in between."""
+
+    async def test(node: Node) -> None:
+        node.tier.state._queue_bytes_max = 1 << 30
+        node.tier.state.take(0)  # the namespaces it keeps
+        node.tier._giving_out = False
+        for first in range(0, 1024, SLOTS):
+            node.put(*range(first, first + SLOTS))
+        node.tier._giving_out = True
+        node.tier.pump()
+        backend = node.tier.state.backends[0]
+        assert backend.counters["dropped_evicted"] == LOOKS_MAX
+        await until(lambda: backend.counters["dropped_evicted"] == 1024 - SLOTS, "all are looked at")
+        await until(lambda: len(list(node.store.files())) == SLOTS, "what is there is written")
 
     with_node(test)
