@@ -29,15 +29,23 @@ class Evictions:
         self._evict = evict
 
     def keys(self, namespace: bytes, keys: bytes) -> tuple[int, int, list[Effect]]:
-        """Ask for these blocks to be dropped everywhere; returns (blocks, bytes, effects).
+        """Ask for these blocks to be dropped everywhere; returns (blocks, bytes, the first slice's effects).
 
         Raises UnknownNamespaceError.
         """
         space = self._index.spaces.get(namespace)
         if space is None:
             raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
-        rows = space.table.find(as_words(keys))
-        return self._rows(np.unique(rows[rows >= 0]))
+        table = space.table
+        rows = table.find(as_words(keys))
+        rows = self._evictable(np.unique(rows[rows >= 0]))
+        words = self._index.keys.take(rows, axis=0)
+
+        def still(part: slice) -> Rows:
+            found = table.find(words[part])
+            return found[found >= 0]
+
+        return self._begin(rows, still)
 
     def namespace(self, namespace: bytes) -> tuple[int, int]:
         """Start dropping a whole namespace; returns (blocks, bytes). Raises UnknownNamespaceError."""
@@ -52,13 +60,16 @@ class Evictions:
                 for i in range(0, len(mine), ROWS_PER_SLICE):
                     rows = mine[i : i + ROWS_PER_SLICE]
                     # Since the last slice a row may have gone to another namespace.
-                    yield self._rows(rows[self._index.space_of.take(rows) == space.number])[2]
+                    yield self._drop(rows[self._index.space_of.take(rows) == space.number])
 
         self._jobs.append(job())
         return len(space.table), space.stored_bytes
 
     def coldest(self, size: int) -> tuple[int, int, list[Effect]]:
-        """Drop about ``size`` bytes of the coldest blocks without lease or pin, memory and files."""
+        """Drop about ``size`` bytes of the coldest blocks without lease or pin, memory and files.
+
+        Returns (blocks, bytes, the first slice's effects).
+        """
         picked, total, position = [], 0, 0
         while total < size and (piece := self._index.recency.after(position)) is not None:
             rows, position = piece[0].astype(np.int64), piece[1]
@@ -67,15 +78,36 @@ class Evictions:
             enough = int(np.searchsorted(np.cumsum(sizes), size - total)) + 1
             picked.append(rows[:enough])
             total += int(sizes[:enough].sum())
-        return self._rows(np.concatenate(picked)) if picked else (0, 0, [])
+        chosen = np.concatenate(picked) if picked else np.empty(0, np.int64)
+        recency = self._index.recency
+        stamps = recency.stamps_of(chosen)
 
-    def _rows(self, rows: Rows) -> tuple[int, int, list[Effect]]:
-        rows = rows[self._index.pinned.take(rows) < HARD]
-        size = int(self._sizes(rows).sum())
+        def still(part: slice) -> Rows:
+            cold: Rows = chosen[part][recency.stamps_of(chosen[part]) == stamps[part]]
+            return cold[self._index.pinned.take(cold) == 0]
+
+        return self._begin(chosen, still)
+
+    def _begin(self, rows: Rows, still: Callable[[slice], Rows]) -> tuple[int, int, list[Effect]]:
+        """Drop a slice at once, the others as long work; ``still`` says which rows of one are meant when it comes."""
+
+        def job() -> Iterator[list[Effect]]:
+            for start in range(ROWS_PER_SLICE, len(rows), ROWS_PER_SLICE):
+                yield self._drop(still(slice(start, start + ROWS_PER_SLICE)))
+
+        if len(rows) > ROWS_PER_SLICE:
+            self._jobs.append(job())
+        return len(rows), int(self._sizes(rows).sum()), self._drop(rows[:ROWS_PER_SLICE])
+
+    def _evictable(self, rows: Rows) -> Rows:
+        return rows[self._index.pinned.take(rows) < HARD]
+
+    def _drop(self, rows: Rows) -> list[Effect]:
+        rows = self._evictable(rows)
         effects: list[Effect] = []
         for incarnation in self._index.owners(rows):
             effects += self._evict(incarnation, rows, Why.OPERATOR)
-        return len(rows), size, effects
+        return effects
 
     def _sizes(self, rows: Rows) -> NDArray[np.int64]:
         """Return the payload bytes of all copies of each row."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kvpool.core import backends as backends_module
+from kvpool.core import operators as operators_module
 from kvpool.core.backends import REMOVE_RETRY_S, SCAN_RETRY_S
 from kvpool.core.effects import CatalogBackend, CatalogFiles, FileChange
 from kvpool.core.explain import Holder, Verdict, explain
@@ -311,6 +312,30 @@ def test_files_are_doomed_by_kind(pool):
         (found,) = [r for r in doomed if (r.namespace, r.shard_bytes) == (kind.namespace, kind.shard_bytes)]
         assert (found.shards, set(split_keys(found.keys))) == (1, set(split_keys(kind.keys)))
     assert (pool.used(), pool.backend().removing_bytes) == (0, used)
+
+
+def test_many_files_are_doomed_a_slice_at_a_time(pool, monkeypatch):
+    """What an operator wants dropped: by key whatever happens meanwhile, as coldest only if it is still cold."""
+    monkeypatch.setattr(operators_module, "ROWS_PER_SLICE", 4)
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.say(1, Delta(1, (files(*range(20)),), (), 0))
+    evictions = pool.master.evictions
+    blocks, _, effects = evictions.keys(ONE.digest, keys(*range(10)))
+    pool.perform(effects)
+    assert (blocks, len(pool.backend().doomed)) == (10, 4)
+    pool.perform(pool.master.work())
+    assert len(pool.backend().doomed) == 8
+    left = next(n for n in range(10) if key(n) not in pool.cataloged(FileChange.DOOMED))
+    assert pool.prefix(left) == 1
+    pool.work()
+    assert set(pool.cataloged(FileChange.DOOMED)) == {key(n) for n in range(10)}
+    blocks, _, effects = evictions.coldest(1 << 40)
+    pool.perform(effects)
+    assert (blocks, len(pool.backend().doomed)) == (10, 14)
+    assert pool.prefix(10) == 1  # the hottest: it would go last
+    pool.work()
+    assert [n for n in range(20) if pool.prefix(n)] == [10]
 
 
 def test_removals_come_in_bounded_messages(pool, monkeypatch):
