@@ -382,6 +382,10 @@ class FileTier:
 
     def _probed(self, number: int, failure: Failure | None, free_bytes: int | None) -> None:
         del self._probes[number]
+        workers = self._workers[number]
+        stuck = sum(worker.retired.is_set() and worker.is_alive() for worker in workers)
+        if stuck == len(workers) >= STUCK_FACTOR * self._threads:
+            failure = Failure(Trouble.ERROR, "all threads hang")
         self.state.probed(number, failure, free_bytes, time.monotonic())
         self.pump()
 

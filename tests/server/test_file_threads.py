@@ -17,6 +17,7 @@ from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
 from kvpool.model import Backend, BackendState, Namespace
+from kvpool.server import filetier
 from kvpool.server.filetier import FileTier
 from kvpool.testing.store_faults import FaultyStore
 from kvpool.tiers import blockfile
@@ -452,5 +453,25 @@ def test_what_one_turn_of_the_loop_does_not_take_is_taken_in_the_next() -> None:
         assert backend.counters["dropped_evicted"] == LOOKS_MAX
         await until(lambda: backend.counters["dropped_evicted"] == 1024 - SLOTS, "all are looked at")
         await until(lambda: len(list(node.store.files())) == SLOTS, "what is there is written")
+
+    with_node(test)
+
+
+def test_a_backend_whose_threads_all_hang_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that succeeds is not enough when nobody is left to do anything."""
+    monkeypatch.setattr(filetier, "STUCK_FACTOR", 1)
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang(["write"])
+        node.put(1)
+        node.put(2)
+        await until(lambda: node.faulty.hanging == 2, "both threads hang")
+        node.faulty.heal()
+        await until(lambda: node.backend.reason == "all threads hang", "it says why")
+        assert node.backend.state is BackendState.DOWN
+        event.set()
+        await until(lambda: node.backend.state is BackendState.UP, "it is up when they have come back")
+        node.put(3)
+        await until(lambda: named(3) in {found.name for found in node.store.files()}, "it writes again")
 
     with_node(test)
