@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
@@ -51,6 +51,9 @@ RESULTS_MAX: Final = 256
 
 STUCK_FACTOR: Final = 4
 """Threads that never came back, for each that works, before no more are started."""
+
+PROBE_AGAIN: Final = 4
+"""A probe is given up after so many times an operation's timeout; so many may hang before no more are begun."""
 
 CLEAN_EVERY_S: Final = 3600.0
 
@@ -155,6 +158,7 @@ class FileTier:
         self._logged: list[BackendState] = []
         self._background: set[asyncio.Task[None]] = set()
         self._probes: dict[int, float] = {}  # since when
+        self._probes_lost: Counter[int] = Counter()  # given up, by backend
         self._scans: dict[bytes, FileScan] = {}
         self._necessary: set[bytes] = set()  # scans that lost changes have asked for
         self._owners: dict[int, Wait] = {}
@@ -329,8 +333,7 @@ class FileTier:
         for number, workers in enumerate(self._workers):
             self._look_after(number, workers, now)
         for number in self.state.due_probes(now):
-            self._probes[number] = now
-            _start(self._probe, number)
+            self._begin_probe(number, now)
         if now >= self._clean_at:
             self._clean_at = now + CLEAN_EVERY_S
             for store in self.stores:
@@ -344,6 +347,9 @@ class FileTier:
         probing = self._probes.get(number)
         if probing is not None and now - probing > self._timeout_s:
             self.state.stuck(number, now - probing, now)
+            if now - probing > PROBE_AGAIN * self._timeout_s and self._probes_lost[number] < PROBE_AGAIN:
+                self._probes_lost[number] += 1
+                self._begin_probe(number, now)
         for worker in workers:
             started = worker.started
             if not worker.retired.is_set() and started is not None and now - started > self._timeout_s:
@@ -369,7 +375,11 @@ class FileTier:
                 batch.give_back(self.results)
                 self.results.append((batch, None, None, None))
 
-    def _probe(self, number: int) -> None:
+    def _begin_probe(self, number: int, now: float) -> None:
+        self._probes[number] = now
+        _start(self._probe, number, now)
+
+    def _probe(self, number: int, since: float) -> None:
         store = self.stores[number]
         failure, free_bytes = None, None
         try:
@@ -378,9 +388,12 @@ class FileTier:
         except Exception as exc:  # a thread's last resort: whatever it is, the backend does not work
             failure = _failure(exc)
         with contextlib.suppress(RuntimeError):  # the loop is gone
-            self._loop.call_soon_threadsafe(self._probed, number, failure, free_bytes)
+            self._loop.call_soon_threadsafe(self._probed, number, since, failure, free_bytes)
 
-    def _probed(self, number: int, failure: Failure | None, free_bytes: int | None) -> None:
+    def _probed(self, number: int, since: float, failure: Failure | None, free_bytes: int | None) -> None:
+        if self._probes.get(number) != since:
+            self._probes_lost[number] -= 1  # given up long ago: what it says is history
+            return
         del self._probes[number]
         workers = self._workers[number]
         stuck = sum(worker.retired.is_set() and worker.is_alive() for worker in workers)

@@ -475,3 +475,40 @@ def test_a_backend_whose_threads_all_hang_is_down(monkeypatch: pytest.MonkeyPatc
         await until(lambda: named(3) in {found.name for found in node.store.files()}, "it writes again")
 
     with_node(test)
+
+
+def test_a_probe_that_never_returns_is_given_up() -> None:
+    """Another one is begun; what the first one says in the end counts no more."""
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang(["probe"])
+        node.faulty.fail_once(StoreError("Input/output error"), "write")
+        node.put(1)
+        await until(lambda: node.faulty.hanging == 1, "the probe hangs")
+        await until(lambda: node.backend.state is BackendState.DOWN, "it is down")
+        node.faulty.heal()
+        await until(lambda: node.backend.state is BackendState.UP, "another probe has found it up")
+        assert node.tier._probes_lost[0] == 1
+        event.set()
+        await until(lambda: node.tier._probes_lost[0] == 0, "the first one has come back")
+        assert node.backend.state is BackendState.UP
+
+    with_node(test)
+
+
+def test_probes_that_never_return_are_so_many_only() -> None:
+    """A mount that hangs for days must not cost a thread a second."""
+
+    async def test(node: Node) -> None:
+        event = node.faulty.hang(["probe"])
+        node.tier._probes_lost[0] = filetier.PROBE_AGAIN - 1
+        node.faulty.fail_once(StoreError("Input/output error"), "write")
+        node.put(1)
+        await until(lambda: node.faulty.hanging == 2, "it is probed once more")
+        first = node.tier._probes[0]
+        await until(lambda: time.monotonic() - first > (filetier.PROBE_AGAIN + 1) * TIMEOUT_S, "time goes by")
+        assert node.faulty.hanging == 2
+        event.set()
+        await until(lambda: not node.tier._probes, "it has come back")
+
+    with_node(test)
