@@ -78,13 +78,14 @@ class Evictions:
             enough = int(np.searchsorted(np.cumsum(sizes), size - total)) + 1
             picked.append(rows[:enough])
             total += int(sizes[:enough].sum())
-        chosen = np.concatenate(picked) if picked else np.empty(0, np.int64)
+        chosen: Rows = np.concatenate(picked) if picked else np.empty(0, np.int64)
         recency = self._index.recency
         stamps = recency.stamps_of(chosen)
 
         def still(part: slice) -> Rows:
             cold: Rows = chosen[part][recency.stamps_of(chosen[part]) == stamps[part]]
-            return cold[self._index.pinned.take(cold) == 0]
+            spared = self._index.pinned.take(cold) > 0
+            return cold[~spared]
 
         return self._begin(chosen, still)
 
