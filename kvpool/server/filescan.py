@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvpool.core.messages import BlockRun, Scanned
+from kvpool.model import LAYERS_MAX, SHARD_BYTES_MAX
 from kvpool.tiers import blockfile
+from kvpool.tiers.dram import header_area
 from kvpool.tiers.store import BlockStore, StoredFile, StoreError
+
+log = logging.getLogger(__name__)
 
 PIECE_KEYS: Final = 8192
 SEND_AGAIN_S: Final = 0.02
+FILE_BYTES_MAX: Final = header_area(LAYERS_MAX) + SHARD_BYTES_MAX
+"""No block's file is longer."""
+
 TRIES_MAX: Final = 8
 """Files of one length that are opened to learn how long their payload is."""
 
@@ -45,8 +53,10 @@ class FileScan(threading.Thread):
                 self._send(piece)
                 if self._stopped:
                     return
-        except StoreError as exc:
-            self._send(Scanned(self._store.id, True, files, error=str(exc)))
+        except Exception as exc:  # a thread's last resort: a scan without an end would never be asked for again
+            if not isinstance(exc, StoreError):
+                log.exception("the scan of %s failed", self._store.url)
+            self._send(Scanned(self._store.id, True, files, error=str(exc) or repr(exc)))
 
     def _send(self, piece: Scanned) -> None:
         self._sent.clear()
@@ -104,9 +114,11 @@ class _Sizes:
         return found
 
     def _read(self, file: StoredFile) -> int:
-        extent = memoryview(bytearray(file.bytes))
+        if file.bytes > FILE_BYTES_MAX:
+            return 0
         try:
+            extent = memoryview(bytearray(file.bytes))
             self._store.read_into(file.name, extent)
             return blockfile.parse(extent).shard_bytes
-        except StoreError:
+        except (StoreError, MemoryError):
             return 0

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import xxhash
@@ -23,7 +23,7 @@ from kvpool.testing.store_faults import FaultyStore
 from kvpool.tiers import blockfile
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.tiers.memory_store import MemoryStore
-from kvpool.tiers.store import FileName, StoreError, StoreFullError
+from kvpool.tiers.store import FileName, StoredFile, StoreError, StoreFullError
 
 SPACE = Namespace(model="demo")
 PAYLOAD = 8192
@@ -510,5 +510,40 @@ def test_probes_that_never_return_are_so_many_only() -> None:
         assert node.faulty.hanging == 2
         event.set()
         await until(lambda: not node.tier._probes, "it has come back")
+
+    with_node(test)
+
+
+def test_a_scan_ends_whatever_a_store_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect is the scan's end and said to be; a file that is far too long is no block."""
+
+    async def test(node: Node) -> None:
+        told: list[Scanned] = []
+
+        def tell(scanned: Scanned) -> bool:
+            told.append(scanned)
+            return True
+
+        def files() -> Iterator[StoredFile]:
+            yield StoredFile(named(2), 1 << 62)
+            yield from found
+
+        def defect() -> Iterator[StoredFile]:
+            raise ValueError("a defect")
+
+        node.put(1)
+        await until(lambda: list(node.store.files()), "it is written")
+        found = list(node.store.files())
+        node.tier.tell = tell
+        monkeypatch.setattr(node.faulty, "files", files)
+        node.tier.state.scans_asked.append(node.store.id)
+        await until(lambda: told and told[-1].last, "the scan has ended")
+        assert (told[-1].error, told[-1].files) == ("", 2)
+        assert [run.keys for run in told[-1].added] == [key(1)]
+        told.clear()
+        monkeypatch.setattr(node.faulty, "files", defect)
+        node.tier.state.scans_asked.append(node.store.id)
+        await until(lambda: told and told[-1].last, "the scan has ended")
+        assert told[-1].error == "a defect"
 
     with_node(test)
