@@ -208,9 +208,14 @@ class Backends:
         if backend.doomed:
             written = self._undoom(backend, self._doomed_of(backend, piece))
             effects += self._told(backend, FileChange.REMOVED, written)
-        self._index.add(piece, backend.incarnation, TIER, touch=False)
         self._counters["files_added"] += len(piece)
-        return [*effects, CatalogFiles(backend.id, FileChange.ADDED, (piece,))]
+        return [*effects, CatalogFiles(backend.id, FileChange.ADDED, (piece,)), *self._enter(backend, piece)]
+
+    def _enter(self, backend: StorageBackend, piece: BlockRun) -> list[Effect]:
+        """Put files into the index; those that find no room there are of no use, and are removed."""
+        refused = self._index.add(piece, backend.incarnation, TIER, touch=False)
+        run = BlockRun(piece.namespace, piece.shards, piece.shard_bytes, refused)
+        return self._await_removal_of(backend, run) if refused else []
 
     def remove(self, piece: BlockRun, now: float) -> list[Effect]:
         """Files are missing or broken, as somebody says.
@@ -246,9 +251,7 @@ class Backends:
                 self._await_removal(self.of(run.backend), run)
             yield []
         for runs in files:
-            for run in runs:
-                self._index.add(run, self.of(run.backend).incarnation, TIER, touch=False)
-            yield []
+            yield [effect for run in runs for effect in self._enter(self.of(run.backend), run)]
         self.loading = False
 
     def load_backend(self, known: Backend, *, complete: bool) -> None:

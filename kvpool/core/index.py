@@ -20,7 +20,7 @@ from kvpool.core.messages import BlockRun
 from kvpool.core.placement import NOWHERE, Owner, PlacementTable
 from kvpool.core.recency import Recency
 from kvpool.core.slots import file_bytes
-from kvpool.model import Namespace
+from kvpool.model import KEY_BYTES, Namespace
 
 ROWS_PER_SLICE = 1024
 NAMESPACES_MAX = 4096
@@ -85,6 +85,11 @@ class Index:
         """Return the number of blocks."""
         return sum(len(space.table) for space in self.spaces.values())
 
+    @property
+    def rows_free(self) -> int:
+        """How many blocks more there is room for."""
+        return self.rows_max - self.rows_used + self._free_count
+
     # ---- namespaces ----------------------------------------------------------------------------
 
     def space(self, digest: bytes) -> Space:
@@ -113,10 +118,10 @@ class Index:
 
     # ---- what nodes report ---------------------------------------------------------------------
 
-    def add(self, run: BlockRun, incarnation: int, tier: str, *, touch: bool = True) -> None:
+    def add(self, run: BlockRun, incarnation: int, tier: str, *, touch: bool = True) -> bytes:
         """Record that an incarnation holds these shards of these blocks; they become the hottest.
 
-        Without ``touch`` only those do that were not known at all.
+        Without ``touch`` only those do that were not known at all. Returns the keys that there is no room for.
         """
         space = self.space(run.namespace)
         rows, fresh = space.table.insert(as_words(run.keys), self._take_rows)
@@ -127,8 +132,10 @@ class Index:
             self.listed[fresh] = False
             self.asked[fresh] = 0
             self.pinned[fresh] = self._pins_of(space, fresh) if space.pins else 0
+        refused = b""
         if (rows < 0).any():
             self.refused += int(np.count_nonzero(rows < 0))
+            refused = np.frombuffer(run.keys, np.uint8).reshape(-1, KEY_BYTES)[rows < 0].tobytes()
             rows = rows[rows >= 0]
         # A put walks its chain head first; reversed, the tail ages before the head.
         if touch:
@@ -147,6 +154,7 @@ class Index:
         self.shard_bytes[rows] = run.shard_bytes
         after = self.placements.added(before, space.full, owner)
         self._replace(space, rows, before, after, incarnation)
+        return refused
 
     def remove(self, run: BlockRun, incarnation: int, tier: str) -> tuple[Rows, Rows]:
         """Record that these shards are gone; returns the rows that had been there, and those that are whole no more.

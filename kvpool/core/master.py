@@ -48,6 +48,7 @@ from kvpool.core.pins import Pins
 from kvpool.core.placement import Placement
 from kvpool.core.removals import Removals, Why
 from kvpool.core.residency import Residency
+from kvpool.core.rows import RowRelief
 from kvpool.errors import OverloadedError
 from kvpool.model import Namespace, NodeAddress, Reason
 
@@ -94,6 +95,7 @@ class MasterState:
         self.backends = Backends(
             self.index, self.nodes, limits, self.counters, self.removals, self._jobs, self._number, self._drop_rest
         )
+        self._row_relief = RowRelief(self.index, self.backends, self._jobs)
         self.pins = Pins(self.index, self.nodes, (epoch & 0x7FFFFFFF) << 32 | 1)
         self.backends.next_batch = (epoch & 0x7FFFFFFF) << 32 | 1  # never one that an earlier master has sent
 
@@ -428,6 +430,7 @@ class MasterState:
             effects += self._relieve(node, up)
             self._refresh_victims(node, up)
         effects += self.backends.tick(up, self._last_now)
+        self._row_relief.tick(self._last_now)
         if not self._tidying and self.index.moving():
             self._tidying = True
             self._jobs.append(self._tidy())

@@ -40,7 +40,7 @@ class Why(IntEnum):
     NODE_LOST = 5  # not heard of for too long
     NODE_RESTARTED = 6
     NOT_REPORTED = 7  # missing when its node reported everything anew
-    CAPACITY = 8  # its storage backend was over its high watermark
+    CAPACITY = 8  # its storage backend was over its high watermark, or the index had few rows left
     FILE_LOST = 9  # its file was missing or broken when somebody read it
 
 

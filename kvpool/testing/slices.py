@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, segment
+from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, rows, segment
 
 _SMALL: tuple[tuple[ModuleType, str, float], ...] = (
     (index, "ROWS_PER_SLICE", 2),
     (operators, "ROWS_PER_SLICE", 2),
     (backends, "ROWS_PER_SLICE", 2),
+    (rows, "ROWS_PER_SLICE", 2),
     (backends, "BATCH_FILES", 3),
     (backends, "REMOVE_RETRY_S", 1.0),
     (backends, "SCAN_RETRY_S", 1.0),

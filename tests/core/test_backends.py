@@ -28,7 +28,7 @@ from kvpool.core.removals import Why
 from kvpool.core.slots import file_bytes
 from kvpool.model import Backend, BackendState, Namespace, Reason, split_keys
 from kvpool.testing.checks import check_master
-from tests.core.master_pool import ONE, SIZE, TWO, Pool, key, keys, run
+from tests.core.master_pool import LIMITS, ONE, SIZE, TWO, Pool, key, keys, run
 
 HERE = bytes(range(16))
 THERE = bytes(range(16, 32))
@@ -421,6 +421,39 @@ def test_limits_reach_nodes_that_do_not_serve_the_backend_at_the_moment(pool):
     assert [pool.told(s, StorageLimits) for s in (1, 2, 3)] == [[full], [full] * 2, [full]]
     pool.say(3, Storage((seen(state=READ_ONLY, files=10),)))
     assert pool.told(3, StorageLimits) == [full]
+
+
+def test_an_index_without_free_rows_loses_the_coldest_files():
+    """Until some rows are free again: nothing that memory holds too, nothing pinned, wherever its files are."""
+    pool = Shared(replace(LIMITS, blocks_max=100))
+    pool.serve(1, "a", run(*range(10)), backends=(seen(), seen(THERE)))
+    pool.say(1, Delta(1, (files(*range(50)), files(*range(0, 50, 2), backend=THERE)), (), 0))
+    pool.perform([e for part in pool.master.pins.begin(ONE.digest, key(30), 0, "", 0)[1] for e in part])
+    pool.lookup(*range(20, 50))
+    pool.lookup(*range(10))
+    pool.say(1, Delta(2, (files(*range(50, 97)),), (), 0))
+    pool.pass_time(0.2, 1, sequence=2)
+    assert pool.cataloged(FileChange.DOOMED) == []
+    pool.say(1, Delta(3, (files(97),), (), 0))
+    pool.pass_time(0.2, 1, sequence=3)
+    gone = set(pool.cataloged(FileChange.DOOMED))
+    assert gone == {key(18), key(19)}
+    assert pool.master.index.rows_free == 4
+    check_master(pool.master)
+
+
+def test_files_that_find_no_row_are_removed():
+    """Whether they were written now or come from the catalog; else nobody would ever find or count them."""
+    pool = Shared(replace(LIMITS, blocks_max=10))
+    pool.serve(1, "a", run(*range(10)))
+    pool.scanned()
+    pool.say(1, Delta(1, (files(8, 9, 10, 11),), (), 0))
+    assert pool.cataloged(FileChange.DOOMED) == [key(10), key(11)]
+    assert (pool.used(), pool.backend().removing_bytes) == (2 * FILE, 2 * FILE)
+    pool.master.backends.load(iter([(files(7, 12),)]), iter(()))
+    pool.work()
+    pool.pass_time(0.1, 1, sequence=1)
+    assert pool.cataloged(FileChange.DOOMED) == pool.removing(1) == [key(10), key(11), key(12)]
 
 
 def test_another_size_for_a_block_keeps_the_account(pool):
