@@ -547,3 +547,22 @@ def test_a_scan_ends_whatever_a_store_does(monkeypatch: pytest.MonkeyPatch) -> N
         assert told[-1].error == "a defect"
 
     with_node(test)
+
+
+def test_an_end_in_order_is_bounded_though_nothing_is_down_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a timeout of minutes, threads that hang are left behind all the same, with what they have in hand."""
+    monkeypatch.setattr(filetier, "FINISH_S", 0.1)
+    monkeypatch.setattr(filetier, "LAST_S", 0.1)
+
+    async def test(node: Node) -> None:
+        node.tier._timeout_s = 600.0
+        event = node.faulty.hang(["write"])
+        node.put(*range(10))
+        await node.tier.finish()
+        assert node.backend.state is BackendState.UP
+        assert node.faulty.hanging == 2
+        assert node.state.pinned == 2
+        event.set()
+        await until(node.idle, "threads have come back")
+
+    with_node(test)
