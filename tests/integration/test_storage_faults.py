@@ -163,6 +163,19 @@ def test_a_node_ends_while_its_storage_hangs(faulty_mount: FaultyMount, storage_
     storage.files_are_read()
 
 
+def test_a_node_ends_while_what_it_has_to_write_hangs(faulty_mount: FaultyMount, bare_pool: Pool):
+    """SIGTERM is obeyed long before storage that may keep a write for a minute is down."""
+    storage = Storage(bare_pool, faulty_mount.path / "pool", "--storage_timeout", "60s")
+    faulty_mount.hang("write|create")
+    put_chain(storage.client, SPACE, chain_of(9, 8), SIZE)
+    wait_for(lambda: faulty_mount.hanging > 0, "writes hang")
+    node = bare_pool.nodes["a"]
+    node.send(signal.SIGTERM)
+    assert node.popen.wait(T) == 0, node.words()
+    assert "blocks were not written" in node.words()
+    faulty_mount.heal()
+
+
 def test_a_node_does_not_wait_for_storage_that_hangs_at_the_start(faulty_mount: FaultyMount, bare_pool: Pool):
     """It says which backend does not answer, and ends."""
     bare_pool.start_master()
