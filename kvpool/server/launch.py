@@ -114,19 +114,20 @@ class Children:
         return True
 
     def close(self) -> None:
-        """End all children, nodes first; remove their sockets."""
-        for child in reversed(self.children):
-            if child.process.poll() is None:
-                child.process.terminate()
+        """End all children, the first one, whom the others report to, after them; remove their sockets."""
         deadline = time.monotonic() + STOP_S
-        for child in reversed(self.children):
-            try:
-                child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait(timeout=STOP_S)
-            if child.socket_path and child.process.returncode != 0:
-                _remove_dead_socket(child.socket_path)
+        for some in (self.children[1:], self.children[:1]):
+            for child in some:
+                if child.process.poll() is None:
+                    child.process.terminate()
+            for child in some:
+                try:
+                    child.process.wait(timeout=max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    child.process.kill()
+                    child.process.wait(timeout=STOP_S)
+                if child.socket_path and child.process.returncode != 0:
+                    _remove_dead_socket(child.socket_path)
 
 
 def _remove_dead_socket(path: str) -> None:
