@@ -329,8 +329,12 @@ def test_one_of_two_directories_may_be_away_when_the_node_starts(bare_pool: Pool
     shares = [len(list(root.glob("blocks/*/*/*"))) for root in (fs.root, other)]
     assert sum(shares) == 64
     assert shares[1] >= 8
+    admin = fs.pool.admin()
+    wait_for(
+        lambda: sum(b.blocks for b in admin.Backends(admin_pb2.BackendsRequest(), timeout=T).backends) == 64,
+        "all are known to be in files",
+    )
     put_chain(client, SPACE, chain_of(52, 60), SIZE)
-    wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are known")
     assert get_chain(client, SPACE, keys, SIZE).prefix == len(keys)
 
 
