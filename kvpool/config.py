@@ -54,13 +54,14 @@ from kvpool.config_kinds import (
     split_address,
 )
 from kvpool.errors import ConfigError, InvalidArgumentError
+from kvpool.model import directory_of
 
 __all__ = [
     "AUTOSTARTED", "BOOL", "COMPONENTS", "CONFIG_ENV", "ENV_PREFIX", "MOONCAKE_ENV", "MOONCAKE_IGNORED",
     "MOONCAKE_TO_KVPOOL", "TEXT",
     "ClientSettings", "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "ProxySettings",
     "Settings", "boot_id", "child_environment", "default_socket_path", "foreign_environment", "from_mooncake",
-    "is_url", "load", "no_such_setting", "read_file", "runtime_dir", "setting", "split_address",
+    "load", "no_such_setting", "read_file", "runtime_dir", "setting", "split_address",
 ]  # fmt: skip
 
 ENV_PREFIX = "KVPOOL_"
@@ -213,7 +214,6 @@ class NodeSettings(Settings):
 
 
 STORAGE_CAPACITY_MIN = 1 << 20
-_LOCAL_URLS = ("file://", "local://")  # directories by another name
 
 
 def _check_storage(settings: NodeSettings | ClientSettings) -> None:
@@ -224,7 +224,7 @@ def _check_storage(settings: NodeSettings | ClientSettings) -> None:
         if settings.storage_backends:
             raise ConfigError("pipeline", '"Cache" has no files: leave out either it or storage_backends')
         raise ConfigError("pipeline", f'"{settings.pipeline}" needs storage_backends')
-    remote = [is_url(backend) and not backend.startswith(_LOCAL_URLS) for backend in settings.storage_backends or ()]
+    remote = [directory_of(backend) is None for backend in settings.storage_backends or ()]
     if "Posix" in str(settings.pipeline) and any(remote):
         raise ConfigError("pipeline", f'"{settings.pipeline}" is for directories, a backend is a URL: leave it out')
     if "Object" in str(settings.pipeline) and not any(remote):
@@ -239,12 +239,7 @@ def default_pipeline(backends: Iterable[str]) -> str:
     """Return the pipeline of a node with these backends."""
     if not backends:
         return "Cache"
-    return "Cache|Object" if any(is_url(b) and not b.startswith(_LOCAL_URLS) for b in backends) else "Cache|Posix"
-
-
-def is_url(backend: str) -> bool:
-    """Return whether a storage backend is an fsspec URL; ``file://`` is one, a directory is not."""
-    return "://" in backend
+    return "Cache|Object" if any(directory_of(b) is None for b in backends) else "Cache|Posix"
 
 
 AUTOSTARTED = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from typing import Any
@@ -149,6 +149,16 @@ class Backend:
     reason: str = ""
 
 
+_DIRECTORY_URLS = ("file://", "local://")
+
+
+def directory_of(backend: str) -> str | None:
+    """Return the directory that a storage backend's name means, with ``file://`` or without; None for any other URL."""
+    if backend.startswith(_DIRECTORY_URLS):
+        return backend.partition("://")[2]
+    return None if "://" in backend else backend
+
+
 class Reason(Enum):
     """Why a looked-up prefix ends where it does."""
 
@@ -187,14 +197,6 @@ def pack_keys(hashes: bytes | bytearray | memoryview | Sequence[bytes], field: s
 def split_keys(packed: bytes) -> list[bytes]:
     """Return packed keys one by one."""
     return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
-
-
-def shard_mask(shards: Iterable[int]) -> int:
-    """Return the bit mask of some shard numbers."""
-    mask = 0
-    for shard in shards:
-        mask |= 1 << shard
-    return mask
 
 
 def mask_shards(mask: int) -> list[int]:

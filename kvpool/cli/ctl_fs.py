@@ -17,9 +17,9 @@ from kvpool.cli.fs_scrub import Scrub
 from kvpool.cli.fs_verify import Verification
 from kvpool.cli.options import CONTEXT, load_settings, one_line_errors
 from kvpool.cli.remote import ExitCode, Remote, RemoteError, asks_master
-from kvpool.config import NodeSettings, default_pipeline, is_url
+from kvpool.config import NodeSettings, default_pipeline
 from kvpool.errors import KVPoolError
-from kvpool.model import parse_duration_ms
+from kvpool.model import directory_of, parse_duration_ms
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.tiers.opening import open_store
 from kvpool.tiers.store import BlockStore, StoreError
@@ -76,7 +76,7 @@ def opened(backends: Sequence[str], storage_options: str | None, config: str | N
     try:
         with one_line_errors():
             for url in settings.storage_backends:
-                options = settings.storage_options if is_url(url) else None
+                options = settings.storage_options if directory_of(url) is None else None
                 # A name that is mistyped makes no backend; those that were opened are closed.
                 stores.append(open_store(url, owner=owner, options=options, create=False))
         try:
@@ -174,6 +174,17 @@ def ls(
         raise click.exceptions.Exit(ExitCode.NOTHING)
 
 
+def _show(remote: Remote, runs: Sequence[Verification | Scrub]) -> None:
+    """Show what was found, and end the program with exit code 1 where something was."""
+    if remote.as_json:
+        printers.print_json({"backends": [run.data() for run in runs]})
+    else:
+        for run in runs:
+            run.show()
+    if not all(run.clean for run in runs):
+        raise click.exceptions.Exit(ExitCode.NOTHING)
+
+
 @fs.command("verify", context_settings=CONTEXT)
 @backend_options
 @threads_option
@@ -206,13 +217,7 @@ def verify(
             catalog = None if dry_run else find_catalog(remote, store)
             runs.append(Verification(store, catalog, threads=threads, remove=remove, dry_run=dry_run))
             runs[-1].run()
-    if remote.as_json:
-        printers.print_json({"backends": [run.data() for run in runs]})
-    else:
-        for run in runs:
-            run.show()
-    if not all(run.clean for run in runs):
-        raise click.exceptions.Exit(ExitCode.NOTHING)
+    _show(remote, runs)
 
 
 @fs.command("scrub", context_settings=CONTEXT)
@@ -267,10 +272,4 @@ def scrub(
             )  # fmt: skip
             run.run()
             runs.append(run)
-    if remote.as_json:
-        printers.print_json({"backends": [run.data() for run in runs]})
-    else:
-        for run in runs:
-            run.show()
-    if not all(run.clean for run in runs):
-        raise click.exceptions.Exit(ExitCode.NOTHING)
+    _show(remote, runs)

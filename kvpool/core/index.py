@@ -286,10 +286,6 @@ class Index:
 
     # ---- reading -------------------------------------------------------------------------------
 
-    def space_at(self, row: int) -> Space:
-        """Return the namespace of a row in use."""
-        return self._by_number[int(self.space_of[row])]
-
     def owners(self, rows: Rows) -> set[int]:
         """Return the incarnations that hold anything of these rows."""
         numbers = np.unique(self.placement.take(rows)).tolist()

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpool.errors import ConfigError
+from kvpool.model import directory_of
 from kvpool.tiers.posix import FSYNC, PosixStore
 from kvpool.tiers.store import BlockStore
-
-_LOCAL = ("file://", "local://")
 
 
 def open_store(
@@ -30,14 +29,13 @@ def open_store(
     """
     if fsync not in FSYNC:
         raise ConfigError("storage_fsync", f"must be one of {', '.join(FSYNC)}, not {fsync!r}")
-    if url.startswith(_LOCAL):
-        url = url.partition("://")[2]  # nothing that fsspec does with a directory is better
-    if "://" in url:
+    directory = directory_of(url)  # nothing that fsspec does with one is better
+    if directory is None:
         from kvpool.tiers.object import ObjectStore
 
         return ObjectStore(url, owner=owner, capacity_bytes=capacity_bytes, options=options, create=create)
-    if not url:
+    if not directory:
         raise ConfigError("storage_backends", "an empty name is no directory")
     if options:
-        raise ConfigError("storage_options", f"means nothing for a directory such as {url}")
-    return PosixStore(url, owner=owner, capacity_bytes=capacity_bytes, direct=direct, fsync=fsync, create=create)
+        raise ConfigError("storage_options", f"means nothing for a directory such as {directory}")
+    return PosixStore(directory, owner=owner, capacity_bytes=capacity_bytes, direct=direct, fsync=fsync, create=create)
