@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kvpool.client_health import Guard, Health
 from kvpool.client_results import Lookup
+from kvpool.core.file_jobs import Miss
 from kvpool.errors import UnavailableError
 
 PART_BYTES = 16 << 20
@@ -15,12 +16,12 @@ PART_BYTES = 16 << 20
 ANSWER_S_MAX = 0.1
 """Of a call's time, what is kept for the node's answer and the copying after it has waited for storage."""
 
-REASONS = {
-    -4: "file_missing",
-    -5: "file_corrupt",
-    -6: "storage_down",
-    -7: "storage_timeout",
-    -8: "no_room",
+REASONS: dict[int, str] = {
+    Miss.FILE_MISSING: "file_missing",
+    Miss.FILE_BROKEN: "file_corrupt",
+    Miss.STORAGE_DOWN: "storage_down",
+    Miss.NOT_IN_TIME: "storage_timeout",
+    Miss.NO_ROOM: "no_room",
 }
 """Miss reasons by the code that a node answers instead of a size or an offset."""
 
