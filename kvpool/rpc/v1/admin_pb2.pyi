@@ -13,7 +13,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "master_epoch", "uptime_s", "blocks", "leases", "leased_blocks", "nodes_live", "nodes_known", "capacity_bytes", "used_bytes", "warming", "counters", "settings", "warnings", "removals", "removals_max", "engines", "engine_blocks", "backends")
+    __slots__ = ("version", "master_epoch", "uptime_s", "blocks", "leases", "leased_blocks", "nodes_live", "nodes_known", "capacity_bytes", "used_bytes", "warming", "counters", "settings", "warnings", "removals", "removals_max", "engines", "engine_blocks", "backends", "transfers", "transfer_blocks", "engines_announced")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,9 @@ class StatusResponse(_message.Message):
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     ENGINE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
     version: str
     master_epoch: int
     uptime_s: float
@@ -66,7 +69,10 @@ class StatusResponse(_message.Message):
     engines: int
     engine_blocks: int
     backends: _containers.RepeatedCompositeFieldContainer[BackendStatus]
-    def __init__(self, version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., uptime_s: _Optional[float] = ..., blocks: _Optional[int] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., nodes_live: _Optional[int] = ..., nodes_known: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., warming: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., settings: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[str]] = ..., removals: _Optional[int] = ..., removals_max: _Optional[int] = ..., engines: _Optional[int] = ..., engine_blocks: _Optional[int] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ...) -> None: ...
+    transfers: int
+    transfer_blocks: int
+    engines_announced: int
+    def __init__(self, version: _Optional[str] = ..., master_epoch: _Optional[int] = ..., uptime_s: _Optional[float] = ..., blocks: _Optional[int] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., nodes_live: _Optional[int] = ..., nodes_known: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., warming: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., settings: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[str]] = ..., removals: _Optional[int] = ..., removals_max: _Optional[int] = ..., engines: _Optional[int] = ..., engine_blocks: _Optional[int] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ..., transfers: _Optional[int] = ..., transfer_blocks: _Optional[int] = ..., engines_announced: _Optional[int] = ...) -> None: ...
 
 class NodesRequest(_message.Message):
     __slots__ = ()

@@ -192,30 +192,192 @@ class ResidencyResponse(_message.Message):
     again: bool
     def __init__(self, again: bool = ...) -> None: ...
 
+class TransferPart(_message.Message):
+    __slots__ = ("namespace", "keys", "drop_last")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DROP_LAST_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    drop_last: int
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., drop_last: _Optional[int] = ...) -> None: ...
+
+class OpenTransferRequest(_message.Message):
+    __slots__ = ("transfer", "parts", "nodes", "producer")
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    PRODUCER_FIELD_NUMBER: _ClassVar[int]
+    transfer: int
+    parts: _containers.RepeatedCompositeFieldContainer[TransferPart]
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    producer: str
+    def __init__(self, transfer: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[TransferPart, _Mapping]]] = ..., nodes: _Optional[_Iterable[str]] = ..., producer: _Optional[str] = ...) -> None: ...
+
+class OpenTransferResponse(_message.Message):
+    __slots__ = ("ttl_ms",)
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    ttl_ms: int
+    def __init__(self, ttl_ms: _Optional[int] = ...) -> None: ...
+
+class SealTransferRequest(_message.Message):
+    __slots__ = ("transfer", "ttl_ms")
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    transfer: int
+    ttl_ms: int
+    def __init__(self, transfer: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class SealTransferResponse(_message.Message):
+    __slots__ = ("known",)
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    known: bool
+    def __init__(self, known: bool = ...) -> None: ...
+
+class ClaimTransferRequest(_message.Message):
+    __slots__ = ("transfer", "consumer")
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    CONSUMER_FIELD_NUMBER: _ClassVar[int]
+    transfer: int
+    consumer: str
+    def __init__(self, transfer: _Optional[int] = ..., consumer: _Optional[str] = ...) -> None: ...
+
+class ClaimTransferResponse(_message.Message):
+    __slots__ = ("state", "namespaces", "nodes", "ttl_ms")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNKNOWN: _ClassVar[ClaimTransferResponse.State]
+        OPEN: _ClassVar[ClaimTransferResponse.State]
+        SEALED: _ClassVar[ClaimTransferResponse.State]
+        ENDED: _ClassVar[ClaimTransferResponse.State]
+    UNKNOWN: ClaimTransferResponse.State
+    OPEN: ClaimTransferResponse.State
+    SEALED: ClaimTransferResponse.State
+    ENDED: ClaimTransferResponse.State
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    state: ClaimTransferResponse.State
+    namespaces: _containers.RepeatedScalarFieldContainer[bytes]
+    nodes: _containers.RepeatedCompositeFieldContainer[_types_pb2.NodeAddress]
+    ttl_ms: int
+    def __init__(self, state: _Optional[_Union[ClaimTransferResponse.State, str]] = ..., namespaces: _Optional[_Iterable[bytes]] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class TransfersRequest(_message.Message):
+    __slots__ = ("transfers",)
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    transfers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, transfers: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TransfersResponse(_message.Message):
+    __slots__ = ("unknown",)
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    unknown: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, unknown: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EngineAnnouncement(_message.Message):
+    __slots__ = ("owner", "engine", "address", "role", "model", "namespaces", "tensor_parallel", "pipeline_parallel", "data_parallel_rank", "host", "boot_id", "devices", "transfers", "layerwise", "bye")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    DATA_PARALLEL_RANK_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    LAYERWISE_FIELD_NUMBER: _ClassVar[int]
+    BYE_FIELD_NUMBER: _ClassVar[int]
+    owner: int
+    engine: str
+    address: str
+    role: str
+    model: str
+    namespaces: _containers.RepeatedScalarFieldContainer[bytes]
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel_rank: int
+    host: str
+    boot_id: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    transfers: bool
+    layerwise: bool
+    bye: bool
+    def __init__(self, owner: _Optional[int] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., namespaces: _Optional[_Iterable[bytes]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., data_parallel_rank: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., transfers: bool = ..., layerwise: bool = ..., bye: bool = ...) -> None: ...
+
+class AnnounceEngineResponse(_message.Message):
+    __slots__ = ("ttl_ms",)
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    ttl_ms: int
+    def __init__(self, ttl_ms: _Optional[int] = ...) -> None: ...
+
+class EnginesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EngineStatus(_message.Message):
+    __slots__ = ("engine", "last_seen_s", "blocks")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_S_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    engine: EngineAnnouncement
+    last_seen_s: float
+    blocks: int
+    def __init__(self, engine: _Optional[_Union[EngineAnnouncement, _Mapping]] = ..., last_seen_s: _Optional[float] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class EnginesResponse(_message.Message):
+    __slots__ = ("engines",)
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    engines: _containers.RepeatedCompositeFieldContainer[EngineStatus]
+    def __init__(self, engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ...) -> None: ...
+
 class MasterFrame(_message.Message):
-    __slots__ = ("id", "lookup", "renew", "release", "residency")
+    __slots__ = ("id", "lookup", "renew", "release", "residency", "open_transfer", "seal_transfer", "claim_transfer", "renew_transfers", "end_transfers")
     ID_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    OPEN_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    SEAL_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    RENEW_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    END_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     id: int
     lookup: LookupRequest
     renew: LeaseRequest
     release: LeaseRequest
     residency: ResidencyRequest
-    def __init__(self, id: _Optional[int] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., renew: _Optional[_Union[LeaseRequest, _Mapping]] = ..., release: _Optional[_Union[LeaseRequest, _Mapping]] = ..., residency: _Optional[_Union[ResidencyRequest, _Mapping]] = ...) -> None: ...
+    open_transfer: OpenTransferRequest
+    seal_transfer: SealTransferRequest
+    claim_transfer: ClaimTransferRequest
+    renew_transfers: TransfersRequest
+    end_transfers: TransfersRequest
+    def __init__(self, id: _Optional[int] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., renew: _Optional[_Union[LeaseRequest, _Mapping]] = ..., release: _Optional[_Union[LeaseRequest, _Mapping]] = ..., residency: _Optional[_Union[ResidencyRequest, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransferRequest, _Mapping]] = ..., seal_transfer: _Optional[_Union[SealTransferRequest, _Mapping]] = ..., claim_transfer: _Optional[_Union[ClaimTransferRequest, _Mapping]] = ..., renew_transfers: _Optional[_Union[TransfersRequest, _Mapping]] = ..., end_transfers: _Optional[_Union[TransfersRequest, _Mapping]] = ...) -> None: ...
 
 class MasterFrameReply(_message.Message):
-    __slots__ = ("id", "error", "lookup", "lease", "residency")
+    __slots__ = ("id", "error", "lookup", "lease", "residency", "open_transfer", "seal_transfer", "claim_transfer", "transfers")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    OPEN_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    SEAL_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     id: int
     error: _types_pb2.Error
     lookup: LookupResponse
     lease: LeaseResponse
     residency: ResidencyResponse
-    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., lease: _Optional[_Union[LeaseResponse, _Mapping]] = ..., residency: _Optional[_Union[ResidencyResponse, _Mapping]] = ...) -> None: ...
+    open_transfer: OpenTransferResponse
+    seal_transfer: SealTransferResponse
+    claim_transfer: ClaimTransferResponse
+    transfers: TransfersResponse
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., lease: _Optional[_Union[LeaseResponse, _Mapping]] = ..., residency: _Optional[_Union[ResidencyResponse, _Mapping]] = ..., open_transfer: _Optional[_Union[OpenTransferResponse, _Mapping]] = ..., seal_transfer: _Optional[_Union[SealTransferResponse, _Mapping]] = ..., claim_transfer: _Optional[_Union[ClaimTransferResponse, _Mapping]] = ..., transfers: _Optional[_Union[TransfersResponse, _Mapping]] = ...) -> None: ...

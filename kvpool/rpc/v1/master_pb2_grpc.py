@@ -70,6 +70,41 @@ class MasterStub(object):
                 request_serializer=kvpool_dot_v1_dot_master__pb2.ResidencyRequest.SerializeToString,
                 response_deserializer=kvpool_dot_v1_dot_master__pb2.ResidencyResponse.FromString,
                 _registered_method=True)
+        self.OpenTransfer = channel.unary_unary(
+                '/kvpool.v1.Master/OpenTransfer',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.OpenTransferRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.OpenTransferResponse.FromString,
+                _registered_method=True)
+        self.SealTransfer = channel.unary_unary(
+                '/kvpool.v1.Master/SealTransfer',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.SealTransferRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.SealTransferResponse.FromString,
+                _registered_method=True)
+        self.ClaimTransfer = channel.unary_unary(
+                '/kvpool.v1.Master/ClaimTransfer',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.ClaimTransferRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.ClaimTransferResponse.FromString,
+                _registered_method=True)
+        self.RenewTransfers = channel.unary_unary(
+                '/kvpool.v1.Master/RenewTransfers',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.TransfersRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.TransfersResponse.FromString,
+                _registered_method=True)
+        self.EndTransfers = channel.unary_unary(
+                '/kvpool.v1.Master/EndTransfers',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.TransfersRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.TransfersResponse.FromString,
+                _registered_method=True)
+        self.AnnounceEngine = channel.unary_unary(
+                '/kvpool.v1.Master/AnnounceEngine',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.EngineAnnouncement.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.AnnounceEngineResponse.FromString,
+                _registered_method=True)
+        self.Engines = channel.unary_unary(
+                '/kvpool.v1.Master/Engines',
+                request_serializer=kvpool_dot_v1_dot_master__pb2.EnginesRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_master__pb2.EnginesResponse.FromString,
+                _registered_method=True)
 
 
 class MasterServicer(object):
@@ -124,6 +159,56 @@ class MasterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenTransfer(self, request, context):
+        """A prompt's KV is about to be stored for another engine: its blocks are evicted last, when they come, until the
+        transfer ends. Idempotent: the same transfer may be opened anew, by another producer too, with other blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SealTransfer(self, request, context):
+        """The producer has stored all that it will store; from now on the transfer lives for `ttl_ms` without being renewed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClaimTransfer(self, request, context):
+        """The consumer is about to load: it renews from now on, and has to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewTransfers(self, request, context):
+        """Says that the producer of open transfers, or the consumer of claimed ones, is alive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndTransfers(self, request, context):
+        """Ends transfers: loaded, or not wanted any more. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnnounceEngine(self, request, context):
+        """An engine says that it is there, how requests reach it, and what it does; again within `ttl_ms`, or it is forgotten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Engines(self, request, context):
+        """Every engine that has announced itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MasterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -161,6 +246,41 @@ def add_MasterServicer_to_server(servicer, server):
                     servicer.ReportResidency,
                     request_deserializer=kvpool_dot_v1_dot_master__pb2.ResidencyRequest.FromString,
                     response_serializer=kvpool_dot_v1_dot_master__pb2.ResidencyResponse.SerializeToString,
+            ),
+            'OpenTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenTransfer,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.OpenTransferRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.OpenTransferResponse.SerializeToString,
+            ),
+            'SealTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.SealTransfer,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.SealTransferRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.SealTransferResponse.SerializeToString,
+            ),
+            'ClaimTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClaimTransfer,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.ClaimTransferRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.ClaimTransferResponse.SerializeToString,
+            ),
+            'RenewTransfers': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewTransfers,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.TransfersRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.TransfersResponse.SerializeToString,
+            ),
+            'EndTransfers': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndTransfers,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.TransfersRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.TransfersResponse.SerializeToString,
+            ),
+            'AnnounceEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnnounceEngine,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.EngineAnnouncement.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.AnnounceEngineResponse.SerializeToString,
+            ),
+            'Engines': grpc.unary_unary_rpc_method_handler(
+                    servicer.Engines,
+                    request_deserializer=kvpool_dot_v1_dot_master__pb2.EnginesRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_master__pb2.EnginesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -352,6 +472,195 @@ class Master(object):
             '/kvpool.v1.Master/ReportResidency',
             kvpool_dot_v1_dot_master__pb2.ResidencyRequest.SerializeToString,
             kvpool_dot_v1_dot_master__pb2.ResidencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/OpenTransfer',
+            kvpool_dot_v1_dot_master__pb2.OpenTransferRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.OpenTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SealTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/SealTransfer',
+            kvpool_dot_v1_dot_master__pb2.SealTransferRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.SealTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClaimTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/ClaimTransfer',
+            kvpool_dot_v1_dot_master__pb2.ClaimTransferRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.ClaimTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewTransfers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/RenewTransfers',
+            kvpool_dot_v1_dot_master__pb2.TransfersRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.TransfersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndTransfers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/EndTransfers',
+            kvpool_dot_v1_dot_master__pb2.TransfersRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.TransfersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnnounceEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/AnnounceEngine',
+            kvpool_dot_v1_dot_master__pb2.EngineAnnouncement.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.AnnounceEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Engines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Master/Engines',
+            kvpool_dot_v1_dot_master__pb2.EnginesRequest.SerializeToString,
+            kvpool_dot_v1_dot_master__pb2.EnginesResponse.FromString,
             options,
             channel_credentials,
             insecure,

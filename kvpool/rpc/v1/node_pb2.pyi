@@ -232,7 +232,7 @@ class Keep(_message.Message):
     def __init__(self, keep: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., release: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon", "prefetch")
+    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon", "prefetch", "progress")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     REGISTER_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +246,7 @@ class NodeFrame(_message.Message):
     LOCAL_PREFIX_FIELD_NUMBER: _ClassVar[int]
     ABANDON_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     id: int
     attach: Attach
     register: _types_pb2.NamespaceDescriptor
@@ -259,7 +260,8 @@ class NodeFrame(_message.Message):
     local_prefix: LocalPrefix
     abandon: Abandon
     prefetch: Prefetch
-    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class NodeFrameReply(_message.Message):
     __slots__ = ("id", "error", "attached", "reserved", "committed", "pinned", "got", "local_prefix")
@@ -300,18 +302,20 @@ class Attached(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., segment_bytes: _Optional[int] = ..., backends: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("namespace", "shards", "shard_bytes", "layers", "writer")
+    __slots__ = ("namespace", "shards", "shard_bytes", "layers", "writer", "transfer")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     WRITER_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: _containers.RepeatedScalarFieldContainer[int]
     shard_bytes: int
     layers: int
     writer: int
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., shard_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., writer: _Optional[int] = ...) -> None: ...
+    transfer: int
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., shard_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., writer: _Optional[int] = ..., transfer: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("reservation",)
@@ -326,6 +330,14 @@ class Commit(_message.Message):
     reservation: int
     keep: bytes
     def __init__(self, reservation: _Optional[int] = ..., keep: _Optional[bytes] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("reservation", "layers")
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    reservation: int
+    layers: int
+    def __init__(self, reservation: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
 
 class Committed(_message.Message):
     __slots__ = ("stored",)
@@ -352,24 +364,32 @@ class Abandon(_message.Message):
     def __init__(self, writer: _Optional[int] = ...) -> None: ...
 
 class Pin(_message.Message):
-    __slots__ = ("namespace", "shards", "fetch_ms", "backend")
+    __slots__ = ("namespace", "shards", "fetch_ms", "backend", "transfer", "wait_ms", "first_layer")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: _containers.RepeatedScalarFieldContainer[int]
     fetch_ms: int
     backend: bytes
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., fetch_ms: _Optional[int] = ..., backend: _Optional[bytes] = ...) -> None: ...
+    transfer: int
+    wait_ms: int
+    first_layer: int
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., fetch_ms: _Optional[int] = ..., backend: _Optional[bytes] = ..., transfer: _Optional[int] = ..., wait_ms: _Optional[int] = ..., first_layer: _Optional[int] = ...) -> None: ...
 
 class Pinned(_message.Message):
-    __slots__ = ("pin", "layers")
+    __slots__ = ("pin", "layers", "ready")
     PIN_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
     pin: int
     layers: int
-    def __init__(self, pin: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
+    ready: int
+    def __init__(self, pin: _Optional[int] = ..., layers: _Optional[int] = ..., ready: _Optional[int] = ...) -> None: ...
 
 class ReleasePin(_message.Message):
     __slots__ = ("pin",)
@@ -378,20 +398,24 @@ class ReleasePin(_message.Message):
     def __init__(self, pin: _Optional[int] = ...) -> None: ...
 
 class Get(_message.Message):
-    __slots__ = ("namespace", "shards", "first_layer", "layer_count", "fetch_ms", "backend")
+    __slots__ = ("namespace", "shards", "first_layer", "layer_count", "fetch_ms", "backend", "transfer", "wait_ms")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
     FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     shards: _containers.RepeatedScalarFieldContainer[int]
     first_layer: int
     layer_count: int
     fetch_ms: int
     backend: bytes
-    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., fetch_ms: _Optional[int] = ..., backend: _Optional[bytes] = ...) -> None: ...
+    transfer: int
+    wait_ms: int
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., fetch_ms: _Optional[int] = ..., backend: _Optional[bytes] = ..., transfer: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class Got(_message.Message):
     __slots__ = ("layers",)
