@@ -109,14 +109,16 @@ class LookupResponse(_message.Message):
         owners: _containers.RepeatedCompositeFieldContainer[LookupResponse.Owner]
         def __init__(self, blocks: _Optional[int] = ..., owners: _Optional[_Iterable[_Union[LookupResponse.Owner, _Mapping]]] = ...) -> None: ...
     class Resident(_message.Message):
-        __slots__ = ("engine", "tier", "ranges")
+        __slots__ = ("engine", "tier", "ranges", "owner")
         ENGINE_FIELD_NUMBER: _ClassVar[int]
         TIER_FIELD_NUMBER: _ClassVar[int]
         RANGES_FIELD_NUMBER: _ClassVar[int]
+        OWNER_FIELD_NUMBER: _ClassVar[int]
         engine: str
         tier: str
         ranges: _containers.RepeatedCompositeFieldContainer[LookupResponse.Range]
-        def __init__(self, engine: _Optional[str] = ..., tier: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[LookupResponse.Range, _Mapping]]] = ...) -> None: ...
+        owner: int
+        def __init__(self, engine: _Optional[str] = ..., tier: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[LookupResponse.Range, _Mapping]]] = ..., owner: _Optional[int] = ...) -> None: ...
     class Range(_message.Message):
         __slots__ = ("first", "blocks")
         FIRST_FIELD_NUMBER: _ClassVar[int]
@@ -277,7 +279,7 @@ class TransfersResponse(_message.Message):
     def __init__(self, unknown: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineAnnouncement(_message.Message):
-    __slots__ = ("owner", "engine", "address", "role", "model", "namespaces", "tensor_parallel", "pipeline_parallel", "data_parallel_rank", "host", "boot_id", "devices", "transfers", "layerwise", "bye")
+    __slots__ = ("owner", "engine", "address", "role", "model", "namespaces", "tensor_parallel", "pipeline_parallel", "data_parallel_rank", "host", "boot_id", "devices", "transfers", "layerwise", "bye", "loads", "residency")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +295,8 @@ class EngineAnnouncement(_message.Message):
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     LAYERWISE_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     owner: int
     engine: str
     address: str
@@ -308,7 +312,9 @@ class EngineAnnouncement(_message.Message):
     transfers: bool
     layerwise: bool
     bye: bool
-    def __init__(self, owner: _Optional[int] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., namespaces: _Optional[_Iterable[bytes]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., data_parallel_rank: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., transfers: bool = ..., layerwise: bool = ..., bye: bool = ...) -> None: ...
+    loads: bool
+    residency: bool
+    def __init__(self, owner: _Optional[int] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., namespaces: _Optional[_Iterable[bytes]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., data_parallel_rank: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., transfers: bool = ..., layerwise: bool = ..., bye: bool = ..., loads: bool = ..., residency: bool = ...) -> None: ...
 
 class AnnounceEngineResponse(_message.Message):
     __slots__ = ("ttl_ms",)
