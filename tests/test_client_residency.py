@@ -51,7 +51,7 @@ class Master:
     def held(self):
         with self.lock:
             found = list(self.residency.holders(as_words(packed(*range(64))), {SPACE.digest}))
-        return {n for _, _, at in found for n in at.tolist()}
+        return {n for _, _, _, at in found for n in at.tolist()}
 
 
 def wait_for(condition):

@@ -108,7 +108,7 @@ def explain(state: MasterState, namespace: bytes, keys: bytes, now: float) -> Ge
         for block in blocks[start : start + KEYS_SLICE]:
             _judge(state, block, now)
         yield
-    for engine, digest, at in state.residency.holders(words, {namespace} if namespace else ()):
+    for _, engine, digest, at in state.residency.holders(words, {namespace} if namespace else ()):
         for i in at.tolist():
             blocks[i].namespace = blocks[i].namespace or digest
             if blocks[i].namespace == digest:

@@ -19,6 +19,7 @@ from kvpool.core.ages import Ages
 from kvpool.core.agreement import disagreeing, warning
 from kvpool.core.backends import Backends
 from kvpool.core.effects import Close, Closed, Effect, Event, NodeChanged, Received, Remember, Send
+from kvpool.core.engines import Engines
 from kvpool.core.eviction import pick_victims, slices_for_eviction
 from kvpool.core.index import NAMESPACES_MAX, Index
 from kvpool.core.keytable import Rows
@@ -79,6 +80,7 @@ class MasterState:
         self.removals = Removals(now, limits.removals_max)
         self.ages = Ages()
         self.residency = Residency(limits.client_ttl_s)
+        self.engines = Engines(limits.client_ttl_s)
         self.started = now
         self._last_now = now
         self._stalled = 0.0
@@ -411,6 +413,7 @@ class MasterState:
         effects: list[Effect] = []
         self.leases.expire(up, at_most=256)
         self.residency.expire(up)
+        self.engines.expire(up)
         self._jobs.extend(self.pins.expire(self._last_now))
         self.ages.note(self.index.recency.clock, self._last_now)
         for node_id, node in list(self.nodes.items()):

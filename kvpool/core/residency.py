@@ -97,6 +97,11 @@ class Residency:
         """Return the number of blocks, counted once an engine."""
         return sum(len(blocks) for engine in self.engines.values() for blocks in engine.spaces.values())
 
+    def blocks_of(self, owner: int) -> int:
+        """Return the number of an engine's blocks; 0 for one that reports none."""
+        engine = self.engines.get(owner)
+        return 0 if engine is None else sum(map(len, engine.spaces.values()))
+
     def report(self, report: Report, now: float) -> bool:
         """Take in a report; returns whether an inventory is needed. Raises InvalidArgumentError, OverloadedError."""
         keys = _checked(report)
@@ -139,15 +144,15 @@ class Residency:
         for owner in [o for o, e in self.engines.items() if now - e.last_seen > self._ttl_s]:
             del self.engines[owner]
 
-    def holders(self, keys: Words, namespaces: Collection[bytes] = ()) -> Iterator[tuple[str, bytes, Rows]]:
-        """Yield (engine, namespace, the positions of the keys that it holds), those that hold none too.
+    def holders(self, keys: Words, namespaces: Collection[bytes] = ()) -> Iterator[tuple[int, str, bytes, Rows]]:
+        """Yield (owner, engine, namespace, the positions of the keys that it holds), those that hold none too.
 
         One engine and namespace at a time; with ``namespaces`` only those.
         """
-        for engine in list(self.engines.values()):
+        for owner, engine in list(self.engines.items()):
             for namespace, blocks in list(engine.spaces.items()):
                 if not namespaces or namespace in namespaces:
-                    yield engine.name, namespace, np.flatnonzero(blocks.find(keys) >= 0)
+                    yield owner, engine.name, namespace, np.flatnonzero(blocks.find(keys) >= 0)
 
 
 def _checked(report: Report) -> Words:

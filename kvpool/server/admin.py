@@ -64,6 +64,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             removals_max=state.removals.entries_max,
             engines=len(state.residency.engines),
             engine_blocks=len(state.residency),
+            engines_announced=len(state.engines),
             backends=backends.statuses(self.pool),
         )
 
@@ -118,16 +119,16 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Say which of the blocks engines hold themselves, a slice at a time."""
         keys = as_words(request.hashes)
         namespaces = {request.namespace, *(group.namespace for group in request.groups)}
-        found: dict[str, list[Rows]] = {}
+        found: dict[tuple[int, str], list[Rows]] = {}
         for start in range(0, len(keys), RESIDENTS_SLICE):
             part = keys[start : start + RESIDENTS_SLICE]
-            for engine, _, at in self.pool.state.residency.holders(part, namespaces):
+            for owner, engine, _, at in self.pool.state.residency.holders(part, namespaces):
                 if len(at):
-                    found.setdefault(engine, []).append(at + start)
+                    found.setdefault((owner, engine), []).append(at + start)
                 await asyncio.sleep(0)
-        for engine, parts in found.items():
+        for (owner, engine), parts in found.items():
             positions = np.unique(np.concatenate(parts))
-            resident = response.residents.add(engine=engine, tier=HBM)
+            resident = response.residents.add(engine=engine, tier=HBM, owner=owner)
             for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
                 resident.ranges.add(first=int(run[0]), blocks=len(run))
 

@@ -38,7 +38,7 @@ from kvpool.rpc.v1 import (
     node_pb2,
     node_pb2_grpc,
 )
-from kvpool.server import metrics, wire
+from kvpool.server import engines, metrics, wire
 from kvpool.server.admin import AdminService
 from kvpool.server.daemon import run_daemon
 from kvpool.server.keeper import Keeper
@@ -280,6 +280,16 @@ class MasterService(master_pb2_grpc.MasterServicer):
     ) -> master_pb2.ResidencyResponse:
         """Take in what an engine holds, as the frames do."""
         return self.pool.report(request, request.keys)
+
+    @rpc
+    async def AnnounceEngine(self, request: Any, context: Any) -> master_pb2.AnnounceEngineResponse:
+        """Take in what an engine says of itself."""
+        return engines.announce(self.pool, request)
+
+    @rpc
+    async def Engines(self, request: master_pb2.EnginesRequest, context: Any) -> master_pb2.EnginesResponse:
+        """Return every engine that has announced itself."""
+        return engines.engines(self.pool)
 
 
 class NodeSessionService(node_pb2_grpc.NodeSessionServicer):

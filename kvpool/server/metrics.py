@@ -143,6 +143,7 @@ def master_values(state: MasterState, clock: Callable[[], float]) -> list[Value]
         Value("counter", "kvpool_removals", "Removals", removals.pushed),
         Value("gauge", "kvpool_removals_memory_seconds", "How far back removals are known", now - removals.since),
         Value("gauge", "kvpool_engines", "Engines that report what they hold", len(residency.engines)),
+        Value("gauge", "kvpool_engines_announced", "Engines that routers can find", len(state.engines)),
         Value("gauge", "kvpool_engine_blocks", "Blocks in engines' own memory (tier hbm)", len(residency)),
         Value("gauge", "kvpool_uptime_seconds", "Time since the start", now - state.started),
         Value("gauge", "kvpool_pins", "Operators' pins", len(state.pins.by_id)),

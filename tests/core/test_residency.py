@@ -26,7 +26,7 @@ def report(owner=1, sequence=1, namespace=b"", added=(), removed=(), engine="eng
 
 def held(residency, namespace=ONE):
     found = residency.holders(as_words(b"".join(KEYS)), {namespace})
-    return {name: set(at.tolist()) for name, _, at in found if len(at)}
+    return {name: set(at.tolist()) for _, name, _, at in found if len(at)}
 
 
 def started(**about):
