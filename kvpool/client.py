@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
+from typing import Any, Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
 from kvpool.client_files import StorageGuards, only_in_files, storage_name
@@ -185,6 +185,14 @@ class Client:
         """Say what the engine has in its own memory: cleared, then keys that went, and came. Never waits."""
         if self._link is not None:
             self._link.residency.report(namespace, added, removed, cleared=cleared)
+
+    def announce_engine(self, **said: Any) -> None:
+        """Say that this process is an engine, by the fields of ``EngineAnnouncement``, until ``close``. Never waits.
+
+        What is said later is added. ":PORT" as address means this host's address on its way to the master.
+        """
+        if self._link is not None:
+            self._link.announcer.say(**said)
 
     # ---- lookup ----------------------------------------------------------------------------------
 

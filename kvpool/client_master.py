@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from kvpool.client_announce import EngineAnnouncer
 from kvpool.client_health import Health
 from kvpool.client_residency import ResidencyReporter
 from kvpool.config import split_address
@@ -72,6 +73,7 @@ class MasterLink:
         self._stub: master_pb2_grpc.MasterStub | None = None  # set where the data port cannot be reached
         self.nodes: list[NodeAddress] = []
         self.residency = ResidencyReporter(self.ask, name)
+        self.announcer = EngineAnnouncer(self._call, self._host, self.residency.owner)
         self.warnings: list[str] = []  # what the master said about our namespaces, each once
         self._thread = threading.Thread(target=self._keep, name="kvpool-master-link", daemon=True)
         self._thread.start()
@@ -88,6 +90,7 @@ class MasterLink:
     def close(self) -> None:
         """End the thread and close all channels."""
         self.residency.close()
+        self.announcer.close()
         self._closed = True
         self._wake.set()
         self._drop()

@@ -65,7 +65,8 @@ class ResidencyReporter:
     def __init__(self, ask: Ask, name: str) -> None:
         self._master = ask
         self._engine = f"{name}@{socket.gethostname()}"[:256]
-        self._owner = secrets.randbits(63) | 1
+        self.owner = secrets.randbits(63) | 1
+        """Names this process to the master."""
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -163,5 +164,5 @@ class ResidencyReporter:
 
     def _ask(self, request: ResidencyRequest, keys: bytes, timeout_s: float) -> bool:
         self._sequence += 1
-        request.owner, request.engine, request.sequence = self._owner, self._engine, self._sequence
+        request.owner, request.engine, request.sequence = self.owner, self._engine, self._sequence
         return self._master(MasterFrame(residency=request), keys, timeout_s).residency.again

@@ -173,6 +173,9 @@ class MemoryClient:
         """There is no node."""
         return set()
 
+    def announce_engine(self, **said: Any) -> None:
+        """Tell nobody."""
+
     def report_residency(
         self, namespace: Namespace | bytes, added: bytes = b"", removed: bytes = b"", cleared: bool = False
     ) -> None:
