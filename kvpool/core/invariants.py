@@ -30,6 +30,16 @@ def check_segment(state: SegmentState) -> None:
     require(state.pinned == len(pins) == sum(slot in pins for slot in slots), "nothing pinned is gone")
     writing = [slot for owner in owners for put in owner.reservations.values() for slot in put.slots]
     writing += [slot for kept in state._quarantine.values() for slot in kept]
+    writing += state._orphans
+    require(all(slot.pins for slot in state._orphans), "what nobody writes any more is there for its readers")
+    committed = [slot for slot in slots if not slot.reserved]
+    require(all(not slot.transfer and not slot.partial for slot in committed), "a commit ends progress")
+    given_up = {*state._orphans, *(slot for kept in state._quarantine.values() for slot in kept)}
+    require(all(not slot.transfer for slot in given_up), "what nobody goes on with finds no new readers")
+    for owner in owners:
+        for put in owner.reservations.values():
+            require({slot.transfer for slot in put.slots} == {put.transfer}, "a transfer's slots name it")
+            require(len({len(slot.partial) for slot in put.slots}) == 1, "they advance together")
     require({slot for slot in slots if slot.reserved} == set(writing), "what is reserved belongs to somebody")
     require(state.reserved == len(writing) == len(set(writing)), "reserved slots are counted")
 

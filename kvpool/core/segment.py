@@ -1,14 +1,15 @@
 """The node's state machine: which slot of the segment holds which shard, and who may touch it.
 
 Pure: offsets and decisions only, no bytes. A slot is reserved by a connection, written, committed, and
-from then on found by key; a pin protects it while somebody reads. Room is made by dropping whole blocks,
+from then on found by key; a pin protects it while somebody reads. While a transfer writes a slot, those who
+name the same transfer may pin it too, and read the layers that are written. Room is made by dropping whole blocks,
 coldest first, never one that is pinned or being written.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -75,6 +76,9 @@ class SegmentState:
         self._keep: set[bytes] = set()  # what operators have pinned, here or not
         self._kept_bytes = 0
         self._infeasible_bytes = self.capacity_bytes + 1  # known to find no room until a pin or write ends
+        self._orphans: set[Slot] = set()  # given up by their writers, and pinned still
+        self.arrived: Callable[[Sequence[Slot]], None] = lambda _: None
+        """Told of slots that were committed, or have more layers; must not change the segment."""
         self._added: dict[Slot, None] = {}
         self._removed: list[tuple[bytes, int, int]] = []  # key, shard, shard_bytes
         self._commanded: list[tuple[bytes, int, int]] = []  # removed too, because the master said so
@@ -117,12 +121,20 @@ class SegmentState:
     # ---- put -----------------------------------------------------------------------------------------
 
     def reserve(
-        self, owner: int, namespace: bytes, shards: Sequence[int], keys: bytes, shard_bytes: int, layers: int
+        self,
+        owner: int,
+        namespace: bytes,
+        shards: Sequence[int],
+        keys: bytes,
+        shard_bytes: int,
+        layers: int,
+        transfer: int = 0,
     ) -> Reservation:
         """Find room for every item that is not here yet, evicting what it takes.
 
-        An offset below 0 is STORED, BEING_WRITTEN or NO_ROOM. Raises TooLargeError or AllPinnedError
-        if no item could be reserved or found, UnknownNamespaceError, InvalidArgumentError.
+        Who names the same ``transfer`` may read before the commit; 0: nobody may. An offset below 0 is STORED,
+        BEING_WRITTEN or NO_ROOM. Raises TooLargeError or AllPinnedError if no item could be reserved or found,
+        UnknownNamespaceError, InvalidArgumentError.
         """
         check_items(namespace, shards, keys)
         if (known := self._namespaces.get(namespace)) is None:
@@ -179,7 +191,10 @@ class SegmentState:
             return Reservation(0, owner, offsets, slots)
         self.reserved += len(slots)
         self._last_id = reservation_id = self._last_id + 1
-        reservation = Reservation(reservation_id, owner, offsets, slots)
+        reservation = Reservation(reservation_id, owner, offsets, slots, transfer)
+        if transfer:
+            for slot in slots:
+                slot.transfer = transfer
         self._owner(owner).reservations[reservation_id] = reservation
         return reservation
 
@@ -191,13 +206,37 @@ class SegmentState:
             raise UnknownIdError(f"reservation {reservation_id} is not held by this connection")
         return found
 
+    def progress(self, owner: int, reservation_id: int, layers: int, checksums: bytes) -> list[Slot]:
+        """Note that layers below ``layers`` of every slot of a transfer's reservation are written; return the slots.
+
+        ``checksums``: of each slot's layers that were not written before. Raises UnknownIdError or
+        InvalidArgumentError, nothing changed.
+        """
+        held = self.reservation(owner, reservation_id)
+        first = held.slots[0]
+        done = len(first.partial) // CHECKSUM_BYTES
+        if not held.transfer:
+            raise InvalidArgumentError("reservation", f"{reservation_id} names no transfer: nobody may read its layers")
+        if not done < layers <= first.layers:
+            raise InvalidArgumentError("layers", f"must be from {done + 1} to {first.layers}, not {layers}")
+        step = (layers - done) * CHECKSUM_BYTES
+        if len(checksums) != step * len(held.slots):
+            raise InvalidArgumentError(
+                "checksums", f"must be {step * len(held.slots)} bytes (8 an item and new layer), not {len(checksums)}"
+            )
+        for at, slot in enumerate(held.slots):
+            slot.partial += checksums[at * step : at * step + step]
+        self.arrived(held.slots)
+        return held.slots
+
     def commit(self, owner: int, reservation_id: int, checksums: bytes, keep: bytes | None = None) -> list[Slot]:
         """Make a reservation's slots visible and return them, in order, for their headers to be written.
 
         ``checksums``: ``layers`` of each slot of the reservation in order; ``keep``: one byte a slot,
         0 frees it instead. Raises UnknownIdError or InvalidArgumentError, nothing changed.
         """
-        slots = self.reservation(owner, reservation_id).slots
+        held = self.reservation(owner, reservation_id)
+        slots = held.slots
         step = slots[0].layers * CHECKSUM_BYTES
         if len(checksums) != step * len(slots):
             raise InvalidArgumentError(
@@ -205,6 +244,11 @@ class SegmentState:
             )
         if keep and (len(keep) != len(slots) or keep.strip(b"\x00\x01")):
             raise InvalidArgumentError("keep", f"must be empty or {len(slots)} bytes of 0 or 1")
+        if held.transfer:
+            if not all(checksums.startswith(slot.partial, at * step) for at, slot in enumerate(slots)):
+                raise InvalidArgumentError("checksums", "must be those that were given while layers were written")
+            for slot in slots:
+                slot.transfer, slot.partial = 0, b""
         del self._owners[owner].reservations[reservation_id]
         self.reserved -= len(slots)
         for at, slot in enumerate(slots):
@@ -213,7 +257,8 @@ class SegmentState:
             for slot, wanted in zip(slots, keep, strict=True):
                 if not wanted:
                     slot.checksums = None
-                    self._unreserve(slot)
+                    self.reserved += 1
+                    self._give_up(slot)
             slots = [slot for slot, wanted in zip(slots, keep, strict=True) if wanted]
         self._infeasible_bytes = self.capacity_bytes + 1
         touch = self._blocks.move_to_end
@@ -234,6 +279,7 @@ class SegmentState:
                 self._keep_block(slot.block)
         self._added.update(dict.fromkeys(slots))
         self.counters["committed_slots"] += len(slots)
+        self.arrived(slots)
         return slots
 
     def abort(self, owner: int, reservation_id: int) -> None:
@@ -262,6 +308,35 @@ class SegmentState:
                     continue
                 slots.append(slot)
                 found.append(slot)
+        return self._pin(owner, slots, found)
+
+    def pin_ready(
+        self, owner: int, namespace: bytes, shards: Sequence[int], keys: bytes, transfer: int, first_layer: int
+    ) -> Pin:
+        """Protect the leading items that have layer ``first_layer``, as ``pin`` does; None for all others.
+
+        Items that ``transfer`` is writing are among them, and stay in their place until they are released
+        whatever becomes of their writer.
+        """
+        check_items(namespace, shards, keys)
+        items = len(keys) // KEY_BYTES * len(shards)
+        found: list[Slot] = []
+        for at in range(0, len(keys), KEY_BYTES):
+            block = self._blocks.get(namespace + keys[at : at + KEY_BYTES])
+            for shard in shards:
+                slot = block.shards.get(shard) if block is not None else None
+                if slot is None or slot.ready(transfer) <= first_layer:
+                    return self._pin(owner, [*found, *[None] * (items - len(found))], found)
+                found.append(slot)
+        return self._pin(owner, [*found], found)
+
+    def layers_ready(self, block_key: bytes, shard: int, transfer: int) -> int:
+        """Return how many leading layers of an item may be read by who names this transfer."""
+        block = self._blocks.get(block_key)
+        slot = block.shards.get(shard) if block is not None else None
+        return slot.ready(transfer) if slot is not None else 0
+
+    def _pin(self, owner: int, slots: list[Slot | None], found: list[Slot]) -> Pin:
         if not found:
             return Pin(0, slots)
         touch = self._blocks.move_to_end
@@ -348,6 +423,8 @@ class SegmentState:
             self._unpin(pinned)
         slots = [slot for reservation in held.reservations.values() for slot in reservation.slots]
         if quarantine and slots:
+            for slot in slots:
+                slot.transfer = 0  # nobody goes on with it: no more readers
             self.counters["quarantined"] += len(slots)
             self._quarantine.setdefault(owner, []).extend(slots)
         else:
@@ -614,15 +691,26 @@ class SegmentState:
             block.busy -= 1
             if not block.busy:
                 self._busy_bytes -= block.bytes
+            if not slot.pins and slot in self._orphans:
+                self._orphans.discard(slot)
+                self._unreserve(slot)
         self._infeasible_bytes = self.capacity_bytes + 1
 
     def _free_reserved(self, slots: Sequence[Slot]) -> None:
-        self.reserved -= len(slots)
         for slot in slots:
+            self._give_up(slot)
+
+    def _give_up(self, slot: Slot) -> None:
+        """Give a slot that will never be committed back, as soon as nobody reads it any more."""
+        slot.transfer, slot.partial = 0, b""
+        if slot.pins:
+            self._orphans.add(slot)
+        else:
             self._unreserve(slot)
 
     def _unreserve(self, slot: Slot) -> None:
         """Give a slot that was never committed back."""
+        self.reserved -= 1
         block = slot.block
         del block.shards[slot.shard]
         del self._slot_at[slot.start]

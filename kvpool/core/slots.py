@@ -84,10 +84,12 @@ class Slot:
         "generation",
         "layers",
         "offset",
+        "partial",
         "pins",
         "shard",
         "shard_bytes",
         "start",
+        "transfer",
     )
 
     def __init__(
@@ -103,6 +105,8 @@ class Slot:
         self.layers = layers
         self.generation = generation
         self.checksums: bytes | None = None
+        self.partial = b""  # checksums of the layers that are written already, while a transfer writes the others
+        self.transfer = 0  # who names it may read those layers
         self.pins = 0
         self.filed = False  # is in a file, or about to be
 
@@ -122,20 +126,32 @@ class Slot:
 
     @property
     def reserved(self) -> bool:
-        """Still being written: not to be read."""
+        """Still being written: to be read by nobody but those of the same transfer, as far as it is ``ready``."""
         return self.checksums is None
+
+    def ready(self, transfer: int) -> int:
+        """Return how many leading layers may be read by who names this transfer (0: by others)."""
+        if self.checksums is not None:
+            return self.layers
+        return len(self.partial) // CHECKSUM_BYTES if transfer and transfer == self.transfer else 0
 
 
 class Reservation:
-    """What a put may write: ``slots`` are the items that were given room; ``id`` is 0 if none was."""
+    """What a put may write: ``slots`` are the items that were given room; ``id`` is 0 if none was.
 
-    __slots__ = ("id", "offsets", "owner", "slots")
+    Who names its ``transfer`` may read a slot's layers before the commit; 0: nobody may.
+    """
 
-    def __init__(self, reservation_id: int, owner: int, offsets: list[int], slots: list[Slot]) -> None:
+    __slots__ = ("id", "offsets", "owner", "slots", "transfer")
+
+    def __init__(
+        self, reservation_id: int, owner: int, offsets: list[int], slots: list[Slot], transfer: int = 0
+    ) -> None:
         self.id = reservation_id
         self.owner = owner
         self.offsets = offsets
         self.slots = slots
+        self.transfer = transfer
 
 
 class Pin:

@@ -17,8 +17,9 @@ import xxhash
 from kvpool.core.file_jobs import File, Miss
 from kvpool.core.segment import STORED, Pin, SegmentState, Slot
 from kvpool.core.slots import check_items
-from kvpool.errors import InvalidArgumentError, KVPoolError, UnknownIdError
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES
+from kvpool.core.waits import Waiter, Waits
+from kvpool.errors import InvalidArgumentError, KVPoolError, OverloadedError, UnknownIdError
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, LAYERS_MAX
 from kvpool.rpc.convert import namespace_from_proto
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1 import node_pb2
@@ -41,7 +42,11 @@ HASH_BYTES = 256 << 10
 FETCH_MS_MAX = 60_000
 """A request may wait this long for the file tier."""
 
+WAIT_MS_MAX = 60_000
+"""A request may wait this long for blocks that somebody is writing."""
+
 _NO_MISSES: Mapping[File, Miss] = {}
+_Answer = Callable[[Pin, Mapping[File, Miss]], None]
 
 
 @dataclass(slots=True)
@@ -55,6 +60,15 @@ class _Process:
     writer: int = 0
 
 
+@dataclass(slots=True)
+class _Wait:
+    """A request that waits for blocks, on a connection that takes no other meanwhile."""
+
+    waiter: Waiter
+    end: Callable[[], None]
+    timer: asyncio.TimerHandle
+
+
 class DataPlane:
     """Handles the frames of one node; everything but the byte movers runs on the loop's thread."""
 
@@ -65,6 +79,9 @@ class DataPlane:
         self._epoch = epoch
         self._guard = guard
         self._processes: dict[int, _Process] = {}
+        self._waits = Waits(state.layers_ready)
+        self._waiting: dict[int, _Wait] = {}  # by connection
+        state.arrived = self._arrived
         self.changed: Callable[[], None] = lambda: None
         self.tier: FileTier | None = None
         self.counters: Counter[str] = Counter()
@@ -89,6 +106,9 @@ class DataPlane:
         alive = process is not None and not process.gone
         if self.tier is not None:
             self.tier.cancel(conn.id)
+        if (wait := self._waiting.pop(conn.id, None)) is not None:
+            wait.timer.cancel()
+            self._waits.cancel(conn.id)
         self._state.disconnect(conn.id, quarantine=alive)
         if process is not None:
             process.closed = True
@@ -153,7 +173,13 @@ class DataPlane:
     def _reserve(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.reserve
         reservation = self._state.reserve(
-            conn.id, request.namespace, request.shards, bytes(payload), request.shard_bytes, request.layers
+            conn.id,
+            request.namespace,
+            request.shards,
+            bytes(payload),
+            request.shard_bytes,
+            request.layers,
+            request.transfer,
         )
         if conn.id in self._processes:
             self._processes[conn.id].writer = request.writer
@@ -168,6 +194,9 @@ class DataPlane:
             self.tier.pump()
         if self._state.has_changes:
             self.changed()
+
+    def _progress(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        self._state.progress(conn.id, message.progress.reservation, message.progress.layers, bytes(payload))
 
     def _commit(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.commit
@@ -220,25 +249,72 @@ class DataPlane:
                 else:
                     places.extend((_miss(misses, request, keys, at), 0))
             here = [slot for slot in pin.slots if slot is not None]
-            checksums = [slot.checksums or b"" for slot in here]
             layers = here[0].layers if here else 0
+            ready = _ready(here, request) if request.wait_ms else 0
+            end = request.first_layer + ready if request.wait_ms else layers
+            checksums = [_checksums(slot, request.first_layer, end) for slot in here]
             conn.reply(
-                NodeFrameReply(id=message.id, pinned=node_pb2.Pinned(pin=pin.id, layers=layers)),
+                NodeFrameReply(id=message.id, pinned=node_pb2.Pinned(pin=pin.id, layers=layers, ready=ready)),
                 b"".join((places.tobytes(), *checksums)),
             )
             conn.release()
 
+        if request.first_layer and not request.wait_ms:
+            raise InvalidArgumentError("first_layer", "must be 0 without wait_ms")
         self._find(conn, request, keys, answer)
 
-    def _find(
-        self,
-        conn: Connection,
-        request: node_pb2.Pin | node_pb2.Get,
-        keys: bytes,
-        answer: Callable[[Pin, Mapping[File, Miss]], None],
-    ) -> None:
-        """Pin what is asked for and answer: now, or when the file tier has brought what is not here."""
+    def _wait(self, conn: Connection, request: node_pb2.Pin | node_pb2.Get, keys: bytes, answer: _Answer) -> None:
+        """Pin what is asked for and answer: when all of it has the first layer, or after ``wait_ms`` what has."""
+        state, loop = self._state, asyncio.get_running_loop()
+        namespace, shards, transfer, first_layer = (
+            request.namespace, request.shards, request.transfer, request.first_layer,
+        )  # fmt: skip
+        check_items(namespace, shards, keys)
+        waiter = Waiter(conn.id, _items(namespace, shards, keys), first_layer, transfer)
+
+        def end() -> None:
+            pin = state.pin_ready(conn.id, namespace, shards, keys, transfer, first_layer)
+            if self.tier is not None:
+                self.tier.state.used(slot for slot in pin.slots if slot is not None and not slot.reserved)
+            answer(pin, _NO_MISSES)
+
+        self.counters["waits"] += 1
+        if self._waits.add(waiter):
+            end()
+            return
+        conn.hold()
+        timer = loop.call_later(request.wait_ms / 1000, self._end_wait, conn.id)
+        self._waiting[conn.id] = _Wait(waiter, end, timer)
+
+    def _arrived(self, slots: Sequence[Slot]) -> None:
+        """Have those answered who have waited for these slots, when the segment is not in the middle of a call."""
+        for waiter in self._waits.arrived(slots):
+            asyncio.get_running_loop().call_soon(self._look_again, waiter)
+
+    def _look_again(self, waiter: Waiter) -> None:
+        wait = self._waiting.get(waiter.owner)
+        if wait is None or wait.waiter is not waiter:
+            return
+        try:
+            complete = self._waits.add(waiter)  # something may be gone again
+        except OverloadedError:
+            complete = True
+        if complete:
+            self._end_wait(waiter.owner)
+
+    def _end_wait(self, conn_id: int) -> None:
+        wait = self._waiting.pop(conn_id)
+        wait.timer.cancel()
+        self._waits.remove(wait.waiter)
+        wait.end()
+
+    def _find(self, conn: Connection, request: node_pb2.Pin | node_pb2.Get, keys: bytes, answer: _Answer) -> None:
+        """Pin what is asked for and answer: now, or when it has been written, or brought by the file tier."""
         namespace, shards = request.namespace, request.shards
+        self._check_wait(request)
+        if request.wait_ms:
+            self._wait(conn, request, keys, answer)
+            return
         pin = self._state.pin(conn.id, namespace, shards, keys)
         tier = self.tier
         if tier is None:
@@ -259,6 +335,18 @@ class DataPlane:
 
         absent = [file for file, slot in zip(files, pin.slots, strict=True) if slot is None]
         tier.fetch(conn.id, absent, request.backend, min(request.fetch_ms, FETCH_MS_MAX) / 1000, fetched)
+
+    def _check_wait(self, request: node_pb2.Pin | node_pb2.Get) -> None:
+        space = self._state.namespace(request.namespace)
+        layers = space.shard_layers if space is not None else LAYERS_MAX
+        if request.wait_ms > WAIT_MS_MAX:
+            raise InvalidArgumentError("wait_ms", f"must be at most {WAIT_MS_MAX}, not {request.wait_ms}")
+        if request.wait_ms and request.fetch_ms:
+            raise InvalidArgumentError("fetch_ms", "must be 0 with wait_ms")
+        if request.transfer and not request.wait_ms:
+            raise InvalidArgumentError("transfer", "must be 0 without wait_ms")
+        if request.wait_ms and request.first_layer >= layers:
+            raise InvalidArgumentError("first_layer", f"must be from 0 to {layers - 1}, not {request.first_layer}")
 
     def _prefetch(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         if self.tier is not None:
@@ -308,11 +396,14 @@ class DataPlane:
         request = message.get
         sizes, checksums, data = array("q"), [], []
         sent_layers = 0
+        ready = _ready([slot for slot in slots if slot is not None], request) if request.wait_ms else 0
         for at, slot in enumerate(slots):
             if slot is None:
                 sizes.append(_miss(misses, request, keys, at))
                 continue
             layers = request.layer_count or slot.layers - request.first_layer
+            if request.wait_ms:
+                layers = min(layers, ready)
             if layers < 1 or request.first_layer + layers > slot.layers:
                 raise InvalidArgumentError("layer_count", f"this block has layers 0 to {slot.layers - 1}")
             sent_layers = layers
@@ -320,8 +411,7 @@ class DataPlane:
             start = slot.offset + request.first_layer * step
             data.append(self._segment.view[start : start + layers * step])
             sizes.append(layers * step)
-            first = request.first_layer * CHECKSUM_BYTES
-            checksums.append((slot.checksums or b"")[first : first + layers * CHECKSUM_BYTES])
+            checksums.append(_checksums(slot, request.first_layer, request.first_layer + layers))
         prefix = memoryview(b"".join((sizes.tobytes(), *checksums)))
         return frame_buffers(NodeFrameReply(id=message.id, got=node_pb2.Got(layers=sent_layers)), [prefix, *data])
 
@@ -365,6 +455,7 @@ class DataPlane:
         "attach": _attach,
         "register": _register,
         "reserve": _reserve,
+        "progress": _progress,
         "commit": _commit,
         "abort": _abort,
         "pin": _pin,
@@ -380,6 +471,16 @@ def _items(namespace: bytes, shards: Sequence[int], keys: bytes | memoryview) ->
     """Return what a request is about, key-major."""
     blocks = [namespace + keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
     return [(block, shard) for block in blocks for shard in shards]
+
+
+def _ready(slots: Sequence[Slot], request: node_pb2.Pin | node_pb2.Get) -> int:
+    """Return how many layers, from the one asked for on, all of these slots have."""
+    return min((slot.ready(request.transfer) for slot in slots), default=request.first_layer) - request.first_layer
+
+
+def _checksums(slot: Slot, first_layer: int, end_layer: int) -> bytes:
+    known = slot.partial if slot.checksums is None else slot.checksums
+    return known[first_layer * CHECKSUM_BYTES : end_layer * CHECKSUM_BYTES]
 
 
 def _miss(misses: Mapping[File, Miss], request: node_pb2.Pin | node_pb2.Get, keys: bytes, item: int) -> int:
