@@ -311,11 +311,24 @@ class ConnectorSettings(ClientSettings):
     producer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_producer: load too.")
     consumer_is_to_load: bool = setting(False, BOOL, "With kv_role kv_consumer: load.")
     consumer_is_to_put: bool = setting(False, BOOL, "With kv_role kv_consumer: save too.")
+    transfer: str = setting(
+        "auto", choice("auto", "true", "false"), "Move prompts between prefilling and decoding engines; auto: by name."
+    )
+    transfer_ttl: int = setting("5m", DURATION, "How long a prompt that was prefilled waits for its decoding engine.")
+    transfer_open_timeout: int = setting(
+        "10s", DURATION, "How long a decoding engine waits for a prefill to begin before it computes the prompt."
+    )
     prefetch: bool = setting(True, BOOL, "Have a request's blocks read from files while it waits for its turn.")
     gate: str = setting("auto", choice("auto", "off"), "Skip loads slower than computing; off loads all.")
     report_residency: bool = setting(
         False, BOOL, "Tell the master what the engine's own cache holds, even where the engine's KV events are off."
     )
+    head_groups: int = setting(
+        0, count(0, 256), "Parts that the KV heads of a block are stored in, alike on all engines that share.",
+        shown="the least common multiple of the TPs",
+    )  # fmt: skip
+    prefill_tp_size: int = setting(0, count(0, 1 << 16), "TP of engines that prefill.", shown="this engine's")
+    decode_tp_size: int = setting(0, count(0, 1 << 16), "TP of engines that decode.", shown="this engine's")
     breaker_failures: int = setting(3, count(1, 1000), "Failures in a row after which a node or master is left alone.")
     breaker_probe_interval: int = setting("1s", DURATION, "How often who is left alone is tried again.")
     client_factory: str = setting(

@@ -1,6 +1,7 @@
 """Settings of other KV stores: what each of their keys is here, or why it means nothing.
 
-Upstream: AscendStoreConnector of vllm-ascend, Mooncake's ``mooncake.json``, UCM's YAML, vLLM's ``KVTransferConfig``.
+Upstream: AscendStoreConnector, MooncakeConnectorV1 and LLMDataDistCMgrConnector of vllm-ascend, Mooncake's
+``mooncake.json``, UCM's YAML, vLLM's ``KVTransferConfig``.
 """
 
 from __future__ import annotations
@@ -23,32 +24,39 @@ from kvpool.errors import ConfigError
 
 SOURCE = "kv_connector_extra_config"
 
-NAMES = ("AscendStoreConnector", "MooncakeConnectorStoreV1", "MooncakeStoreConnector", "UCMConnector")
-"""Other stores' connectors, under whose names this one is known too."""
+STORES = ("AscendStoreConnector", "MooncakeConnectorStoreV1", "MooncakeStoreConnector", "UCMConnector")
+"""Other stores' connectors."""
+
+MOVERS = ("MooncakeConnectorV1", "LLMDataDistCMgrConnector")
+"""Connectors that move prompts from prefilling to decoding engines."""
+
+NAMES = (*STORES, *MOVERS)
+"""Under all of which this connector is known too."""
 
 MODULES = (
     "ucm.integration.vllm.ucm_connector",
     "vllm_ascend.distributed.kv_transfer.kv_pool.ascend_store.ascend_store_connector",
+    "vllm_ascend.distributed.llmdatadist_c_mgr_connector",
+    "vllm_ascend.distributed.mooncake_connector",
 )
 """What configurations name as ``kv_connector_module_path`` to get one of those."""
 
 _MEMORY = "kvpool-node --segment_size says how much memory the pool has"
 _GEOMETRY = "engines with other parallelism find each other's blocks by the namespace"
 _NO_PORT = "the scheduler asks the master itself; the engine opens no port"
-_NO_TRANSFER = "this is a store; prefill and decode meet in the pool"
+_NO_RANK_TABLE = "the master knows where engines and nodes are"
 
 EXTRA_IGNORED = {
     "backend": UCM_IGNORED[UCM_NAME],
     "lookup_rpc_port": _NO_PORT,
     "mooncake_rpc_port": _NO_PORT,
     "register_buffer": "memory is registered where that is possible",
-    "prefill_tp_size": _GEOMETRY,
-    "decode_tp_size": _GEOMETRY,
     "prefill_pp_size": _GEOMETRY,
-    "prefill": _NO_TRANSFER,
-    "decode": _NO_TRANSFER,
 }
 """Of ``kv_connector_extra_config``."""
+
+SIDES = ("prefill", "decode")
+"""Sizes of the engines that do one part, of ``kv_connector_extra_config`` too; their TP matters here."""
 
 UCM_FILE = "UCM_CONFIG_FILE"
 """Names UCM's file; what such a file says may stand in ``kv_connector_extra_config`` too."""
@@ -58,7 +66,14 @@ ENVIRONMENT_HONOURED = {
     "ASCEND_TRANSFER_TIMEOUT": "transfer_timeout",
 }
 """Milliseconds there and here."""
-ENVIRONMENT_IGNORED = {"ASCEND_BUFFER_POOL": "the buffers on the device have a fixed size"}
+ENVIRONMENT_IGNORED = {
+    "ASCEND_BUFFER_POOL": "the buffers on the device have a fixed size",
+    "DISAGGREGATED_PREFILL_RANK_TABLE_PATH": _NO_RANK_TABLE,
+    "DISAGGREGATED_PREFILL_RANK_ID": _NO_RANK_TABLE,
+    "VLLM_LLMDD_RPC_IP": _NO_PORT,
+    "VLLM_LLMDD_RPC_PORT": _NO_PORT,
+    "VLLM_ASCEND_LLMDD_RPC_PORT": _NO_PORT,
+}
 
 TOP_LEVEL_IGNORED = {
     "kv_port": _NO_PORT,
@@ -123,13 +138,26 @@ def translate(transfer_config: Any) -> Translated:
         else:
             result.ignore(key, EXTRA_IGNORED[key], SOURCE)
             del extra[key]
+    for side in SIDES:
+        if side in extra:
+            _sizes(side, extra.pop(side), result)
     found = FromUCM()
     found.take(extra, SOURCE)
     for key in found.rest:
-        known = {*_OURS, *EXTRA_IGNORED, *_MOONCAKE, *UCM_KEYS, UCM_FILE}
+        known = {*_OURS, *EXTRA_IGNORED, *SIDES, *_MOONCAKE, *UCM_KEYS, UCM_FILE}
         raise ConfigError(key, f"{no_such_setting(key, known)} (from {SOURCE})")
     result.take(found, SOURCE)
     return result
+
+
+def _sizes(side: str, sizes: Any, result: Translated) -> None:
+    if not isinstance(sizes, dict):
+        raise ConfigError(side, f'must be an object as {{"tp_size": 2}}, not {sizes!r} (from {SOURCE})')
+    for key, value in sizes.items():
+        if key == "tp_size":
+            result.foreign[f"{side}_tp_size"] = (value, f"{SOURCE}: {side}.tp_size")
+        else:
+            result.ignore(f"{side}.{key}", _GEOMETRY, SOURCE)
 
 
 def _ucm_file(path: str, result: Translated) -> None:

@@ -131,13 +131,13 @@ def test_keys_of_ascend_store(said: Callable[[], list[str]]) -> None:
         "save_decode_cache": True,
         "discard_partial_chunks": False,
         "layerwise_prefetch_layers": 3,
+        "prefill_tp_size": 4,
+        "decode_tp_size": 1,
     }
     named = {
         "backend": "mooncake",
         "lookup_rpc_port": "1",
         "mooncake_rpc_port": "0",
-        "prefill_tp_size": 4,
-        "decode_tp_size": 1,
         "prefill_pp_size": 1,
         "register_buffer": True,
     }
@@ -146,6 +146,37 @@ def test_keys_of_ascend_store(said: Callable[[], list[str]]) -> None:
     notes = said()
     assert [note.split(" is not used: ")[0] for note in notes] == [f"kv_connector_extra_config: {key}" for key in named]
     assert all(note.split(" is not used: ")[1] for note in notes)
+
+
+def test_sizes_of_both_sides(said: Callable[[], list[str]]) -> None:
+    """Of the seeds' ``prefill`` and ``decode`` the TP counts; what else they say is named."""
+    sides = {"prefill": {"tp_size": 2, "dp_size": 4}, "decode": {"tp_size": 8}}
+    settings = read_settings(TransferConfig(sides))
+    assert (settings.prefill_tp_size, settings.decode_tp_size) == (2, 8)
+    assert [note.split(" is not used: ")[0] for note in said()] == ["kv_connector_extra_config: prefill.dp_size"]
+    assert read_settings(TransferConfig({**sides, "prefill_tp_size": 1})).prefill_tp_size == 1
+    with pytest.raises(ConfigError, match="prefill: must be an object"):
+        read_settings(TransferConfig({"prefill": 2}))
+    with pytest.raises(ConfigError, match=r"decode_tp_size: 'x' .*from kv_connector_extra_config: decode.tp_size"):
+        read_settings(TransferConfig({"decode": {"tp_size": "x"}}))
+
+
+def test_keys_of_connectors_that_move_prompts(
+    said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides' TP says how heads are stored; ports, DP and rank tables mean nothing here, and are named once."""
+    monkeypatch.setenv("DISAGGREGATED_PREFILL_RANK_TABLE_PATH", "/ranktable.json")
+    extra = {
+        "use_ascend_direct": True,
+        "prefill": {"dp_size": 4, "tp_size": "2"},
+        "decode": {"dp_size": 4, "tp_size": 1},
+    }
+    settings = read_settings(TransferConfig(extra, "MooncakeConnectorV1", kv_port=28000))
+    assert (settings.prefill_tp_size, settings.decode_tp_size) == (2, 1)
+    named = [note.split(" is not used: ")[0].rpartition(": ")[2] for note in said() if " is not used: " in note]
+    assert named == ["kv_port", "DISAGGREGATED_PREFILL_RANK_TABLE_PATH", "prefill.dp_size", "decode.dp_size"]
+    with pytest.raises(ConfigError, match=r"prefill_tp_size: .*prefill\.tp_size"):
+        read_settings(TransferConfig({"prefill": {"tp_size": "many"}}))
 
 
 def test_only_one_process_of_an_engine_tells(said: Callable[[], list[str]]) -> None:
