@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
+from kvpool.config_base import Settings, parsed_value, setting
 from kvpool.config_foreign import (
     MOONCAKE_IGNORED,
     MOONCAKE_SIGNS,
@@ -28,7 +29,6 @@ from kvpool.config_foreign import (
     from_ucm,
     no_such_setting,
 )
-from kvpool.config_base import Settings, setting
 from kvpool.config_kinds import (
     ADDRESS,
     BACKENDS,
@@ -52,7 +52,7 @@ from kvpool.config_kinds import (
     split_address,
 )
 from kvpool.config_proxy import ProxySettings
-from kvpool.errors import ConfigError, InvalidArgumentError
+from kvpool.errors import ConfigError
 from kvpool.model import directory_of
 
 __all__ = [
@@ -358,7 +358,7 @@ def load(
     parsed: dict[str, Any] = {}
     for name, (value, source) in values.items():
         try:
-            parsed[name] = _parsed(known[name], value)
+            parsed[name] = parsed_value(known[name], value)
         except ConfigError as error:
             raise ConfigError(error.field, f"{error.problem} (from {source})") from None
     sources = {name: values[name][1] if name in values else "default" for name in known}

@@ -26,14 +26,15 @@ class Settings:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is not None:
-                object.__setattr__(self, item.name, _parsed(item, value))
+                object.__setattr__(self, item.name, parsed_value(item, value))
         self._check()
 
     def _check(self) -> None:
         """Check what concerns several fields; raise InvalidArgumentError."""
 
 
-def _parsed(item: dataclasses.Field[Any], value: Any) -> Any:
+def parsed_value(item: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a field's value as it is kept. Raises ConfigError."""
     kind: Kind = item.metadata["kind"]
     try:
         return kind.parse(value, item.name)
