@@ -295,6 +295,9 @@ class ConnectorSettings(ClientSettings):
     )  # fmt: skip
     prefill_tp_size: int = setting(0, count(0, 1 << 16), "TP of engines that prefill.", shown="this engine's")
     decode_tp_size: int = setting(0, count(0, 1 << 16), "TP of engines that decode.", shown="this engine's")
+    engine_address: str | None = setting(
+        None, ADDRESS, "Where requests reach the engine, for routers.", shown="as engine_id or vllm serve say"
+    )
     breaker_failures: int = setting(3, count(1, 1000), "Failures in a row after which a node or master is left alone.")
     breaker_probe_interval: int = setting("1s", DURATION, "How often who is left alone is tried again.")
     client_factory: str = setting(

@@ -6,6 +6,7 @@ Upstream contract: ``vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnect
 from __future__ import annotations
 
 import inspect
+import sys
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
-from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm import LOGGER_NAME, announce
 from kvpool_vllm.device import KVBlocks, open_device
 from kvpool_vllm.events import PoolEvents, vllm_events
 from kvpool_vllm.groups import read_groups
@@ -118,7 +119,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._facts: RankFacts | None = None
         self._resets = 0
         if role == KVConnectorRole.SCHEDULER:
-            _recompute_on_failure(_multi_connector_config(inspect.currentframe()) or self._kv_transfer_config)
+            self._outer_config = _multi_connector_config(inspect.currentframe()) or self._kv_transfer_config
+            _recompute_on_failure(self._outer_config)
             # Kept, because a dropped handle of a running process warns; the kernel ends it with this process.
             self._node_process = autostart(self._settings, vllm_config.parallel_config.local_world_size)
             self.scheduler = self._make_scheduler(vllm_config)
@@ -159,11 +161,15 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def _make_scheduler(self, vllm_config: Any) -> SchedulerSide:
         self._fields = namespace_fields(vllm_config)
+        self._client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler")
+        role = role_of(self._kv_transfer_config.kv_role, self._settings)
+        said = announce.facts(vllm_config, self._outer_config.kv_role, self._settings, sys.argv)
+        self._client.announce_engine(**said, loads=role.loads)
         return SchedulerSide(
-            connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler"),
+            self._client,
             self._settings,
             self._namespaces,
-            role=role_of(self._kv_transfer_config.kv_role, self._settings),
+            role=role,
             groups=self._groups,
             ranks=vllm_config.parallel_config.world_size,
             sync=self._loads_sync(vllm_config),
@@ -177,6 +183,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         namespaces = group_namespaces(self._fields, self._groups, self._facts, fingerprint)
         for namespace in namespaces:
             logger.info("kvpool: namespace %s: %s", namespace.digest.hex(), namespace)
+        self._client.announce_engine(namespaces=[namespace.digest for namespace in namespaces])
         return namespaces
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
@@ -189,6 +196,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             gpu_block_pool.enable_kv_cache_events = True  # where nobody listens, vLLM throws them away each step
         if gpu_block_pool.enable_kv_cache_events:
             watch.report_residency(self._groups.main)
+            self._client.announce_engine(residency=True)
 
     def on_new_request(self, request: Request) -> None:
         """Begin a request."""
