@@ -36,6 +36,7 @@ from kvpool_vllm.namespace import (
     hash_fingerprint,
     namespace_fields,
     place_of,
+    stored_head_groups,
     total_kv_heads,
     whole_layers,
 )
@@ -110,11 +111,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """Raise InvalidArgumentError for settings and models that cannot work."""
         super().__init__(vllm_config, role, kv_cache_config)
-        check_supported(vllm_config, kv_cache_config)
+        self._settings = read_settings(self._kv_transfer_config, tell=role == KVConnectorRole.SCHEDULER)
+        self._head_groups = stored_head_groups(vllm_config, self._settings)
+        check_supported(vllm_config, kv_cache_config, self._head_groups)
         _, self._hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
         draft = vllm_config.speculative_config is not None and vllm_config.speculative_config.use_eagle()
         self._groups = read_groups(kv_cache_config.kv_cache_groups, self._hash_tokens, draft=draft)
-        self._settings = read_settings(self._kv_transfer_config, tell=role == KVConnectorRole.SCHEDULER)
         self._block_tokens = self._groups.block_tokens
         self._facts: RankFacts | None = None
         self._resets = 0
@@ -160,7 +162,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         return not reasons
 
     def _make_scheduler(self, vllm_config: Any) -> SchedulerSide:
-        self._fields = namespace_fields(vllm_config)
+        self._fields = namespace_fields(vllm_config, self._head_groups)
         self._client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler")
         role = role_of(self._kv_transfer_config.kv_role, self._settings)
         said = announce.facts(vllm_config, self._outer_config.kv_role, self._settings, sys.argv)
@@ -298,7 +300,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             vllm_config.parallel_config.tensor_parallel_size,
             get_tp_group().rank_in_group,
             get_pp_group().rank_in_group,
+            self._head_groups,
         )
+        self._shards = place.shards
         client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} worker {place.shard}")
         return WorkerSide(client, self._settings, place)
 
@@ -309,10 +313,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         for group in self._groups.all:
             # Layers that share the cache of another one are named beside it.
             own = {kv_caches[name].data_ptr(): name for name in reversed(group.layers)}
-            kv = KVBlocks({name: kv_caches[name] for name in own.values()}, self._kv_cache_config.num_blocks)
+            caches = {name: kv_caches[name] for name in own.values()}
+            kv = KVBlocks(caches, self._kv_cache_config.num_blocks, group.heads)
             backend = layers[kv.names[0]].get_attn_backend().get_name()
             memory.append(kv)
-            facts.append(GroupFacts(len(kv), kv.layer_block_bytes, f"{backend}:{kv.layout}"))
+            shard = kv.split(self._shards)[0]
+            facts.append(GroupFacts(len(kv), shard.layer_block_bytes, f"{backend}:{kv.layout}"))
         isa = _isa(self._vllm_config, self._block_tokens)
         self.worker.attach(memory, RankFacts(tuple(facts), isa), open_device(memory))
 
@@ -353,3 +359,4 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
 # Under the names of other stores' connectors, for configurations that give this module as kv_connector_module_path.
 AscendStoreConnector = MooncakeConnectorStoreV1 = MooncakeStoreConnector = UCMConnector = KVPoolConnector
+MooncakeConnectorV1 = LLMDataDistCMgrConnector = KVPoolConnector

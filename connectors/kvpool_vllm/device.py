@@ -7,6 +7,7 @@ those of an accelerator go straight between it and the pool's slots (``device_ac
 from __future__ import annotations
 
 import re
+from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvpool.errors import InvalidArgumentError
@@ -30,21 +31,26 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _memory_order(inner: torch.Tensor) -> list[int] | None:
-    """Return the dimensions from the outermost in memory to the innermost; None if the bytes have gaps."""
+def _memory_order(inner: torch.Tensor, always: int | None = None) -> list[int] | None:
+    """Return the dimensions from the outermost in memory to the innermost; None if the bytes have gaps.
+
+    Those of size 1 are left out, except for the one to tell ``always``.
+    """
     order = sorted((d for d in range(inner.dim()) if inner.shape[d] > 1), key=lambda d: -inner.stride(d))
     expected = 1
     for dim in reversed(order):
         if inner.stride(dim) != expected:
             return None
         expected *= inner.shape[dim]
+    if always is not None and always not in order:
+        # Behind those of equal stride: it counts runs as long as theirs.
+        place = sum(inner.stride(dim) >= inner.stride(always) for dim in order)
+        order.insert(place, always)
     return order
 
 
-def _block_rows(name: str, tensor: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Return one layer as rows of bytes, a row per block, on the tensor's own memory."""
-    import torch
-
+def _check_rows(name: str, tensor: torch.Tensor, blocks: int) -> None:
+    """Raise InvalidArgumentError unless a block is one run of bytes in this layer."""
     where = f"KV cache of layer {name}"
     if tensor.device.type not in {"cpu", *ACCELERATORS}:
         supported = ", ".join(("cpu", *ACCELERATORS))
@@ -57,41 +63,117 @@ def _block_rows(name: str, tensor: torch.Tensor, blocks: int) -> torch.Tensor:
     # Kernels may cut a block into several rows; these must then follow each other without a gap.
     if rows != blocks and tensor.stride(0) != inner.numel():
         raise InvalidArgumentError(where, f"{rows} rows for {blocks} blocks must be contiguous")
-    per_block = rows // blocks
-    flat = torch.as_strided(
-        tensor, (blocks, per_block * inner.numel()), (per_block * tensor.stride(0), 1), tensor.storage_offset()
+
+
+def _head_dim(tensor: torch.Tensor, heads: int) -> int | None:
+    """Return which dimension of a layer's tensor counts the heads; None where that cannot be told."""
+    found = [dim for dim in range(1, tensor.dim()) if tensor.shape[dim] == heads]
+    if len(found) > 1 and tensor.dim() == 4 and tensor.shape[1] == heads:
+        return 1  # vLLM's own order: blocks, heads, tokens, content
+    return found[0] if len(found) == 1 else None
+
+
+def _block_bytes(tensor: torch.Tensor, blocks: int, cut: tuple[int, int, int] | None = None) -> torch.Tensor:
+    """Return one layer's bytes [blocks, ..] on the tensor's own memory, in the order that they have there.
+
+    ``cut``: a dimension, and the first and end of its indices that are wanted; those of a block come in the
+    order in which a tensor of these alone would have them.
+    """
+    import torch
+
+    sizes, strides, start = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+    if cut is not None:
+        dim, first, end = cut
+        sizes[dim] = end - first
+        start += first * strides[dim]
+    rows = sizes[0] // blocks
+    inner = sorted(
+        ((size, stride) for size, stride in zip(sizes[1:], strides[1:], strict=True) if size > 1),
+        key=lambda pair: -pair[1],
     )
-    return flat.view(torch.uint8)
+    runs: list[tuple[int, int]] = []  # (size, stride), those that continue each other as one
+    for size, stride in [(rows, strides[0]), *inner] if rows > 1 else inner:
+        if runs and runs[-1][1] == size * stride:
+            runs[-1] = (runs[-1][0] * size, stride)
+        else:
+            runs.append((size, stride))
+    if not runs or runs[-1][1] != 1:
+        runs.append((1, 1))
+    shape, steps = zip((blocks, rows * strides[0]), *runs, strict=True)
+    return torch.as_strided(tensor, shape, steps, start).view(torch.uint8)
 
 
 class KVBlocks:
-    """All layers of one rank, or of one group of them; a block is a run of bytes in each layer."""
+    """All layers of one rank, or of one group of them, or some heads of these.
 
-    def __init__(self, kv_caches: Mapping[str, torch.Tensor], blocks: int) -> None:
-        """Raise InvalidArgumentError where a block is not one run of bytes per layer, equally long in all."""
+    A block is a run of bytes in each layer; where heads do not lie outermost, that of some heads has gaps.
+    """
+
+    def __init__(self, kv_caches: Mapping[str, torch.Tensor], blocks: int, heads: int = 0) -> None:
+        """``heads``: KV heads of each layer here, 0 where they are no concern.
+
+        Raises InvalidArgumentError where a block is not one run of bytes per layer, equally long in all.
+        """
         self.names = sorted(kv_caches, key=_natural)
         if not self.names:
             raise InvalidArgumentError("KV cache", "the engine registered no layers")
-        self._rows = [_block_rows(name, kv_caches[name], blocks) for name in self.names]
-        sizes = {rows.shape[1] for rows in self._rows}
-        if len(sizes) > 1:
-            raise InvalidArgumentError("KV cache", f"all layers must have equal blocks, sizes are {sorted(sizes)}")
-        kinds = {rows.device for rows in self._rows}
+        self._caches = [kv_caches[name] for name in self.names]
+        self._blocks = blocks
+        self._heads = heads
+        for name in self.names:
+            _check_rows(name, kv_caches[name], blocks)
+        kinds = {tensor.device for tensor in self._caches}
         if len(kinds) > 1:
             raise InvalidArgumentError("KV cache", f"all layers must lie on one device, not {sorted(map(str, kinds))}")
-        self.layer_block_bytes: int = sizes.pop()
         self.device: torch.device = kinds.pop()
-        first = kv_caches[self.names[0]]
+        first = self._caches[0]
         self.shape = tuple(first.shape[1:])
         """Of one block in one layer, part of the layout."""
-        order = _memory_order(first[0]) or []
-        permuted = order != sorted(order)
-        self.layout = "x".join(map(str, self.shape)) + ("@" + ",".join(map(str, order)) if permuted else "")
-        """The shape, and the order of its dimensions in memory where that is another one."""
-        self._host: list[npt.NDArray[np.uint8]] = (
-            [rows.numpy() for rows in self._rows] if self.device.type == "cpu" else []
-        )
+        self._dims = [_head_dim(tensor, heads) if heads else None for tensor in self._caches]
+        self.layout = self._describe(first, self._dims[0])
+        """The shape, "*" for the heads, and the order of its dimensions in memory where that is another one."""
+        self._use([_block_bytes(tensor, blocks) for tensor in self._caches])
+
+    def _describe(self, tensor: torch.Tensor, dim: int | None) -> str:
+        # How many heads a rank has says nothing about the bytes of each.
+        order = _memory_order(tensor[0], None if dim is None else dim - 1) or []
+        shape = ["*" if d + 1 == dim else str(size) for d, size in enumerate(self.shape)]
+        return "x".join(shape) + ("@" + ",".join(map(str, order)) if order != sorted(order) else "")
+
+    def _use(self, rows: list[torch.Tensor]) -> None:
+        self._rows = rows
+        sizes = {layer.shape[1:].numel() for layer in rows}
+        if len(sizes) > 1:
+            raise InvalidArgumentError("KV cache", f"all layers must have equal blocks, sizes are {sorted(sizes)}")
+        self.layer_block_bytes: int = sizes.pop()
+        self._host: list[npt.NDArray[np.uint8]] = [layer.numpy() for layer in rows] if self.device.type == "cpu" else []
         self._words: list[torch.Tensor] = []
+
+    def split(self, parts: int) -> list[KVBlocks]:
+        """Return the same memory cut by heads into equal parts, the first heads first.
+
+        Raises InvalidArgumentError where heads cannot be told apart.
+        """
+        if parts == 1:
+            return [self]
+        each = self._heads // parts
+        cuts: list[KVBlocks] = []
+        for number in range(parts):
+            rows = []
+            for name, tensor, dim in zip(self.names, self._caches, self._dims, strict=True):
+                if dim is None or self._heads % parts or tensor.stride(dim) == 1:
+                    raise InvalidArgumentError(
+                        "head_groups",
+                        f"layer {name} holds blocks as {tuple(tensor.shape[1:])}, in which {self._heads or 'its'} "
+                        f"heads cannot be cut into {parts} parts",
+                    )
+                rows.append(_block_bytes(tensor, self._blocks, (dim, number * each, (number + 1) * each)))
+            part = copy(self)
+            part._heads = each
+            part._caches, part._dims = [], []  # not to be cut again
+            part._use(rows)
+            cuts.append(part)
+        return cuts
 
     def __len__(self) -> int:
         """Return the number of layers."""
@@ -100,12 +182,15 @@ class KVBlocks:
     def views(
         self, block_ids: Sequence[int], layers: tuple[int, int] | None = None
     ) -> list[list[npt.NDArray[np.uint8]]]:
-        """Return, for each block, its bytes layer by layer (``layers``: first and end), in host memory."""
+        """Return, for each block, its bytes layer by layer (``layers``: first and end), in host memory.
+
+        In C order they are as they are stored.
+        """
         host = self._host if layers is None else self._host[layers[0] : layers[1]]
         return [[layer[block] for layer in host] for block in block_ids]
 
     def words(self, layers: tuple[int, int] | None = None) -> list[torch.Tensor]:
-        """Return each layer as rows of the widest integers that fit, a row per block: kernels move them faster."""
+        """Return each layer as [blocks, ..] of the widest integers that fit: kernels move them faster."""
         if not self._words:
             self._words = self._widest()
         return self._words if layers is None else self._words[layers[0] : layers[1]]
@@ -116,8 +201,9 @@ class KVBlocks:
         kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
         for width in WORD_BYTES:
             if all(
-                rows.shape[1] % width == rows.stride(0) % width == rows.storage_offset() % width == 0
+                number % width == 0
                 for rows in self._rows
+                for number in (rows.shape[-1], *rows.stride()[:-1], rows.storage_offset())
             ):
                 return [rows.view(kinds[width]) for rows in self._rows]
         return self._rows  # not reached: every run is a multiple of one byte

@@ -44,6 +44,8 @@ class Group:
     layers: tuple[str, ...] = ()
     stored: str = ""
     """Type of the stored numbers, with the way they are quantised; "" where that is not known."""
+    heads: int = 0
+    """KV heads that a rank has of each layer; 0 where layers differ in that."""
 
     @property
     def label(self) -> str:
@@ -138,7 +140,8 @@ def read_groups(kv_cache_groups: Sequence[Any], hash_tokens: int, *, draft: bool
 def _read(number: int, group: Any) -> Group:
     spec = group.kv_cache_spec
     specs = list(getattr(spec, "kv_cache_specs", {"": spec}).values())
-    found = {_read_spec(number, s, tuple(group.layer_names)) for s in specs}
+    heads = {int(getattr(s, "num_kv_heads", 0)) for s in specs}
+    found = {_read_spec(number, s, tuple(group.layer_names), max(heads) if len(heads) == 1 else 0) for s in specs}
     if len(found) > 1:
         raise InvalidArgumentError(
             "model", f"mixes {_words(g.label for g in found)} in one KV cache group; kvpool supports one kind a group"
@@ -146,7 +149,7 @@ def _read(number: int, group: Any) -> Group:
     return found.pop()
 
 
-def _read_spec(number: int, spec: Any, layers: tuple[str, ...]) -> Group:
+def _read_spec(number: int, spec: Any, layers: tuple[str, ...], heads: int) -> Group:
     name = type(spec).__name__
     if name not in _KINDS:
         reason = _WHY_NOT.get(name, f"supported are {_words(_KINDS.values())}")
@@ -161,7 +164,7 @@ def _read_spec(number: int, spec: Any, layers: tuple[str, ...]) -> Group:
             raise InvalidArgumentError(
                 "block_size", f"of {spec.block_size} tokens must divide the model's attention chunks of {span}"
             )
-    return Group(number, kind, spec.block_size, span, layers, _stored(spec))
+    return Group(number, kind, spec.block_size, span, layers, _stored(spec), heads)
 
 
 def _stored(spec: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.weights import weights_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
+    from kvpool.config import ConnectorSettings
     from kvpool_vllm.groups import Group, Groups
     from kvpool_vllm.metadata import RankFacts
 
@@ -85,10 +87,10 @@ def _model_revision(model_config: Any, load_config: Any) -> str:
 # ---- what is refused -------------------------------------------------------------------------------
 
 
-def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+def check_supported(vllm_config: Any, kv_cache_config: Any, groups: int = 1) -> None:
     """Raise InvalidArgumentError, in a sentence, for what would store KV that its hash does not name.
 
-    What KV cache groups there may be is ``groups.read_groups``'s to say.
+    What KV cache groups there may be is ``groups.read_groups``'s to say. ``groups``: of heads, as they are stored.
     """
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -108,12 +110,12 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     if layers % stages:
         raise InvalidArgumentError("pipeline_parallel_size", f"must divide the {layers} layers, {stages} does not")
     heads, tp = total_kv_heads(vllm_config.model_config), parallel.tensor_parallel_size
-    for group in kv_cache_config.kv_cache_groups if tp > 1 else ():
+    for group in kv_cache_config.kv_cache_groups if max(tp, groups) > 1 else ():
         spec = group.kv_cache_spec
         for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
             if one.num_kv_heads != max(1, heads // tp):
                 raise InvalidArgumentError(
-                    "tensor_parallel_size",
+                    "tensor_parallel_size" if tp > 1 else "head_groups",
                     f"must be 1 for a model whose layers differ in KV heads: a rank has {one.num_kv_heads} "
                     f"of {group.layer_names[0]}, and {max(1, heads // tp)} of most",
                 )
@@ -124,11 +126,14 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a rank holds of each block: a shard, alone or like other ranks, who then take turns in storing it."""
+    """What a rank holds of each block: shards, alone or like other ranks, who then take turns in storing them."""
 
     shard: int
+    """The first one."""
     copy: int = 0
     copies: int = 1
+    shards: int = 1
+    """How many: one behind the other, each some of the rank's heads."""
 
     def stores(self, number: int) -> bool:
         """Whether the block of this number is this rank's to store."""
@@ -140,18 +145,47 @@ def total_kv_heads(model_config: Any) -> int:
     return 1 if model_config.use_mla else int(model_config.get_total_num_kv_heads())
 
 
-def head_groups(heads: int, tp: int) -> int:
-    """Return into how many parts TP cuts the heads; fewer than ``tp`` where ranks hold the same heads."""
-    if heads % tp and tp % heads:
-        raise InvalidArgumentError("tensor_parallel_size", f"{tp} does not divide {heads} KV heads evenly")
-    return min(heads, tp)
+def head_groups(heads: int, tp: int, others: Mapping[str, int] | None = None, asked: int = 0) -> int:
+    """Return into how many parts the heads of stored blocks are cut: engines of any of these TPs hold whole parts.
+
+    ``others``: TPs of other engines by the setting that says so. ``asked``: just so many parts, 0 for the least.
+    Where TP is above the heads, ranks hold the same ones. Raises InvalidArgumentError.
+    """
+    groups = 1
+    for name, size in {"tensor_parallel_size": tp, **({} if asked else others or {})}.items():
+        if heads % size and size % heads:
+            raise InvalidArgumentError(name, f"{size} does not divide {heads} KV heads evenly")
+        groups = math.lcm(groups, min(heads, size))
+    if not asked:
+        return groups
+    asked = min(heads, asked)
+    if heads % asked or asked % groups:
+        raise InvalidArgumentError(
+            "head_groups", f"must divide {heads} KV heads and be a multiple of {groups}, not {asked}: TP is {tp}"
+        )
+    return asked
 
 
-def place_of(heads: int, tp: int, tp_rank: int, pp_rank: int) -> Place:
-    """Return what a rank holds; each pipeline stage has shards of its own."""
-    groups = head_groups(heads, tp)
-    copies = tp // groups
-    return Place(pp_rank * groups + tp_rank // copies, tp_rank % copies, copies)
+def stored_head_groups(vllm_config: Any, settings: ConnectorSettings) -> int:
+    """Return into how many parts this engine's settings cut the heads of stored blocks."""
+    sizes = {"prefill_tp_size": settings.prefill_tp_size, "decode_tp_size": settings.decode_tp_size}
+    return head_groups(
+        total_kv_heads(vllm_config.model_config),
+        vllm_config.parallel_config.tensor_parallel_size,
+        {name: size for name, size in sizes.items() if size},
+        settings.head_groups,
+    )
+
+
+def place_of(heads: int, tp: int, tp_rank: int, pp_rank: int, groups: int = 0) -> Place:
+    """Return what a rank holds of blocks whose heads are cut into ``groups``, 0 for as TP cuts them.
+
+    Each pipeline stage has shards of its own.
+    """
+    own = head_groups(heads, tp)
+    groups = groups or own
+    copies, shards = tp // own, groups // own
+    return Place(pp_rank * groups + tp_rank // copies * shards, tp_rank % copies, copies, shards)
 
 
 def hash_fingerprint(vllm_config: Any, hash_tokens: int) -> str:
@@ -167,25 +201,27 @@ def hash_fingerprint(vllm_config: Any, hash_tokens: int) -> str:
     return bytes(hash_block_tokens(function, None, range(hash_tokens))).hex()[:32]
 
 
-def namespace_fields(vllm_config: Any) -> dict[str, Any]:
-    """Return the fields known at start, alike for all groups, the slow ones (the weights) among them."""
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+def namespace_fields(vllm_config: Any, groups: int) -> dict[str, Any]:
+    """Return the fields known at start, alike for all groups, the slow ones (the weights) among them.
+
+    ``groups``: of heads, as they are stored.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     revision = _model_revision(model, vllm_config.load_config)
     if model.quantization:  # weights quantised while loading make other KV than the ones on disk
         revision += f"+{model.quantization}"
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     if draft is not None:  # its layers' KV lies in the same blocks
         revision += "+" + _model_revision(draft, vllm_config.load_config)
-    heads = total_kv_heads(model)
     return {
         "model": model_label(model.model),
         "revision": revision,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_quant": "" if cache.cache_dtype == "auto" else str(cache.cache_dtype),
-        "kv_heads": heads,
+        "kv_heads": total_kv_heads(model),
         "head_size": model.get_head_size(),
-        "layer_groups": parallel.pipeline_parallel_size,
-        "head_groups": head_groups(heads, parallel.tensor_parallel_size),
+        "layer_groups": vllm_config.parallel_config.pipeline_parallel_size,
+        "head_groups": groups,
         "hash_algorithm": cache.prefix_caching_hash_algo,
     }
 

@@ -42,6 +42,7 @@ class WorkerSide:
     """Loads and saves of one rank."""
 
     _kv: list[KVBlocks]  # one a group; set by attach, which vLLM calls before any step
+    _shards: list[list[tuple[int, KVBlocks]]]  # the same cut into what is stored, by shard
 
     def __init__(self, client: Client, settings: ConnectorSettings, place: Place) -> None:
         """``place``: what this rank holds of each block."""
@@ -78,6 +79,10 @@ class WorkerSide:
         ``device``: what holds them, host memory by default.
         """
         self._kv = kv
+        first, shards = self._place.shard, self._place.shards
+        self._shards = [
+            list(enumerate(blocks.split(shards), first)) if shards > 1 else [(first, blocks)] for blocks in kv
+        ]
         if device is not None:
             self._device = device
         self._layer_numbers = {name: number for number, name in enumerate(kv[0].names)}
@@ -191,9 +196,7 @@ class WorkerSide:
     def _save(self, job: SaveJob) -> None:
         stored, started = False, time.monotonic()
         try:
-            results = [self._store(part) for part in self._own_parts(job)]
-            for result in results:
-                self.counters["save.stored"] += result.stored
+            results = [result for part in self._own_parts(job) for result in self._store(part)]
             stored = not any(result.failed for result in results)
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
             self._say_once("save.errors", "a save failed, its blocks are not stored")
@@ -246,18 +249,26 @@ class WorkerSide:
     # ---- the engine's memory ----
 
     def _fetch(self, part: Part, blocks: int, layers: tuple[int, int] | None, timeout_s: float | None) -> GetResult:
-        """Fill a part's leading blocks, or some layers of them."""
-        if blocks < len(part.block_ids):
-            part = replace(part, keys=part.keys[: blocks * KEY_BYTES], block_ids=part.block_ids[:blocks])
-        return self._device.load(
-            self._client,
-            part,
-            self._kv[part.group],
-            shard=self._place.shard,
-            layers=layers,
-            timeout_ms=None if timeout_s is None else timeout_s * 1000,
-            after=self._fence,
-        )
+        """Fill a part's leading blocks, or some layers of them; one has arrived when all its shards have."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        results: list[GetResult] = []
+        for shard, kv in self._shards[part.group]:
+            if blocks < len(part.block_ids):
+                part = replace(part, keys=part.keys[: blocks * KEY_BYTES], block_ids=part.block_ids[:blocks])
+            result = self._device.load(
+                self._client,
+                part,
+                kv,
+                shard=shard,
+                layers=layers,
+                timeout_ms=None if deadline is None else max(1.0, (deadline - time.monotonic()) * 1000),
+                after=self._fence,
+            )
+            results.append(result)
+            blocks = min(blocks, result.prefix)
+            if not blocks:
+                break
+        return min(results, key=lambda result: result.prefix)
 
     def _say_once(self, counter: str, text: str) -> None:
         """Count an exception that is being handled; all but the first are too many for the log."""
@@ -275,6 +286,11 @@ class WorkerSide:
             own.append(replace(part, keys=keys, block_ids=[part.block_ids[i] for i in numbers]))
         return [part for part in own if part.block_ids]
 
-    def _store(self, part: Part) -> PutResult:
-        kv = self._kv[part.group]
-        return self._device.save(self._client, part, kv, shard=self._place.shard, after=self._fence)
+    def _store(self, part: Part) -> list[PutResult]:
+        """Store all shards of a part; a block counts as stored with the first of them."""
+        results = [
+            self._device.save(self._client, part, kv, shard=shard, after=self._fence)
+            for shard, kv in self._shards[part.group]
+        ]
+        self.counters["save.stored"] += max(result.stored for result in results)
+        return results

@@ -51,14 +51,53 @@ def test_ranks_and_their_places() -> None:
         head_groups(8, 6)
 
 
-@given(heads=st.integers(1, 16), tp=st.integers(1, 16), stages=st.integers(1, 4))
-def test_every_block_of_every_shard_has_one_rank_that_stores_it(heads: int, tp: int, stages: int) -> None:
-    """However TP and PP cut a model, together the ranks store each shard of a block once."""
-    assume(not (heads % tp and tp % heads))
-    places = [place_of(heads, tp, rank, stage) for stage in range(stages) for rank in range(tp)]
-    shards = head_groups(heads, tp) * stages
-    for block in range(20):
-        assert sorted(place.shard for place in places if place.stores(block)) == list(range(shards))
+@given(
+    heads=st.integers(1, 16),
+    tp=st.integers(1, 16),
+    others=st.lists(st.integers(1, 16), max_size=2),
+    stages=st.integers(1, 3),
+)
+def test_every_block_of_every_shard_has_one_rank_that_stores_it(
+    heads: int, tp: int, others: list[int], stages: int
+) -> None:
+    """However TP and PP cut a model, together the ranks store each shard once, and each holds all of its heads."""
+    assume(all(heads % size == 0 or size % heads == 0 for size in (tp, *others)))
+    groups = head_groups(heads, tp, {f"engine {n}": size for n, size in enumerate(others)})
+    assert heads % groups == 0
+    shards = groups * stages
+    for size in (tp, *others):  # each engine of those that share
+        places = [place_of(heads, size, rank, stage, groups) for stage in range(stages) for rank in range(size)]
+        for block in range(20):
+            stored = [place for place in places if place.stores(block)]
+            assert sorted(place.shard + n for place in stored for n in range(place.shards)) == list(range(shards))
+        for number, place in enumerate(places):
+            stage, rank = divmod(number, size)
+            each = heads // groups
+            held = [
+                head
+                for n in range(place.shards)
+                for head in range(each * (place.shard + n), each * (place.shard + n + 1))
+            ]
+            own = max(1, heads // size)
+            first = rank * heads // size
+            assert held == [stage * heads + head for head in range(first, first + own)]
+
+
+def test_parts_that_others_say() -> None:
+    """What is asked for must fit; where it does not, the setting is named."""
+    assert head_groups(8, 1) == 1
+    assert head_groups(8, 1, {"decode_tp_size": 4, "prefill_tp_size": 2}) == 4
+    assert head_groups(12, 4, {"decode_tp_size": 6}) == 12
+    assert head_groups(2, 1, {"decode_tp_size": 8}) == 2
+    assert head_groups(1, 2, {"decode_tp_size": 8}, 4) == 1
+    assert head_groups(8, 2, {"decode_tp_size": 8}, 4) == 4
+    for (heads, tp, others, asked), said in {
+        (8, 1, 3, 0): "decode_tp_size: 3 does not divide 8 KV heads evenly",
+        (8, 4, 0, 2): "head_groups: must divide 8 KV heads and be a multiple of 4, not 2",
+        (8, 1, 0, 3): "head_groups: must divide 8 KV heads and be a multiple of 1, not 3",
+    }.items():
+        with pytest.raises(InvalidArgumentError, match=said):
+            head_groups(heads, tp, {"decode_tp_size": others} if others else {}, asked)
 
 
 def test_latent_attention_has_one_head() -> None:
@@ -88,9 +127,7 @@ def configuration(specs: list[Any], algorithm: str = "sha256", **parallel: int) 
     kinds = ("decode_context", "prefill_context", "tensor", "pipeline")
     ones = {f"{kind}_parallel_size": 1 for kind in kinds}
     cache = SimpleNamespace(prefix_caching_hash_algo=algorithm, calculate_kv_scales=False)
-    model = SimpleNamespace(
-        use_mla=False, get_total_num_kv_heads=lambda: 8, get_total_num_hidden_layers=lambda: 61
-    )
+    model = SimpleNamespace(use_mla=False, get_total_num_kv_heads=lambda: 8, get_total_num_hidden_layers=lambda: 61)
     vllm_config = SimpleNamespace(
         parallel_config=SimpleNamespace(**ones | parallel), cache_config=cache, model_config=model
     )
@@ -113,9 +150,10 @@ def test_supported_model_passes() -> None:
             configuration([FULL_SPEC, WIDE_SPEC], tensor_parallel_size=2),
             "tensor_parallel_size: must be 1 .* a rank has 8 of layers.1, and 4 of most",
         ),
+        ((*configuration([WIDE_SPEC, FULL_SPEC]), 2), "head_groups: must be 1 .* a rank has 4 of layers.1, and 8"),
     ],
 )
-def test_what_cannot_be_stored_is_refused_in_a_sentence(configured: tuple[Any, Any], said: str) -> None:
+def test_what_cannot_be_stored_is_refused_in_a_sentence(configured: tuple[Any, ...], said: str) -> None:
     """At start, with the name of the setting, not at run time."""
     with pytest.raises(InvalidArgumentError, match=said):
         check_supported(*configured)
