@@ -26,6 +26,7 @@ from kvpool.client_master import MasterLink, leases_frame
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peer, Peers
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
+from kvpool.client_transfers import Transfers
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason, pack_keys
@@ -109,6 +110,8 @@ class Client:
         self._link = (
             MasterLink(master, self._name, self._attach, self._health, self._lookup_s) if master is not None else None
         )
+        self.transfers = Transfers(self._link)
+        """Prompts on their way from a prefilling engine to a decoding one."""
         if self._link is None or not self._link.wait_tried(CONNECT_S):
             self._attach()
 

@@ -19,7 +19,7 @@ from kvpool.client_health import Health
 from kvpool.client_residency import ResidencyReporter
 from kvpool.config import split_address
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
-from kvpool.model import Namespace, NodeAddress
+from kvpool.model import KEY_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import address_from_proto, namespace_to_proto
 from kvpool.rpc.status import error_of
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
@@ -152,6 +152,12 @@ class MasterLink:
                 self.warnings.append(text)
                 log.warning("%s", text)
 
+    def announce(self, digests: Sequence[bytes], timeout_s: float) -> None:
+        """Announce these again, those that were registered, to a master that does not know them. Raises KVPoolError."""
+        for digest in digests:
+            if (namespace := self._namespaces.get(digest)) is not None:
+                self._announce(namespace, timeout_s)
+
     def place(self, size: int, timeout_s: float) -> NodeAddress | None:
         """Ask for a node that takes our blocks. Raises UnavailableError, at once when the master is away."""
         if not self.up:
@@ -244,9 +250,30 @@ def _ask_by_grpc(
         if body == "residency":
             frame.residency.keys = payload
             return MasterFrameReply(residency=stub.ReportResidency(frame.residency, timeout=timeout_s))
-        return MasterFrameReply(lease=stub.ReleaseLeases(frame.release, timeout=timeout_s))
+        if body == "release":
+            return MasterFrameReply(lease=stub.ReleaseLeases(frame.release, timeout=timeout_s))
+        return _ask_of_transfers(stub, frame, payload, timeout_s)
     except grpc.RpcError as exc:
         raise error_of(exc) from exc
+
+
+def _ask_of_transfers(
+    stub: master_pb2_grpc.MasterStub, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float
+) -> master_pb2.MasterFrameReply:
+    body = frame.WhichOneof("body")
+    if body == "open_transfer":
+        at = 0
+        for part in frame.open_transfer.parts:
+            part.keys = payload[at : at + part.blocks * KEY_BYTES]
+            at += part.blocks * KEY_BYTES
+        return MasterFrameReply(open_transfer=stub.OpenTransfer(frame.open_transfer, timeout=timeout_s))
+    if body == "seal_transfer":
+        return MasterFrameReply(seal_transfer=stub.SealTransfer(frame.seal_transfer, timeout=timeout_s))
+    if body == "claim_transfer":
+        return MasterFrameReply(claim_transfer=stub.ClaimTransfer(frame.claim_transfer, timeout=timeout_s))
+    if body == "renew_transfers":
+        return MasterFrameReply(transfers=stub.RenewTransfers(frame.renew_transfers, timeout=timeout_s))
+    return MasterFrameReply(transfers=stub.EndTransfers(frame.end_transfers, timeout=timeout_s))
 
 
 def leases_frame(kind: str, leases: Sequence[int]) -> master_pb2.MasterFrame:

@@ -29,6 +29,7 @@ _WHY = {
     ExplainedBlock.Removal.NOT_REPORTED: "reported anew without it",
     ExplainedBlock.Removal.CAPACITY: "because its storage backend was full",
     ExplainedBlock.Removal.FILE_LOST: "because its file was missing or broken",
+    ExplainedBlock.Removal.TRANSFER: "because the transfer that it was stored for has ended",
 }
 
 

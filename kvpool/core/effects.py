@@ -105,6 +105,15 @@ class PinEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferExpired:
+    """Nobody was heard of who wants a transfer; for the log."""
+
+    id: int
+    producer: str
+    sealed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class BackendChanged:
     """Something about a backend is worth a line in the log; ``bad`` if somebody should look at it."""
 
@@ -123,5 +132,6 @@ class NodeChanged:
 
 
 Effect = (
-    Send | Close | Remember | CatalogFiles | CatalogBackend | CatalogPin | PinEnded | BackendChanged | NodeChanged
+    Send | Close | Remember | CatalogFiles | CatalogBackend | CatalogPin | PinEnded | TransferExpired | BackendChanged
+    | NodeChanged
 )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.columns import zeros
+from kvpool.core.holds import HARD, Holds, Levels
 from kvpool.core.keytable import KeyTable, Rows, Words, as_words
 from kvpool.core.messages import BlockRun
 from kvpool.core.placement import NOWHERE, Owner, PlacementTable
@@ -24,8 +25,8 @@ from kvpool.model import KEY_BYTES, Namespace
 
 ROWS_PER_SLICE = 1024
 NAMESPACES_MAX = 4096
-SOFT, HARD = 1, 2
-"""How an operator has pinned a block: to be evicted when nothing else is left, or never."""
+HELD_MAX = 1 << 22
+"""Keys that may be held at once; twice what pins and transfers may hold together, as they are let go of in slices."""
 
 _NO_NAMESPACE = -1
 
@@ -41,7 +42,6 @@ class Space:
     stored_bytes: int = 0
     siblings: list[Space] = field(default_factory=list)  # other descriptors of the same model
     announced: float | None = None  # by an engine, when last
-    pins: dict[bytes, int] = field(default_factory=dict)  # key -> SOFT or HARD
 
     @property
     def full(self) -> int:
@@ -66,12 +66,13 @@ class Index:
         self.placement: NDArray[np.int32] = zeros(rows_max, np.int32)
         self.shard_bytes: NDArray[np.int64] = zeros(rows_max, np.int64)
         self.leased: NDArray[np.int32] = zeros(rows_max, np.int32)
-        self.pinned: NDArray[np.uint8] = zeros(rows_max, np.uint8)  # by an operator: 0, SOFT or HARD
+        self.pinned: Levels = zeros(rows_max, np.uint8)  # how each row's key is held: 0, SOFT or HARD
         self.space_of: NDArray[np.int16] = zeros(rows_max, np.int16)
         self.listed: NDArray[np.bool_] = zeros(rows_max, bool)  # on some node's victim list
         self.asked: NDArray[np.uint8] = zeros(rows_max, np.uint8)  # why the master last asked for its eviction
         self.recency = Recency(zeros(rows_max, np.int64))
         self.placements = PlacementTable()
+        self.holds = Holds(HELD_MAX)
         self.spaces: dict[bytes, Space] = {}
         self._by_number: list[Space] = []
         self._free: NDArray[np.int32] = zeros(rows_max, np.int32)  # a stack
@@ -114,7 +115,7 @@ class Index:
 
     def moving(self) -> list[KeyTable]:
         """Return the tables that are on their way to a larger array."""
-        return [space.table for space in self.spaces.values() if space.table.moving]
+        return [space.table for space in self.spaces.values() if space.table.moving] + self.holds.moving()
 
     # ---- what nodes report ---------------------------------------------------------------------
 
@@ -131,7 +132,8 @@ class Index:
             self.leased[fresh] = 0
             self.listed[fresh] = False
             self.asked[fresh] = 0
-            self.pinned[fresh] = self._pins_of(space, fresh) if space.pins else 0
+            held = self.holds.any_of(space.digest)
+            self.pinned[fresh] = self.holds.levels(space.digest, self.keys.take(fresh, axis=0)) if held else 0
         refused = b""
         if (rows < 0).any():
             self.refused += int(np.count_nonzero(rows < 0))
@@ -257,9 +259,6 @@ class Index:
 
     # ---- rows ----------------------------------------------------------------------------------
 
-    def _pins_of(self, space: Space, rows: Rows) -> list[int]:
-        return [space.pins.get(self.keys[row].tobytes(), 0) for row in rows.tolist()]
-
     def _take_rows(self, count: int) -> Rows:
         reused = min(count, self._free_count)
         self._free_count -= reused
@@ -283,6 +282,26 @@ class Index:
         over = rows[(self.leased.take(rows) == 0) & (self.space_of.take(rows) == _NO_NAMESPACE)]
         if len(over):
             self._give_back(over)
+
+    # ---- holds ---------------------------------------------------------------------------------
+
+    def hold(self, namespace: bytes, keys: bytes, level: int) -> int:
+        """Hold these keys, SOFT or HARD, once more; returns how many of their blocks are there."""
+        words = as_words(keys)
+        return self._mark(namespace, words, self.holds.add(namespace, words, level))
+
+    def let_go(self, namespace: bytes, keys: bytes, level: int) -> Levels:
+        """Take back one hold on each of these keys; returns how they are held now."""
+        words = as_words(keys)
+        levels = self.holds.remove(namespace, words, level)
+        self._mark(namespace, words, levels)
+        return levels
+
+    def _mark(self, namespace: bytes, words: Words, levels: Levels) -> int:
+        rows = self.space(namespace).table.find(words)
+        there = rows >= 0
+        self.pinned[rows[there]] = levels[there]
+        return int(np.count_nonzero(there))
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -352,7 +371,7 @@ class Index:
     def coldest(self, incarnation: int, *, leased: bool = False) -> Iterator[Rows]:
         """Yield the rows an incarnation holds, coldest first, slice by slice.
 
-        Those under a lease or a soft pin come only with ``leased``, and then alone; those pinned hard
+        Those under a lease or held softly come only with ``leased``, and then alone; those held hard
         never do. The index may change between two slices. Empty slices are yielded too, so that the
         caller can stop to do something else.
         """

@@ -50,6 +50,7 @@ from kvpool.core.placement import Placement
 from kvpool.core.removals import Removals, Why
 from kvpool.core.residency import Residency
 from kvpool.core.rows import RowRelief
+from kvpool.core.transfers import Transfers
 from kvpool.errors import OverloadedError
 from kvpool.model import Namespace, NodeAddress, Reason
 
@@ -99,6 +100,9 @@ class MasterState:
         )
         self._row_relief = RowRelief(self.index, self.backends, self._jobs)
         self.pins = Pins(self.index, self.nodes, (epoch & 0x7FFFFFFF) << 32 | 1)
+        self.transfers = Transfers(
+            self.index, self.nodes, limits.lease_ttl_s, self.counters, self._jobs, self._evict, now
+        )
         self.backends.next_batch = (epoch & 0x7FFFFFFF) << 32 | 1  # never one that an earlier master has sent
 
     # ---- time ----------------------------------------------------------------------------------
@@ -433,6 +437,7 @@ class MasterState:
             effects += self._relieve(node, up)
             self._refresh_victims(node, up)
         effects += self.backends.tick(up, self._last_now)
+        effects += self.transfers.tick(up)
         self._row_relief.tick(self._last_now)
         if not self._tidying and self.index.moving():
             self._tidying = True

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.effects import Effect
-from kvpool.core.index import HARD, ROWS_PER_SLICE, Index
+from kvpool.core.holds import HARD
+from kvpool.core.index import ROWS_PER_SLICE, Index
 from kvpool.core.keytable import Rows, as_words
 from kvpool.core.removals import Why
 from kvpool.errors import UnknownNamespaceError

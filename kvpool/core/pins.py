@@ -1,7 +1,7 @@
 """What operators want to keep: hard pins are never evicted, soft ones last, as if they were leased.
 
-A pin is about keys, whether their blocks are there or not: what comes later is pinned when it comes. The index
-has the strongest pin of each row in a column; nodes are told of hard ones, so that they spare them on their own.
+A pin is about keys, whether their blocks are there or not (kvpool/core/holds.py). Nodes are told of hard ones, so
+that they spare them on their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kvpool.core.effects import CatalogPin, Effect, PinEnded, Send
-from kvpool.core.index import HARD, ROWS_PER_SLICE, SOFT, Index, Space
+from kvpool.core.holds import HARD, SOFT
+from kvpool.core.index import ROWS_PER_SLICE, Index, Space
 from kvpool.core.keytable import as_words
 from kvpool.core.messages import BlockRun, Keep
 from kvpool.core.nodes import Node
@@ -60,7 +61,6 @@ class Pins:
         self._index = index
         self._nodes = nodes
         self._next = first_id
-        self._pins_of: dict[bytes, list[OperatorPin]] = {}  # by namespace + key
 
     # ---- taking and ending ---------------------------------------------------------------------
 
@@ -98,9 +98,7 @@ class Pins:
                 return
             part = keys[start : start + _SLICE_BYTES]
             pin.keys += part
-            for at in range(0, len(part), KEY_BYTES):
-                self._pins_of.setdefault(pin.namespace + part[at : at + KEY_BYTES], []).append(pin)
-            pin.present += self._mark(pin.namespace, part)
+            pin.present += self._index.hold(pin.namespace, part, pin.level)
             yield self._tell(pin, Keep(keep=(self._run(pin.namespace, part),)))
         if remember and not pin.ended:
             yield [_catalog(pin)]
@@ -122,39 +120,14 @@ class Pins:
         yield [PinEnded(pin.id)]
         for start in range(0, len(pin.keys), _SLICE_BYTES):
             part = bytes(pin.keys[start : start + _SLICE_BYTES])
-            free = []
-            for at in range(0, len(part), KEY_BYTES):
-                key = part[at : at + KEY_BYTES]
-                others = self._pins_of[pin.namespace + key]
-                others.remove(pin)
-                if not others:
-                    del self._pins_of[pin.namespace + key]
-                if all(other.level < HARD for other in others):
-                    free.append(key)
-            self._mark(pin.namespace, part)
-            yield self._tell(pin, Keep(release=(self._run(pin.namespace, b"".join(free)),))) if free else []
+            levels = self._index.let_go(pin.namespace, part, pin.level)
+            free = np.frombuffer(part, np.uint8).reshape(-1, KEY_BYTES)[levels < HARD].tobytes()
+            yield self._tell(pin, Keep(release=(self._run(pin.namespace, free),))) if free else []
 
     def expire(self, now: float) -> list[Iterator[list[Effect]]]:
         """End the soft pins whose time is over; returns the slices that do."""
         over = [pin for pin in self.by_id.values() if pin.until is not None and pin.until <= now]
         return [self.end(pin) for pin in over]
-
-    def _mark(self, namespace: bytes, keys: bytes) -> int:
-        """Bring the index in line with the pins of these keys; returns how many blocks are there."""
-        space = self._index.space(namespace)
-        levels = []
-        for at in range(0, len(keys), KEY_BYTES):
-            key = keys[at : at + KEY_BYTES]
-            level = max((pin.level for pin in self._pins_of.get(namespace + key, ())), default=0)
-            levels.append(level)
-            if level:
-                space.pins[key] = level
-            else:
-                space.pins.pop(key, None)
-        rows = space.table.find(as_words(keys))
-        there = rows >= 0
-        self._index.pinned[rows[there]] = np.array(levels, np.uint8)[there]
-        return int(there.sum())
 
     # ---- nodes ---------------------------------------------------------------------------------
 

@@ -42,9 +42,12 @@ class Why(IntEnum):
     NOT_REPORTED = 7  # missing when its node reported everything anew
     CAPACITY = 8  # its storage backend was over its high watermark, or the index had few rows left
     FILE_LOST = 9  # its file was missing or broken when somebody read it
+    TRANSFER = 10  # it was of use to one transfer only, which has ended
 
 
-EVICTIONS = frozenset({Why.MASTER, Why.ROOM, Why.WATERMARK, Why.OPERATOR, Why.INCOMPLETE, Why.CAPACITY})
+EVICTIONS = frozenset(
+    {Why.MASTER, Why.ROOM, Why.WATERMARK, Why.OPERATOR, Why.INCOMPLETE, Why.CAPACITY, Why.TRANSFER}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             warnings=[*warnings(state.index.spaces.values(), now), *backends.warnings(self.pool, now)],
             removals=len(state.removals),
             removals_max=state.removals.entries_max,
+            transfers=len(state.transfers.by_id),
+            transfer_blocks=state.transfers.blocks,
             engines=len(state.residency.engines),
             engine_blocks=len(state.residency),
             engines_announced=len(state.engines),

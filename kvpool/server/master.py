@@ -23,7 +23,17 @@ from grpc_reflection.v1alpha import reflection
 
 from kvpool import __version__
 from kvpool.config import MasterSettings
-from kvpool.core.effects import BackendChanged, Close, Closed, Effect, NodeChanged, Received, Send, Tick
+from kvpool.core.effects import (
+    BackendChanged,
+    Close,
+    Closed,
+    Effect,
+    NodeChanged,
+    Received,
+    Send,
+    Tick,
+    TransferExpired,
+)
 from kvpool.core.master import MasterLimits, MasterState
 from kvpool.core.messages import Ack, MasterMessage, Probe, Probed
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, TooLargeError
@@ -38,7 +48,7 @@ from kvpool.rpc.v1 import (
     node_pb2,
     node_pb2_grpc,
 )
-from kvpool.server import engines, metrics, wire
+from kvpool.server import engines, metrics, transfers, wire
 from kvpool.server.admin import AdminService
 from kvpool.server.daemon import run_daemon
 from kvpool.server.keeper import Keeper
@@ -92,6 +102,9 @@ class Pool:
             elif isinstance(effect, NodeChanged):
                 level = logging.INFO if effect.state in {"live", "warming"} else logging.WARNING
                 log.log(level, "node %s is %s (%s)", effect.node_id, effect.state, effect.why)
+            elif isinstance(effect, TransferExpired):
+                last = "consumer" if effect.sealed else "producer"
+                log.info("transfer %016x of %r has expired: its %s is silent", effect.id, effect.producer, last)
             if self.keeper is not None:
                 self.keeper.perform(effect)
         if self.state.busy:
@@ -204,10 +217,11 @@ class Pool:
             unknown = self.state.release(list(request.release.leases))
         elif body == "residency":
             return master_pb2.MasterFrameReply(residency=self.report(request.residency, payload)), None
+        elif body in transfers.FRAMES:
+            return transfers.frame(self, request, payload), None
         else:
-            raise InvalidArgumentError("body", "must be lookup, renew, release or residency")
+            raise InvalidArgumentError("body", "must be a lookup, or about leases, residency or transfers")
         return master_pb2.MasterFrameReply(lease=master_pb2.LeaseResponse(unknown=unknown)), None
-
 
     def report(self, request: master_pb2.ResidencyRequest, keys: bytes | memoryview) -> master_pb2.ResidencyResponse:
         """Take in what an engine holds."""
@@ -280,6 +294,37 @@ class MasterService(master_pb2_grpc.MasterServicer):
     ) -> master_pb2.ResidencyResponse:
         """Take in what an engine holds, as the frames do."""
         return self.pool.report(request, request.keys)
+
+    @rpc
+    async def OpenTransfer(
+        self, request: master_pb2.OpenTransferRequest, context: Any
+    ) -> master_pb2.OpenTransferResponse:
+        """Begin to keep a prompt for another engine."""
+        return transfers.open_transfer(self.pool, request)
+
+    @rpc
+    async def SealTransfer(
+        self, request: master_pb2.SealTransferRequest, context: Any
+    ) -> master_pb2.SealTransferResponse:
+        """Take it as stored."""
+        return transfers.seal_transfer(self.pool, request)
+
+    @rpc
+    async def ClaimTransfer(
+        self, request: master_pb2.ClaimTransferRequest, context: Any
+    ) -> master_pb2.ClaimTransferResponse:
+        """Say where it lies."""
+        return transfers.claim_transfer(self.pool, request)
+
+    @rpc
+    async def RenewTransfers(self, request: master_pb2.TransfersRequest, context: Any) -> master_pb2.TransfersResponse:
+        """Renew transfers."""
+        return transfers.renew_transfers(self.pool, request)
+
+    @rpc
+    async def EndTransfers(self, request: master_pb2.TransfersRequest, context: Any) -> master_pb2.TransfersResponse:
+        """End transfers."""
+        return transfers.end_transfers(self.pool, request)
 
     @rpc
     async def AnnounceEngine(self, request: Any, context: Any) -> master_pb2.AnnounceEngineResponse:

@@ -32,6 +32,7 @@ READ_S: Final = 2.0
 """How long a scrape waits for the loop."""
 
 _LOOKUP_END = "lookup_end_"
+_TRANSFERS = "transfers."
 
 
 class Value(NamedTuple):
@@ -115,7 +116,8 @@ def master_values(state: MasterState, clock: Callable[[], float]) -> list[Value]
     used = {name: node.used_bytes for name, node in nodes.items()}
     capacity = {name: node.capacity_bytes for name, node in nodes.items()}
     ends = {k.removeprefix(_LOOKUP_END): v for k, v in counters.items() if k.startswith(_LOOKUP_END)}
-    others = {k: v for k, v in counters.items() if not k.startswith(_LOOKUP_END)}
+    moved = {k.removeprefix(_TRANSFERS): v for k, v in counters.items() if k.startswith(_TRANSFERS)}
+    others = {k: v for k, v in counters.items() if not k.startswith((_LOOKUP_END, _TRANSFERS))}
     spaces = list(state.index.spaces.values())
     return [
         Value("gauge", "master_key_count", "Blocks in the index", len(state.index)),
@@ -147,6 +149,10 @@ def master_values(state: MasterState, clock: Callable[[], float]) -> list[Value]
         Value("gauge", "kvpool_engine_blocks", "Blocks in engines' own memory (tier hbm)", len(residency)),
         Value("gauge", "kvpool_uptime_seconds", "Time since the start", now - state.started),
         Value("gauge", "kvpool_pins", "Operators' pins", len(state.pins.by_id)),
+        Value("gauge", "kvpool_prompt_transfers_under_way", "Prompts on their way between engines",
+              len(state.transfers.by_id)),
+        Value("gauge", "kvpool_prompt_transfer_blocks", "Blocks held for them", state.transfers.blocks),
+        Value("counter", "kvpool_prompt_transfers", "What has become of transfers", moved, "event"),
         *_storage_values(state),
     ]  # fmt: skip
 

@@ -30,6 +30,8 @@ def check_index(index: Index) -> None:
         in_use[rows] = True
         assert len(space.table) == len(rows), "a namespace's table has its rows"
         assert (space.table.find(index.keys[rows]) == rows).all(), "every row is found by its key"
+        held = index.holds.levels(space.digest, index.keys[rows])
+        assert (index.pinned[rows] == held).all(), "a row knows how its key is held"
         stored = 0
         for row in rows.tolist():
             owners = index.placements[int(index.placement[row])].owners
@@ -39,7 +41,6 @@ def check_index(index: Index) -> None:
             for owner in owners:
                 size = file_bytes(int(index.shard_bytes[row]), index._layers(space))
                 in_files[owner.incarnation] += owner.shards.bit_count() * size * (owner.incarnation in index.file_bytes)
-            assert int(index.pinned[row]) == space.pins.get(index.keys[row].tobytes(), 0), "a row knows its pin"
         assert space.stored_bytes == stored, "stored bytes are counted"
     assert {i: n for i, n in index.blocks_on.items() if n} == dict(blocks_on), "a node's blocks are counted"
     assert all(size == in_files[i] for i, size in index.file_bytes.items()), "bytes of files are counted"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, rows, segment
+from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, rows, segment, transfers
 
 _SMALL: tuple[tuple[ModuleType, str, float], ...] = (
     (index, "ROWS_PER_SLICE", 2),
@@ -17,6 +17,7 @@ _SMALL: tuple[tuple[ModuleType, str, float], ...] = (
     (backends, "REMOVE_RETRY_S", 1.0),
     (backends, "SCAN_RETRY_S", 1.0),
     (nodes, "ROWS_PER_SLICE", 2),
+    (transfers, "SLICE_BLOCKS", 2),
     (recency, "SEGMENT", 16),
     (keytable, "BUCKETS_MIN", 1),
     (keytable, "MOVE_BUCKETS", 16),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvpool.core import index as index_module
 from kvpool.core import recency
-from kvpool.core.index import HARD, SOFT, Index
+from kvpool.core.holds import HARD, SOFT
+from kvpool.core.index import Index
 from kvpool.core.keytable import as_words
 from kvpool.core.leases import Leases
 from kvpool.core.messages import BlockRun
@@ -83,10 +84,12 @@ class Twin:
         self.add(space, keys, STORE, mask, size, touch=False)
 
     def pin(self, space: int, keys: list[int], level: int) -> None:
-        for name in self.names(space, keys):
-            self.pins[name] = level
-            self.spaces[space].pins[name[1]] = level
-        self.index.pinned[self.rows(space, keys)] = level
+        for digest, name in ((self.spaces[space].digest, name) for name in self.names(space, keys)):
+            if before := self.pins.pop(name, 0):
+                self.index.let_go(digest, name[1], before)
+            if level:
+                self.index.hold(digest, name[1], level)
+                self.pins[name] = level
 
     def lose(self, name: tuple[int, bytes], incarnation: int, mask: int) -> bool:
         """Take shards away; returns whether the block was whole before and is neither whole nor gone now."""

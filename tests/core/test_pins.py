@@ -102,7 +102,7 @@ def test_pins_of_the_same_block_end_one_by_one(pool):
     pool.sent.clear()
     assert pool.evict_all() == [key(2), key(1)]
     pool.end(soft)
-    assert not pool.master.index.spaces[ONE.digest].pins
+    assert len(pool.master.index.holds) == 0
 
 
 def test_a_hard_pin_ends_at_the_nodes_too(pool):

@@ -12,7 +12,8 @@ import pytest
 
 from kvpool.config import MasterSettings
 from kvpool.core import pins as pins_module
-from kvpool.core.index import HARD
+from kvpool.core.holds import HARD
+from kvpool.core.keytable import as_words
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.server.admin import AdminService
@@ -56,7 +57,7 @@ async def cancelled(call, begun: Callable[[], bool]) -> None:
 def test_pins_are_taken_and_ended_as_a_whole_when_the_client_goes(pool):
     """What has begun comes to its end: no block stays pinned for a pin that is not there."""
     admin = AdminService(pool)
-    pinned = pool.state.index.spaces[ONE.digest].pins
+    pinned = pool.state.index.holds
 
     async def main() -> None:
         request = admin_pb2.PinBlocksRequest(namespace=ONE.digest, keys=KEYS)
@@ -64,7 +65,7 @@ def test_pins_are_taken_and_ended_as_a_whole_when_the_client_goes(pool):
         assert 0 < len(pinned) < 50
         await until(lambda: len(pinned) == 50)
         (pin,) = pool.state.pins.by_id.values()
-        assert set(pinned.values()) == {HARD}
+        assert set(pinned.levels(ONE.digest, as_words(KEYS)).tolist()) == {HARD}
         request = admin_pb2.UnpinBlocksRequest(pins=[pin.id])
         await cancelled(admin.UnpinBlocks(request, Context()), lambda: len(pinned) < 50)
         assert pinned

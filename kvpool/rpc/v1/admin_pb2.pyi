@@ -203,6 +203,7 @@ class ExplainedBlock(_message.Message):
             NOT_REPORTED: _ClassVar[ExplainedBlock.Removal.Why]
             CAPACITY: _ClassVar[ExplainedBlock.Removal.Why]
             FILE_LOST: _ClassVar[ExplainedBlock.Removal.Why]
+            TRANSFER: _ClassVar[ExplainedBlock.Removal.Why]
         MASTER: ExplainedBlock.Removal.Why
         ROOM: ExplainedBlock.Removal.Why
         WATERMARK: ExplainedBlock.Removal.Why
@@ -213,6 +214,7 @@ class ExplainedBlock(_message.Message):
         NOT_REPORTED: ExplainedBlock.Removal.Why
         CAPACITY: ExplainedBlock.Removal.Why
         FILE_LOST: ExplainedBlock.Removal.Why
+        TRANSFER: ExplainedBlock.Removal.Why
         WHY_FIELD_NUMBER: _ClassVar[int]
         NODE_FIELD_NUMBER: _ClassVar[int]
         AGE_S_FIELD_NUMBER: _ClassVar[int]

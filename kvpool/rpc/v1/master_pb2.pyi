@@ -195,14 +195,16 @@ class ResidencyResponse(_message.Message):
     def __init__(self, again: bool = ...) -> None: ...
 
 class TransferPart(_message.Message):
-    __slots__ = ("namespace", "keys", "drop_last")
+    __slots__ = ("namespace", "keys", "drop_last", "blocks")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     DROP_LAST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     keys: bytes
     drop_last: int
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., drop_last: _Optional[int] = ...) -> None: ...
+    blocks: int
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., drop_last: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class OpenTransferRequest(_message.Message):
     __slots__ = ("transfer", "parts", "nodes", "producer")
@@ -267,10 +269,12 @@ class ClaimTransferResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[ClaimTransferResponse.State, str]] = ..., namespaces: _Optional[_Iterable[bytes]] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class TransfersRequest(_message.Message):
-    __slots__ = ("transfers",)
+    __slots__ = ("transfers", "consumed")
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    CONSUMED_FIELD_NUMBER: _ClassVar[int]
     transfers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, transfers: _Optional[_Iterable[int]] = ...) -> None: ...
+    consumed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, transfers: _Optional[_Iterable[int]] = ..., consumed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TransfersResponse(_message.Message):
     __slots__ = ("unknown",)
