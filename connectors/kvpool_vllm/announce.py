@@ -24,7 +24,7 @@ _DATA_PARALLEL = re.compile(r"_dp\d+$")
 _UNREACHABLE = ("--headless", "--uds", "--config", "--ssl-keyfile", "--ssl-certfile")
 """With these, the command line does not say where plain HTTP is served."""
 
-_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 -- compared, not listened on
+_EVERYWHERE = ("", "0.0.0.0", "::")
 
 
 def facts(vllm_config: Any, kv_role: str, settings: ConnectorSettings, argv: Sequence[str]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def address(given: str | None, engine_id: str, argv: Sequence[str]) -> str:
 def _served(argv: Sequence[str]) -> str:
     """Return the address in the command line of a ``vllm serve`` process; "" where there is none."""
     program = argv[0] if argv else ""
-    serves = program.endswith("/vllm") and "serve" in argv[1:2] or program.endswith("openai/api_server.py")
+    serves = (program.endswith("/vllm") and "serve" in argv[1:2]) or program.endswith("openai/api_server.py")
     if not serves or any(word.partition("=")[0] in _UNREACHABLE for word in argv):
         return ""
     host, port = _option(argv, "--host") or "", _option(argv, "--port") or str(SERVE_PORT)
