@@ -25,7 +25,8 @@ from kvpool.model import KEY_BYTES
 
 Bytes = NDArray[np.uint8]
 Buffer = Any
-"""bytes, bytearray, memoryview, a numpy array: whatever has contiguous bytes."""
+"""bytes, bytearray, memoryview, a numpy array: whatever has contiguous bytes; or a uint8 array of any strides,
+whose bytes are meant in C order."""
 
 STEP_BYTES = 2 << 20
 HOLD_BYTES_MAX = 128 << 10
@@ -46,6 +47,10 @@ _BYTE = np.dtype(np.uint8)
 T = TypeVar("T")
 
 
+class _GapsError(InvalidArgumentError):
+    """An array whose bytes have gaps."""
+
+
 def as_bytes(buffer: Buffer, field: str, *, writable: bool) -> Bytes:
     """Return a buffer's bytes without a copy. Raises InvalidArgumentError naming ``field``."""
     array: Bytes | None
@@ -60,14 +65,19 @@ def as_bytes(buffer: Buffer, field: str, *, writable: bool) -> Bytes:
     except (TypeError, ValueError, BufferError) as exc:
         raise InvalidArgumentError(field, f"{type(buffer).__name__} is no buffer of contiguous bytes: {exc}") from exc
     if array is None:
-        raise InvalidArgumentError(field, "the array's bytes are not contiguous")
+        raise _GapsError(field, "the array's bytes are not contiguous")
     if writable and not array.flags.writeable:
         raise InvalidArgumentError(field, "the buffer is read-only")
     return array
 
 
 class Blocks:
-    """The caller's buffers of one call: ``pieces[i]`` are block i's, one for all its layers or one a layer."""
+    """The caller's buffers of one call: ``pieces[i]`` are block i's, one for all its layers or one a layer.
+
+    Pieces are runs of bytes, or, where ``gapped``, arrays of more dimensions, one a layer.
+    """
+
+    gapped = False
 
     def __init__(
         self, blocks: Sequence[Buffer | Sequence[Buffer]], keys: bytes, layers: int, *, writable: bool
@@ -76,18 +86,11 @@ class Blocks:
         if len(blocks) * KEY_BYTES != len(keys):
             raise InvalidArgumentError("blocks", f"{len(blocks)} buffers for {len(keys) // KEY_BYTES} hashes")
         self.layers = layers
-        self.pieces: list[list[Bytes]] = [
-            [block]
-            if type(block) is np.ndarray
-            and block.dtype is _BYTE
-            and block.ndim == 1
-            and block.strides == (1,)
-            and (block.flags.writeable or not writable)
-            else [as_bytes(part, "blocks", writable=writable) for part in block]
-            if isinstance(block, (list, tuple))
-            else [as_bytes(block, "blocks", writable=writable)]
-            for block in blocks
-        ]
+        try:
+            self.pieces = _runs(blocks, writable=writable)
+        except _GapsError:
+            self.gapped = True
+            self.pieces = [_arrays(block, layers, writable=writable) for block in blocks]
         sizes = {pieces[0].nbytes if len(pieces) == 1 else sum(p.nbytes for p in pieces) for pieces in self.pieces}
         if len(sizes) > 1:
             raise InvalidArgumentError("blocks", f"all blocks of a call must have one size, not {sorted(sizes)[:4]}")
@@ -109,11 +112,69 @@ class Blocks:
         """Return the number of blocks."""
         return len(self.pieces)
 
+    def span(self, first: int, end: int, first_layer: int, end_layer: int) -> Blocks:
+        """Return the buffers of some layers of consecutive blocks."""
+        part = copy(self)
+        part.pieces = self.pieces[first:end]
+        if (first_layer, end_layer) != (0, self.layers):
+            part.pieces = [
+                [layer_of(pieces, layer, self.layer_bytes) for layer in range(first_layer, end_layer)]
+                for pieces in part.pieces
+            ]
+            part.layers = end_layer - first_layer
+            part.shard_bytes = part.layers * self.layer_bytes
+        return part
+
     def some(self, numbers: Sequence[int]) -> Blocks:
         """Return the buffers of some of the blocks."""
         part = copy(self)
         part.pieces = [self.pieces[number] for number in numbers]
         return part
+
+    def gathered(self) -> Blocks:
+        """Return a copy without gaps."""
+        part = copy(self)
+        part.gapped = False
+        part.pieces = [[np.empty(self.shard_bytes, np.uint8)] for _ in self.pieces]
+        for source, target in zip(self.pieces, part.pieces, strict=True):
+            copy_plain(source, target, self.layer_bytes)
+        return part
+
+
+def _runs(blocks: Sequence[Buffer | Sequence[Buffer]], *, writable: bool) -> list[list[Bytes]]:
+    return [
+        [block]
+        if type(block) is np.ndarray
+        and block.dtype is _BYTE
+        and block.ndim == 1
+        and block.strides == (1,)
+        and (block.flags.writeable or not writable)
+        else [as_bytes(part, "blocks", writable=writable) for part in block]
+        if isinstance(block, (list, tuple))
+        else [as_bytes(block, "blocks", writable=writable)]
+        for block in blocks
+    ]
+
+
+def _arrays(block: Buffer | Sequence[Buffer], layers: int, *, writable: bool) -> list[Bytes]:
+    """Return one piece a layer, of any strides; all have more than one dimension."""
+    parts = block if isinstance(block, (list, tuple)) else [block]
+    pieces: list[Bytes] = []
+    for part in parts:
+        try:
+            array = as_bytes(part, "blocks", writable=writable)
+        except _GapsError:
+            array = part
+            if array.dtype != np.uint8 or (writable and not array.flags.writeable):
+                raise InvalidArgumentError("blocks", "an array with gaps must be of uint8, and not read-only") from None
+        pieces.append(array if array.ndim > 1 else array[:, np.newaxis])
+    if len(pieces) == 1 and layers > 1:
+        (whole,) = pieces
+        if len(whole) % layers:
+            raise InvalidArgumentError("blocks", f"give one array a layer, or one whose first dimension is {layers}")
+        each = len(whole) // layers
+        pieces = [whole[at : at + each] for at in range(0, len(whole), each)]
+    return pieces
 
 
 def view(array: Any) -> memoryview:
@@ -126,6 +187,8 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
 
     One side is a single piece (the slot), the other one piece or one a layer.
     """
+    if source[0].ndim > 1 or target[0].ndim > 1:
+        return _copy_gapped(source, target, layer_bytes, layers)
     digests: list[int] = []
     whole = len(source) == 1 and len(target) == 1
     if whole and layers == 1 and layer_bytes <= HOLD_BYTES_MAX:
@@ -156,8 +219,45 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
     return digests
 
 
+def _copy_gapped(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: int, layers: int) -> list[int]:
+    digests = []
+    for layer in range(layers):
+        here = layer_of(source, layer, layer_bytes)
+        there = layer_of(target, layer, layer_bytes)
+        run = scratch(layer_bytes) if there.ndim > 1 else there
+        np.copyto(run.reshape(here.shape), here)
+        digests.append(digest64(run))
+        if run is not there:
+            scatter(run, there)
+    return digests
+
+
+_own = threading.local()
+
+
+def scratch(size: int) -> Bytes:
+    """Return the calling thread's own memory, of at least a layer; the next call may return the same."""
+    held: Bytes | None = getattr(_own, "bytes", None)
+    if held is None or len(held) < size:
+        held = _own.bytes = np.empty(size, np.uint8)
+    return held[:size]
+
+
+def scatter(run: Bytes, target: Bytes) -> None:
+    """Copy a run of bytes into an array of any strides, in C order."""
+    np.copyto(target, run.reshape(target.shape))
+
+
 def copy_plain(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: int) -> None:
     """Copy a shard without hashing it."""
+    if source[0].ndim > 1 or target[0].ndim > 1:
+        for layer in range(max(len(source), len(target))):
+            here, there = layer_of(source, layer, layer_bytes), layer_of(target, layer, layer_bytes)
+            if there.ndim > 1:
+                scatter(here, there)
+            else:
+                np.copyto(there.reshape(here.shape), here)
+        return
     if len(source) == 1 and len(target) == 1:
         if len(target[0]) <= HOLD_BYTES_MAX:
             view(target[0])[:] = view(source[0])
