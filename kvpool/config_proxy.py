@@ -35,6 +35,9 @@ class ProxySettings(Settings):
     decoder_ports: tuple[int, ...] | None = setting(None, PORTS, "Ports of the decode instances.")
     instances: tuple[str, ...] | None = setting(None, URLS, "Instances that prefill and decode themselves.")
     master: str | None = setting(None, ADDRESS, "The pool's master, to ask what lies where.", shown="nobody is asked")
+    discover: str = setting(
+        "auto", choice("auto", "on", "off"), "Take engines that announce themselves; auto: where no instance is named."
+    )
     hash_seed: str | None = setting(
         None, TEXT, "PYTHONHASHSEED of the instances, where it is set.", shown="the seed of engines without one"
     )
@@ -47,6 +50,10 @@ class ProxySettings(Settings):
     skip_prefill: str = setting(
         "pool", choice("pool", "off"), "Leave prefill out where a decode instance can load the prompt from the pool."
     )
+    decode_start: str = setting(
+        "auto", choice("auto", "with_prefill", "after_prefill"),
+        "When the decode instance is asked; auto: with the prefill where both load layer by layer.",
+    )  # fmt: skip
     api_key: str | None = setting(None, TEXT, "Ask this of clients as a bearer token, and give it to the instances.")
     insecure: bool = setting(False, BOOL, "Let peers of other hosts change instances without api_key.")
     instance_requests_max: int = setting(256, count(1, 1 << 20), "Requests at once for one instance; more wait.")
@@ -80,8 +87,17 @@ class ProxySettings(Settings):
                 )
         if self.instances and (self.prefiller_ports or self.decoder_ports):
             raise ConfigError("instances", "goes without prefiller_ports and decoder_ports")
-        if self.prefiller_ports and not self.decoder_ports:
+        if self.discover == "on" and self.master is None:
+            raise ConfigError("discover", "needs master, to whom engines announce themselves")
+        if self.prefiller_ports and not self.decoder_ports and not self.discovers:
             raise ConfigError("prefiller_ports", "needs decoder_ports: somebody has to decode")
+
+    @property
+    def discovers(self) -> bool:
+        """Whether engines that announce themselves become instances."""
+        if self.discover == "auto":
+            return self.master is not None and not (self.instances or self.prefiller_ports or self.decoder_ports)
+        return self.discover == "on"
 
     def urls(self, side: str) -> tuple[str, ...]:
         """Return the base URLs of the prefillers or decoders."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
@@ -15,10 +17,10 @@ from multidict import CIMultiDict
 
 from kvpool.config import ProxySettings
 from kvpool.proxy import prompts
-from kvpool.proxy.errors import AttemptError, ClientGoneError, Plain, error_event
+from kvpool.proxy.errors import AttemptError, ClientGoneError, Plain, RefusedRequestError, error_event
 from kvpool.proxy.fleet import Asking, Fleet, read_all
 from kvpool.proxy.prompts import Asked
-from kvpool.proxy.routing import LOAD_SHARE, Held, Role, Ticket
+from kvpool.proxy.routing import LOAD_SHARE, Held, Instance, Role, Ticket
 from kvpool.proxy.watch import Phase, Watch
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,9 @@ DONE: Final = b"[DONE]"
 """Ends every stream in OpenAI's form: one without it was cut."""
 
 ERROR_WRITE_S: Final = 1.0
+
+TRANSFER_MAX: Final = (1 << 64) - 1
+"""Of a transfer's id, which is random: who knows it may read the prompt's KV."""
 
 _HOP_BY_HOP: Final = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
@@ -56,6 +61,33 @@ def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in _OURS}
 
 
+@dataclass(slots=True)
+class Prefill:
+    """A prompt that is computed, or being computed, for a decode instance."""
+
+    params: Mapping[str, Any] | None = None
+    """What tells the decode instance where the KV is; None: it is to compute all of it."""
+    chosen: bool = False
+    """Whether only instances that have announced transfers understand it."""
+    task: asyncio.Task[None] | None = None
+    """Of a prefill that runs beside the decode."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the KV is in the pool: fetched by one decode instance, it is there for another one too."""
+        return self.params is not None and bool(self.params.get("transfer_id"))
+
+    def params_for(self, instance: Instance) -> Mapping[str, Any] | None:
+        """Return what to tell a decode instance."""
+        return self.params if instance.transfers or not self.chosen else None
+
+    async def end(self) -> None:
+        """End what still runs: nobody waits for it."""
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+
+
 class Exchange:
     """Serves one request: chooses instances, tries others before the first byte, is honest after it."""
 
@@ -70,6 +102,8 @@ class Exchange:
         self._asked = asked
         self._raw = raw
         self._known = known
+        models, model = fleet.router.models(), asked.body.get("model")
+        self._model = model if len(models) > 1 and isinstance(model, str) and model in models else ""
         self._loop = asyncio.get_running_loop()
         self._start = self._loop.time()
         self._end = self._start + settings.request_timeout / 1000
@@ -82,8 +116,7 @@ class Exchange:
         Raises RefusedRequestError and AttemptError while nothing was sent, ClientGoneError.
         """
         try:
-            divided = bool(self._fleet.router.of(Role.DECODE))
-            response = await (self._divided() if divided else self._whole())
+            response = await (self._divided() if self._divides() else self._whole())
         except AttemptError as exc:
             if exc.answer is not None and self._response is None:
                 return await self._send(exc.answer), str(exc.answer.status)
@@ -93,10 +126,21 @@ class Exchange:
             return self._response, "broken"
         return response, str(response.status)
 
+    def _divides(self) -> bool:
+        """Whether one instance is to prefill and another one to decode; where both would do, as they serve."""
+        suiting = {role: [one for one in self._fleet.router.of(role) if one.suits(self._model)] for role in Role}
+        if not suiting[Role.DECODE] or not suiting[Role.BOTH]:
+            return bool(suiting[Role.DECODE])
+        able = {role: any(one.serves for one in ones) for role, ones in suiting.items()}
+        return able[Role.DECODE] and (able[Role.PREFILL] or not able[Role.BOTH])
+
+    def _asking(self, role: Role, compute_share: float = 1.0) -> Asking:
+        return Asking(role, self._asked.prompt, compute_share, self._known, model=self._model)
+
     # ---- instances that do everything ------------------------------------------------------------------
 
     async def _whole(self) -> web.StreamResponse:
-        asking = Asking(Role.BOTH, self._asked.prompt, known=self._known)
+        asking = self._asking(Role.BOTH)
         failed: AttemptError | None = None
         for _ in range(self._settings.attempts_max):
             ticket = await self._place(asking, failed)
@@ -111,53 +155,98 @@ class Exchange:
     # ---- prefill here, decode there --------------------------------------------------------------------
 
     async def _divided(self) -> web.StreamResponse:
-        """Prefill, then decode. The place at the decode instance comes first: KV that was computed waits for nobody."""
-        asking = Asking(Role.DECODE, self._asked.prompt, LOAD_SHARE, self._known)
+        """Prefill, and decode. The place at the decode instance comes first: KV that was computed waits for nobody."""
+        asking = self._asking(Role.DECODE, LOAD_SHARE)
         failed: AttemptError | None = None
-        params: Mapping[str, Any] | None = None
-        for _ in range(self._settings.attempts_max):
-            ticket = await self._place(asking, failed)
-            try:
-                if params is None:  # what an instance has begun to fetch, no other can
-                    params = await self._prefill(ticket)
-                if not ticket.instance.up:
-                    raise AttemptError("the instance went down", 503, reached=False)
-                return await self._answer(ticket, json.dumps(prompts.for_decode(self._asked.body, params)).encode())
-            except AttemptError as exc:
-                failed = self._failed(exc, asking, ticket)
-                params = None if exc.reached else params
-            finally:
-                self._fleet.end(ticket)
-        raise failed or AssertionError("attempts_max is at least 1")
+        prefill = Prefill()
+        try:
+            for _ in range(self._settings.attempts_max):
+                ticket = await self._place(asking, failed)
+                try:
+                    if prefill.params is None:
+                        prefill = await self._prefill(ticket)
+                    if not ticket.instance.up:
+                        raise AttemptError("the instance went down", 503, reached=False)
+                    body = prompts.for_decode(self._asked.body, prefill.params_for(ticket.instance))
+                    return await self._answer(ticket, json.dumps(body).encode())
+                except AttemptError as exc:
+                    failed = self._failed(exc, asking, ticket)
+                    if exc.reached and not prefill.shared:  # what an instance has begun to fetch, no other can
+                        prefill = Prefill()
+                finally:
+                    self._fleet.end(ticket)
+            raise failed or AssertionError("attempts_max is at least 1")
+        finally:
+            await prefill.end()
 
-    async def _prefill(self, decode: Ticket) -> Mapping[str, Any] | None:
-        """Return what a prefill instance says of the prompt's KV; None where the decode instance is to do it all."""
+    async def _prefill(self, decode: Ticket) -> Prefill:
+        """Have the prompt computed, or begin to; without parameters where the decode instance is to do it all."""
         outcomes = self._fleet.metrics.prefills
         if not self._asked.divisible:
             outcomes.labels("indivisible").inc()
-            return None
+            return Prefill()
         if self._settings.skip_prefill == "pool" and decode.exact and decode.held.pool >= decode.prompt.tokens:
             outcomes.labels("skipped").inc()
-            return None
-        raw = json.dumps(prompts.for_prefill(self._asked.body)).encode()
-        asking = Asking(Role.PREFILL, self._asked.prompt, known=self._known)
+            return Prefill()
+        asking = self._asking(Role.PREFILL)
+        if not self._fleet.available(asking):
+            outcomes.labels("failed").inc()
+            log.debug("the decode instance computes the prompt: no prefill instance is up")
+            return Prefill()
+        ticket = await self._place(asking, None)
+        at_once = self._starts_at_once(ticket.instance, decode.instance)
+        self._fleet.metrics.decode_starts.labels("with_prefill" if at_once else "after_prefill").inc()
+        if not at_once:
+            return Prefill(await self._prefill_at(ticket, asking, prompts.for_prefill(self._asked.body)))
+        transfer = f"{secrets.randbelow(TRANSFER_MAX) + 1:016x}"
+        asking.transfers = self._settings.decode_start == "auto"
+        prefill = Prefill(prompts.fetch(transfer), chosen=asking.transfers)
+        prefill.task = asyncio.create_task(self._prefill_beside(prefill, ticket, asking, transfer))
+        prefill.task.add_done_callback(lambda _: self._fleet.end(ticket))  # it may never have begun
+        return prefill
+
+    def _starts_at_once(self, prefill: Instance, decode: Instance) -> bool:
+        """Whether the decode instance is asked while the prefill runs."""
+        if self._settings.decode_start != "auto":
+            return self._settings.decode_start == "with_prefill"
+        return all(one.transfers and one.layerwise for one in (prefill, decode))
+
+    async def _prefill_beside(self, prefill: Prefill, ticket: Ticket, asking: Asking, transfer: str) -> None:
+        """Have the prompt computed while a decode instance waits for it already, which computes it where this fails."""
+        outcomes = self._fleet.metrics.prefills
+        body = prompts.for_prefill(self._asked.body, transfer)
+        try:
+            if await self._prefill_at(ticket, asking, body) is None:
+                prefill.params = None  # of no use to another decode instance
+        except asyncio.CancelledError:
+            outcomes.labels("left").inc()
+            raise
+        except (AttemptError, RefusedRequestError) as exc:
+            prefill.params = None
+            outcomes.labels("failed").inc()
+            log.debug("the decode instance computes the prompt: %s", exc)
+
+    async def _prefill_at(self, ticket: Ticket, asking: Asking, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return what a prefill instance says of the prompt's KV, the ticket's or another one; None for nothing."""
+        outcomes = self._fleet.metrics.prefills
+        raw = json.dumps(body).encode()
         failed: AttemptError | None = None
         for _ in range(self._settings.attempts_max):
-            if not self._fleet.available(asking) and not (failed and failed.stale):
-                break
-            ticket = await self._place(asking, failed)
+            if failed is not None:
+                if not self._fleet.available(asking) and not failed.stale:
+                    break
+                ticket = await self._place(asking, failed)
             try:
                 answer = await self._ask(ticket, raw)
             except AttemptError as exc:
                 failed = self._failed(exc, asking, ticket)
             else:
-                params = _params(answer)
                 outcomes.labels("done" if answer.status == 200 else "refused").inc()
-                return params
+                return _params(answer)
             finally:
                 self._fleet.end(ticket)
         outcomes.labels("failed").inc()
-        log.debug("the decode instance computes the prompt: %s", failed or "no prefill instance is up")
+        log.debug("the decode instance computes the prompt: %s", failed)
         return None
 
     # ---- one attempt -----------------------------------------------------------------------------------
@@ -173,7 +262,7 @@ class Exchange:
 
     def _failed(self, failure: AttemptError, asking: Asking, ticket: Ticket) -> AttemptError:
         """Note that an attempt has failed; raises it where the client has bytes already, or no time is left."""
-        outcome = "failed" if self._response is None else "broken"
+        outcome = "failed" if self._response is None or asking.role is Role.PREFILL else "broken"
         self._fleet.metrics.attempts.labels(asking.role, outcome).inc()
         log.warning("%s at %s: %s", asking.role, ticket.instance.name, failure)
         self._fleet.failed(ticket, refused=not failure.reached)

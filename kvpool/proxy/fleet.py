@@ -45,6 +45,20 @@ class Asking:
     compute_share: float = 1.0
     known: Mapping[str, Held] = field(default_factory=dict)
     avoid: set[Instance] = field(default_factory=set)
+    model: str = ""
+    """Leave out instances that serve another; empty: all serve the same, as far as is known."""
+    transfers: bool = False
+    """Leave out instances that do not move prompts by the id of a transfer."""
+
+    @property
+    def picky(self) -> bool:
+        """Whether it would refuse places that others would take."""
+        return bool(self.avoid or self.model or self.transfers)
+
+    def may_take(self, one: Instance) -> bool:
+        """Whether it may go there, now or later."""
+        suits = one.suits(self.model) and (one.transfers or not self.transfers)
+        return one.serves and one not in self.avoid and suits
 
 
 @dataclass(slots=True, eq=False)
@@ -97,9 +111,9 @@ class Fleet:
 
     # ---- which instances there are -------------------------------------------------------------------
 
-    def add(self, role: Role, name: str) -> Instance:
-        """Add an instance; it counts as up until it is found to be down."""
-        instance = self.router.add(role, name)
+    def add(self, role: Role, name: str, *, up: bool = True) -> Instance:
+        """Add an instance; with ``up`` it counts as up until it is found to be down, else the other way round."""
+        instance = self.router.add(role, name, up=up)
         if instance not in self._checks:
             self._hurry[instance] = asyncio.Event()
             self._checks[instance] = asyncio.create_task(self._check(instance))
@@ -132,7 +146,8 @@ class Fleet:
     async def take(self, asking: Asking) -> Ticket:
         """Return a place at an instance, waiting for one if need be. Raises RefusedRequestError."""
         waiting = self._waiting[asking.role]
-        found = Refusal.FULL if waiting else self._take(asking)
+        behind = any(waiter.asking.model == asking.model for waiter in waiting)
+        found = Refusal.FULL if behind else self._take(asking)
         if isinstance(found, Refusal):
             if not self.available(asking):
                 raise RefusedRequestError(503, f"no instance for {asking.role} is up")
@@ -146,14 +161,14 @@ class Fleet:
 
     def available(self, asking: Asking) -> bool:
         """Whether any instance could take this, sooner or later."""
-        return any(one.serves and one not in asking.avoid for one in self.router.of(asking.role))
+        return any(map(asking.may_take, self.router.of(asking.role)))
 
     def _take(self, asking: Asking) -> Ticket | Refusal:
         return self.router.take(
             asking.role,
             asking.prompt,
             compute_share=asking.compute_share,
-            avoid=asking.avoid,
+            avoid={one for one in self.router.of(asking.role) if not asking.may_take(one)},
             known=asking.known,
         )
 
@@ -193,7 +208,7 @@ class Fleet:
             found = self._take(waiter.asking)
             if not isinstance(found, Refusal):
                 waiter.place.set_result(found)
-            elif not waiter.asking.avoid:  # else there may be places that only this one does not want
+            elif waiter.asking.picky:  # else others may want places that it does not
                 return
 
     def _refuse(self, role: Role) -> None:

@@ -10,12 +10,9 @@ import asyncio
 import hashlib
 import json
 import logging
-import re
-import socket
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
@@ -24,6 +21,7 @@ import grpc
 from kvpool.config import ProxySettings
 from kvpool.model import Namespace
 from kvpool.proxy import chains
+from kvpool.proxy.discovery import Discovery
 from kvpool.proxy.fleet import Fleet, read_all
 from kvpool.proxy.prompts import CHAT, Asked
 from kvpool.proxy.routing import Held, Instance
@@ -49,54 +47,39 @@ TOKENIZED_TOKENS_MAX: Final = 1 << 22
 
 ANSWER_BYTES_MAX: Final = 64 << 20
 
-_ENGINE = re.compile(r"vllm (?:https?://)?(.+?)/?(?:_dp\d+)? scheduler@")
-"""What kvpool's connector calls an engine; its ``engine_id`` is to be HOST:PORT, or the URL, that it serves at."""
-
 _TEMPLATE = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A prompt's real length, and what instances hold of it, by URL, of those that have reported."""
+    """A prompt's real length, and what instances hold of it, by URL, of those that have announced themselves."""
 
     tokens: int
     held: Mapping[str, Held]
 
 
-@dataclass(slots=True)
-class _Facts:
-    """Of one instance."""
-
-    models: dict[str, str] = field(default_factory=dict)
-    """Names it serves a model under -> the model's label."""
-    hosts: frozenset[str] = frozenset()
-    space: bytes = b""
-    """The namespace in which it reported; empty while it has not."""
-
-
 class PoolIndex:
     """Asks instances and the master. ``start`` and ``close`` belong to the loop that it is used on."""
 
-    def __init__(self, fleet: Fleet, settings: ProxySettings, master: str) -> None:
+    def __init__(
+        self, fleet: Fleet, settings: ProxySettings, channel: grpc.aio.Channel, discovery: Discovery
+    ) -> None:
         self._fleet = fleet
         self._settings = settings
-        self._master = master
+        self._discovery = discovery
+        self._stub = admin_pb2_grpc.AdminStub(channel)
         self._seed = settings.hash_seed or chains.SEED
         self._spaces: dict[str, list[Namespace]] = {}
-        self._facts: dict[str, _Facts] = {}
-        self._hosts: dict[str, frozenset[str]] = {}
+        self._models: dict[str, dict[str, str]] = {}  # of each instance: names it serves a model under -> its label
         self._tokenized: OrderedDict[bytes, list[int]] = OrderedDict()
         self._tokens = 0
         self._failures = 0
         self._quiet_until = 0.0
         self._said: set[str] = set()
         self._task: asyncio.Task[None] | None = None
-        self._channel: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
         """Begin to ask."""
-        self._channel = grpc.aio.insecure_channel(self._master, options=[("grpc.enable_http_proxy", 0)])
-        self._stub = admin_pb2_grpc.AdminStub(self._channel)
         self._task = asyncio.create_task(self._refresh())
 
     async def close(self) -> None:
@@ -104,8 +87,6 @@ class PoolIndex:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._channel is not None:
-            await self._channel.close(None)
 
     async def find(self, path: str, asked: Asked) -> Known | None:
         """Return what is known of a prompt; None where that is nothing, or could not be told in time."""
@@ -148,14 +129,13 @@ class PoolIndex:
             if keys:
                 request = master_pb2.LookupRequest(namespace=space.digest, hashes=keys)
                 answer = await self._stub.Inspect(request, timeout=self._settings.lookup_timeout / 1000)
-                await self._resolve(node.host for node in answer.nodes)
                 self._read(answer, space, len(tokens), alike, held)
         return Known(len(tokens), held)
 
     def _read(
         self, answer: Any, space: Namespace, tokens: int, alike: Iterable[Instance], held: dict[str, Held]
     ) -> None:
-        """Say what those instances hold that are known to use this namespace, because they have reported in it."""
+        """Say what those instances hold whose engines use this namespace."""
 
         def length(blocks: int) -> int:
             size = space.block_tokens
@@ -163,22 +143,19 @@ class PoolIndex:
 
         own_blocks: dict[str, int] = {}
         for resident in answer.residents:
-            match = _ENGINE.match(resident.engine)
+            url = self._discovery.urls.get(resident.owner, "")
             first = next((part.blocks for part in resident.ranges if part.first == 0), 0)
-            if match is not None:
-                own_blocks[match[1]] = max(first, own_blocks.get(match[1], 0))
+            own_blocks[url] = max(first, own_blocks.get(url, 0))
         for one in alike:
-            facts = self._facts[one.name]
-            address = one.name.partition("://")[2]
-            if address in own_blocks:
-                facts.space = space.digest
-            if facts.space == space.digest:
-                own = own_blocks.get(address, 0)
-                near = _near(answer, own, facts.hosts, self._hosts)
-                held[one.name] = Held(length(own), length(near), length(max(answer.prefix, near)))
+            told = self._discovery.of(one)
+            if told is not None and space.digest in told.namespaces:
+                own = own_blocks.get(one.name, 0)
+                near = _near(answer, own, told.boot_ids) if told.loads else own
+                pool = max(answer.prefix, near) if told.loads else own
+                held[one.name] = Held(length(own), length(near), length(pool), told.residency)
 
     def _label(self, instance: Instance, model: Any) -> str:
-        models = self._facts[instance.name].models if instance.name in self._facts else {}
+        models = self._models.get(instance.name, {})
         return models.get(model, "") if isinstance(model, str) else next(iter(models.values()), "")
 
     async def _tokens_of(self, path: str, body: Mapping[str, Any], alike: Sequence[Instance]) -> list[int]:
@@ -221,12 +198,12 @@ class PoolIndex:
                 answer = await self._stub.Namespaces(request, timeout=REFRESH_TIMEOUT_S)
                 self._take([namespace_from_proto(status.descriptor) for status in answer.namespaces])
                 for one in list(self._fleet.router.instances.values()):
-                    if one.up and not (one.name in self._facts and self._facts[one.name].models):
+                    if one.up and not self._models.get(one.name):
                         await self._learn(one)
             except (TimeoutError, grpc.RpcError, aiohttp.ClientError, OSError, ValueError) as exc:
                 self._say(f"the pool cannot be asked where prompts lie: {_words(exc)}")
             there = {one.name for one in self._fleet.router.instances.values() if one.up}
-            self._facts = {name: facts for name, facts in self._facts.items() if name in there}
+            self._models = {name: models for name, models in self._models.items() if name in there}
             await asyncio.sleep(REFRESH_S)
 
     def _take(self, namespaces: Sequence[Namespace]) -> None:
@@ -253,19 +230,9 @@ class PoolIndex:
                 raise ValueError(f"{url}: status {answer.status}")
             listed = json.loads(text).get("data")
             models = {m["id"]: m["root"] for m in listed if m.get("root") and not m.get("parent")}
-            host = instance.name.partition("://")[2].rpartition(":")[0].strip("[]")
-            await self._resolve([host])
-            labels = {name: str(root).rstrip("/").rpartition("/")[2] for name, root in models.items()}
-            self._facts[instance.name] = _Facts(labels, self._hosts.get(host, frozenset()))
-
-    async def _resolve(self, hosts: Iterable[str]) -> None:
-        """Learn the addresses behind names."""
-        for host in {host for host in hosts if host not in self._hosts}:
-            found: frozenset[str] = frozenset()
-            with suppress(OSError):
-                infos = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-                found = frozenset(str(info[4][0]) for info in infos)
-            self._hosts[host] = found
+            self._models[instance.name] = {
+                name: str(root).rstrip("/").rpartition("/")[2] for name, root in models.items()
+            }
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -273,7 +240,7 @@ class PoolIndex:
             log.warning("%s", text)
 
 
-def _near(answer: Any, own: int, hosts: frozenset[str], addresses: Mapping[str, frozenset[str]]) -> int:
+def _near(answer: Any, own: int, boot_ids: Collection[str]) -> int:
     """Return how many blocks an instance can have from itself and from the node on its host."""
     near, end = own, 0
     for run in answer.runs:
@@ -281,8 +248,7 @@ def _near(answer: Any, own: int, hosts: frozenset[str], addresses: Mapping[str, 
         if end <= near:
             continue
         here = any(
-            owner.tier == "dram" and addresses.get(answer.nodes[owner.node].host, frozenset()) & hosts
-            for owner in run.owners
+            owner.tier == "dram" and answer.nodes[owner.node].boot_id in boot_ids for owner in run.owners
         )
         if begin > near or not here:
             break

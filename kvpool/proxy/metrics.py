@@ -54,6 +54,10 @@ class Metrics:
             "kvpool_proxy_prefills", "Prefill and decode: what became of the prefill", ["outcome"],
             registry=self.registry,
         )  # fmt: skip
+        self.decode_starts = Counter(
+            "kvpool_proxy_decode_starts", "Prefill and decode: when the decode instance was asked", ["when"],
+            registry=self.registry,
+        )  # fmt: skip
         self.prompt_tokens = Counter(
             "kvpool_proxy_prompt_tokens", "Tokens of prompts that were sent somewhere", ["role"],
             registry=self.registry,

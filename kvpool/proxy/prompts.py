@@ -22,7 +22,7 @@ OUTPUT_TOKENS: Final = 256
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 
-REMOTE_DECODE: Final[Mapping[str, Any]] = {
+REMOTE_DECODE: Final[dict[str, Any]] = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -70,10 +70,19 @@ def read(path: str, raw: bytes) -> Asked:
     return Asked(body, Prompt(chunks, tokens, _output_tokens(body)), body.get("stream") is True, divisible)
 
 
-def for_prefill(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the request for the prefill instance: one token, no stream, and the KV kept for somebody else."""
+def fetch(transfer: str) -> dict[str, Any]:
+    """Return what tells a decode instance to fetch KV while it is computed, by the id that the prefill was given."""
+    return {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": transfer}
+
+
+def for_prefill(body: Mapping[str, Any], transfer: str = "") -> dict[str, Any]:
+    """Return the request for the prefill instance: one token, no stream, and the KV kept for somebody else.
+
+    ``transfer``: the id under which to keep it; else the instance chooses.
+    """
+    params = REMOTE_DECODE | ({"transfer_id": transfer} if transfer else {})
     changed = {k: v for k, v in body.items() if k not in {"stream_options", "min_tokens", "logprobs", "top_logprobs"}}
-    changed |= {"max_tokens": 1, "stream": False, "kv_transfer_params": dict(REMOTE_DECODE)}
+    changed |= {"max_tokens": 1, "stream": False, "kv_transfer_params": params}
     if "max_completion_tokens" in changed:
         changed["max_completion_tokens"] = 1
     return changed

@@ -77,6 +77,8 @@ class Held:
     own: int = 0
     near: int = 0
     pool: int = 0
+    reported: bool = True
+    """Whether it has said itself what is in its memory."""
 
     def cost(self, tokens: int, compute_share: float) -> float:
         """Return what the prompt costs, in tokens computed."""
@@ -157,11 +159,21 @@ class Instance:
     """Tokens for what has failed there of late."""
     turn: int = 0
     """Number of the last choice that fell on it."""
+    model: str = ""
+    """That it serves; empty where it has not announced itself."""
+    transfers: bool = False
+    """It moves prompts through the pool by the id of a transfer ..."""
+    layerwise: bool = False
+    """... layer by layer, while they are computed."""
 
     @property
     def serves(self) -> bool:
         """Whether new requests may go there."""
         return self.up and not self.draining
+
+    def suits(self, model: str) -> bool:
+        """Whether it serves a model, as far as is known; "" for any."""
+        return not model or self.model in ("", model)
 
     def has_room(self, tokens: int) -> bool:
         """Whether its KV cache has room for so many tokens more, as far as it is known."""
@@ -192,11 +204,11 @@ class Router:
     instances: dict[tuple[Role, str], Instance] = field(default_factory=dict)
     _turn: int = 0
 
-    def add(self, role: Role, name: str) -> Instance:
-        """Add an instance, or take one back that was to leave."""
+    def add(self, role: Role, name: str, *, up: bool = True) -> Instance:
+        """Add an instance, or take one back that was to leave; ``up``: whether a new one counts as up."""
         found = self.instances.get((role, name))
         if found is None:
-            found = self.instances[role, name] = Instance(name, role, PrefixMemory(self.chunks_max))
+            found = self.instances[role, name] = Instance(name, role, PrefixMemory(self.chunks_max), up)
         found.draining = found.leaving = False
         return found
 
@@ -208,6 +220,10 @@ class Router:
     def of(self, role: Role) -> list[Instance]:
         """Return the instances of a role, but for those that leave."""
         return [one for one in self.instances.values() if one.role == role and not one.leaving]
+
+    def models(self) -> set[str]:
+        """Return the models that instances have announced."""
+        return {one.model for one in self.instances.values() if one.model and not one.leaving}
 
     def take(
         self,
@@ -223,7 +239,7 @@ class Router:
         ``compute_share``: what a token that it does not hold costs it. ``known``: what instances hold where
         that is known better than from what was sent to them.
         """
-        serving = [one for one in self.instances.values() if one.role == role and one.serves and one not in avoid]
+        serving = [one for one in self.of(role) if one.serves and one not in avoid]
         if not serving:
             return Refusal.NONE
         free = [one for one in serving if one.requests < self.requests_max]
@@ -287,7 +303,7 @@ class Router:
         instance.kv_tokens, instance.kv_usage = kv_tokens, kv_usage
 
     def _weigh(self, instance: Instance, prompt: Prompt, compute_share: float, known: Held | None) -> Ticket:
-        since = 0 if known is None else max(0, self._turn - RECENT_CHOICES)
+        since = 0 if known is None or not known.reported else max(0, self._turn - RECENT_CHOICES)
         own = min(instance.memory.held(prompt.chunks, since) * CHUNK_TOKENS, prompt.tokens)
         held = Held(own) if known is None else dataclasses.replace(known, own=max(own, known.own))
         return Ticket(instance, prompt, held, held.cost(prompt.tokens, compute_share), exact=known is not None)

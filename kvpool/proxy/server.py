@@ -13,12 +13,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import aiohttp
+import grpc
 from aiohttp import web
 
 from kvpool.config import ProxySettings
 from kvpool.config_kinds import URL
 from kvpool.errors import InvalidArgumentError
 from kvpool.proxy import prompts
+from kvpool.proxy.discovery import Discovery
 from kvpool.proxy.errors import AttemptError, ClientGoneError, RefusedRequestError, error_response
 from kvpool.proxy.exchange import Exchange, answer_headers, request_headers
 from kvpool.proxy.fleet import Fleet, read_all
@@ -36,6 +38,9 @@ BROKEN_OFF_S: Final = 2.0
 
 CLIENT_LEFT: Final = 499
 
+RECONNECT_MS_MAX: Final = 2000
+"""How long a master that is back may wait to be asked again."""
+
 GC_THRESHOLDS: Final = (2000, 10, 10)
 """Unlike blocks, requests have cycles and live long enough to be old: all generations are looked through."""
 
@@ -48,7 +53,9 @@ class Proxy:
     def __init__(self, settings: ProxySettings) -> None:
         self._settings = settings
         self.fleet = Fleet(settings)
-        self._index = None if settings.master is None else PoolIndex(self.fleet, settings, settings.master)
+        self._channel: grpc.aio.Channel | None = None
+        self._discovery: Discovery | None = None
+        self._index: PoolIndex | None = None
         self._ending = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -82,7 +89,12 @@ class Proxy:
             self.fleet.add(Role.PREFILL, url)
         for url in settings.urls("decoder"):
             self.fleet.add(Role.DECODE, url)
-        if self._index is not None:
+        if settings.master is not None:
+            options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", RECONNECT_MS_MAX)]
+            self._channel = grpc.aio.insecure_channel(settings.master, options=options)
+            self._discovery = Discovery(self.fleet, self._channel, adds=settings.discovers)
+            self._index = PoolIndex(self.fleet, settings, self._channel, self._discovery)
+            await self._discovery.start()
             await self._index.start()
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port)
@@ -112,8 +124,10 @@ class Proxy:
     async def close(self) -> None:
         """End everything."""
         await self._runner.cleanup()
-        if self._index is not None:
+        if self._index is not None and self._discovery is not None and self._channel is not None:
+            await self._discovery.close()
             await self._index.close()
+            await self._channel.close(None)
         await self.fleet.close()
 
     # ---- who may ask ---------------------------------------------------------------------------------
@@ -262,7 +276,9 @@ class Proxy:
         return web.json_response({
             role: [
                 {"instance": one.name, "up": one.up, "draining": one.draining, "requests": one.requests,
-                 "backlog_tokens": round(one.backlog), "kv_tokens": one.kv_tokens, "kv_usage": one.kv_usage}
+                 "backlog_tokens": round(one.backlog), "kv_tokens": one.kv_tokens, "kv_usage": one.kv_usage,
+                 "model": one.model, "transfers": one.transfers, "layerwise": one.layerwise,
+                 "discovered": self._discovery is not None and self._discovery.found(one)}
                 for one in self.fleet.router.of(role)
             ]
             for role in Role

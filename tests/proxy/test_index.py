@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kvpool.model import Namespace
 from kvpool.proxy.chains import SEED, block_keys, can_hash
+from kvpool.proxy.routing import Held
 from kvpool.rpc.convert import namespace_to_proto
-from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
+from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2, master_pb2_grpc
 from tests.proxy.fake import CHAT, COMPLETIONS, FakeInstance, play, staged, until
 
 BLOCK = 32
@@ -65,17 +66,30 @@ class TestHashes:
         assert len(keys) == 16 * (len(tokens) // size)
 
 
-class FakeMaster(admin_pb2_grpc.AdminServicer):
+class FakeMaster(admin_pb2_grpc.AdminServicer, master_pb2_grpc.MasterServicer):
     """Answers as told."""
 
     def __init__(self):
         self.namespaces = [namespace()]
-        self.residents = {}  # engine name -> blocks from the prompt's start
-        self.runs = []  # (blocks, host of the node)
+        self.engines = []
+        self.residents = {}  # engine's owner -> blocks from the prompt's start
+        self.runs = []  # (blocks, boot id of the node)
         self.asked = []
         self.hang = False
 
-    async def Namespaces(self, request, context):  # noqa: N802  # gRPC names the methods
+    def announce(self, engine, **more):
+        fields = {"role": "kv_both", "namespaces": [one.digest for one in self.namespaces], "boot_id": "here",
+                  "model": "m", "loads": True, "residency": True}  # fmt: skip
+        said = master_pb2.EngineAnnouncement(owner=engine.port, engine="e", address=engine.address, **(fields | more))
+        self.engines = [one for one in self.engines if one.owner != engine.port] + [said]
+
+    async def Handshake(self, request, context):  # noqa: N802  # gRPC names the methods
+        return master_pb2.HandshakeResponse(protocol=1, master_epoch=1)
+
+    async def Engines(self, request, context):  # noqa: N802
+        return master_pb2.EnginesResponse(engines=[master_pb2.EngineStatus(engine=one) for one in self.engines])
+
+    async def Namespaces(self, request, context):  # noqa: N802
         statuses = [
             admin_pb2.NamespaceStatus(digest=one.digest, descriptor=namespace_to_proto(one)) for one in self.namespaces
         ]
@@ -86,11 +100,11 @@ class FakeMaster(admin_pb2_grpc.AdminServicer):
         if self.hang:
             await asyncio.Event().wait()
         answer = master_pb2.LookupResponse(prefix=sum(blocks for blocks, _ in self.runs))
-        for number, (blocks, host) in enumerate(self.runs):
-            answer.nodes.add(node_id=f"n{number}", host=host)
+        for number, (blocks, boot_id) in enumerate(self.runs):
+            answer.nodes.add(node_id=f"n{number}", boot_id=boot_id)
             answer.runs.add(blocks=blocks).owners.add(node=number, tier="dram")
-        for engine, blocks in self.residents.items():
-            answer.residents.add(engine=engine, tier="hbm").ranges.add(first=0, blocks=blocks)
+        for owner, blocks in self.residents.items():
+            answer.residents.add(engine="e", tier="hbm", owner=owner).ranges.add(first=0, blocks=blocks)
         return answer
 
 
@@ -122,20 +136,27 @@ async def with_master(*engines, prefill=0, **settings):
     master = FakeMaster()
     server = grpc.aio.server()
     admin_pb2_grpc.add_AdminServicer_to_server(master, server)
+    master_pb2_grpc.add_MasterServicer_to_server(master, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         settings = {"lookup_timeout": "5s"} | settings
         async with staged(*engines, prefill=prefill, master=f"127.0.0.1:{port}", **settings) as stage:
-            index = stage.proxy._index
-            await until(lambda: index._spaces and len(index._facts) == len(engines))
+            for number, engine in enumerate(engines):
+                roles = ["kv_producer", "kv_consumer"] if prefill else ["kv_both", "kv_both"]
+                master.announce(engine, role=roles[number >= prefill])
+            await until(lambda: stage.proxy._index._spaces and len(stage.proxy._index._models) == len(engines))
+            await known(stage, *engines)
             yield stage, master
     finally:
         await server.stop(0)
 
 
-def name_of(engine, form="vllm {} scheduler@host"):
-    return form.format(engine.address)
+async def known(stage, *engines):
+    """Wait for the proxy to have heard of engines from the master as it is now."""
+    discovery = stage.proxy._discovery
+    discovery._told, discovery.urls = {}, {}
+    await until(lambda: all(engine.port in discovery.urls for engine in engines))
 
 
 def held(stage, source="master", role="both"):
@@ -146,9 +167,8 @@ WORDS = "word " * 100  # 100 tokens, 3 blocks
 
 
 class TestRouting:
-    @pytest.mark.parametrize("form", ["vllm {} scheduler@h", "vllm http://{}/ scheduler@h", "vllm {}_dp0 scheduler@h"])
     @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-    def test_a_prompt_goes_to_the_engine_that_says_it_holds_it(self, path, form):
+    def test_a_prompt_goes_to_the_engine_that_says_it_holds_it(self, path):
         """Though the proxy never sent it there."""
 
         async def story():
@@ -156,7 +176,7 @@ class TestRouting:
             async with with_master(a, b) as (stage, master):
                 body = {"model": "m", "prompt": WORDS, "messages": [{"role": "user", "content": WORDS}]}
                 for engine in (b, a, b, b):
-                    master.residents = {name_of(engine, form): 3}
+                    master.residents = {engine.port: 3}
                     assert (await stage.ask(body, path)).texts == [f"{engine.name}-0 "]
                     for one in stage.proxy.fleet.router.instances.values():
                         one.memory.clear()
@@ -168,25 +188,26 @@ class TestRouting:
         play(story())
 
     def test_own_memory_before_the_nodes_before_the_pools(self):
-        """Where engines are known by their reports."""
+        """A node is near where it runs on the same host; what an engine does not load by itself is of no use to it."""
 
         async def story():
-            a, b = Engine("a"), Engine("b")
-            async with with_master(a, b) as (stage, master):
-                master.residents = {name_of(a): 3, name_of(b): 3}
-                await stage.ask({"prompt": list(range(100))})
-                index = stage.proxy._index
-                index._hosts |= {"10.0.0.1": frozenset({"10.0.0.1"}), "10.0.0.2": frozenset({"10.0.0.2"})}
-                index._facts[a.url].hosts = index._hosts["10.0.0.1"]
-                index._facts[b.url].hosts = index._hosts["10.0.0.2"]
-                master.residents = {name_of(a): 1}
-                master.runs = [(2, "10.0.0.2"), (5, "10.0.0.3")]
+            a, b, c, d = (Engine(name) for name in "abcd")
+            async with with_master(a, b, c, d) as (stage, master):
+                master.announce(a, boot_id="one")
+                master.announce(b, boot_id="two")
+                master.announce(c, boot_id="two", loads=False, residency=False)
+                master.announce(d, boot_id="two", namespaces=[])
+                await known(stage, a, b, c, d)
+                master.residents = {a.port: 1, 17: 5}
+                master.runs = [(2, "two"), (5, "three")]
                 asked = stage.proxy_read({"prompt": list(range(9 * BLOCK))})
-                known = await index.find(COMPLETIONS, asked)
-                assert known.tokens == 9 * BLOCK
-                of_a, of_b = known.held[a.url], known.held[b.url]
-                assert (of_a.own, of_a.near, of_a.pool) == (BLOCK, BLOCK, 7 * BLOCK)
-                assert (of_b.own, of_b.near, of_b.pool) == (0, 2 * BLOCK, 7 * BLOCK)
+                found = await stage.proxy._index.find(COMPLETIONS, asked)
+                assert found.tokens == 9 * BLOCK
+                assert found.held == {
+                    a.url: Held(BLOCK, BLOCK, 7 * BLOCK),
+                    b.url: Held(0, 2 * BLOCK, 7 * BLOCK),
+                    c.url: Held(0, 0, 0, reported=False),
+                }
 
         play(story())
 
@@ -195,10 +216,7 @@ class TestRouting:
 
         async def story():
             a, b = Engine("a"), Engine("b")
-            async with with_master(a, b) as (stage, master):
-                master.residents = {name_of(a): 1, name_of(b): 1}
-                await stage.ask({"prompt": "x"})
-                master.residents = {}
+            async with with_master(a, b) as (stage, _):
                 first = (await stage.ask({"prompt": WORDS * 4})).texts
                 await stage.ask({"prompt": "other " * 400})
                 for _ in range(3):
@@ -212,11 +230,10 @@ class TestRouting:
         async def story(**settings):
             prefill, decode = Engine("p"), Engine("d")
             async with with_master(prefill, decode, prefill=1, **settings) as (stage, master):
-                master.residents = {name_of(decode): 1}
-                master.runs = [(2, "127.0.0.1")]
+                master.runs = [(2, "here")]
                 await stage.ask({"prompt": WORDS})
                 assert len(prefill.requests) == 1
-                master.runs = [(3, "127.0.0.1")]
+                master.runs = [(3, "here")]
                 await stage.ask({"prompt": WORDS})
                 assert len(prefill.requests) == (2 if settings else 1)
                 assert stage.counted("kvpool_proxy_prefills_total", outcome="skipped") == (0 if settings else 1)
@@ -281,7 +298,7 @@ class TestWithout:
                 engine.broken = trouble == "no tokenizer"
                 master.hang = trouble == "master hangs"
                 if trouble == "master refuses":
-                    master.residents = {"x" * 10: -1}  # no such number of blocks
+                    master.residents = {1: -1}  # no such number of blocks
                 for number in range(6):
                     assert (await stage.ask({"prompt": f"{number} {WORDS}"})).status == 200
                 assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 3
