@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "client": CONTROL | {"core", "rpc", "transport"},
     "server": CONTROL | {"core", "tiers", "transport", "rpc"},
     "testing": WORDS | {"core", "tiers", "transport", "rpc", "client"},
-    "bench": CONTROL | {"core", "tiers", "transport", "rpc", "client", "server", "testing"},
+    "bench": CONTROL | {"core", "tiers", "transport", "rpc", "client", "server", "testing", "proxy"},
     "proxy": CONTROL | {"client", "rpc", "server"},
     "cli": CONTROL | {"client", "core", "rpc", "server", "tiers", "bench", "proxy"},
     "kvpool": {"client", "model"},

@@ -97,8 +97,12 @@ def bench_pool(
     segment_size: int = 64 << 20,
     master_flags: Sequence[str] = (),
     node_flags: Sequence[str] = (),
+    hosts: Sequence[str] = (HOST,),
 ) -> Iterator[BenchPool]:
-    """Yield the pool at ``master``, or one of our own. Raises BenchError, StartError, InvalidArgumentError."""
+    """Yield the pool at ``master``, or one of our own. Raises BenchError, StartError, InvalidArgumentError.
+
+    ``hosts``: where its nodes listen, in turn.
+    """
     if master is not None:
         host, port = split_address(master, "master")
         with grpc.insecure_channel(join_address(host, port), options=CHANNEL_OPTIONS) as channel:
@@ -117,7 +121,10 @@ def bench_pool(
     ):
         pool = BenchPool(address, channel)
         try:
-            _start(pool, children, Path(directory), nodes, segment_size, master_flags, node_flags)
+            _start(
+                pool, children, Path(directory), [hosts[n % len(hosts)] for n in range(nodes)], segment_size,
+                master_flags, node_flags,
+            )  # fmt: skip
             yield pool
         finally:
             children.close()
@@ -127,7 +134,7 @@ def _start(
     pool: BenchPool,
     children: Children,
     directory: Path,
-    nodes: int,
+    hosts: Sequence[str],
     segment_size: int,
     master_flags: Sequence[str],
     node_flags: Sequence[str],
@@ -137,13 +144,13 @@ def _start(
     arguments = ["--host", HOST, "--port", str(port), "--log_level", "warning", *master_flags]
     pool.master_pid = children.start("master", "kvpool.cli.master", arguments).process.pid
     children.wait_until(lambda: is_serving(pool.channel), "the master was not ready", deadline)
-    for index in range(nodes):
+    for index, host in enumerate(hosts):
         own = directory / f"node-{index}"
         own.mkdir(mode=0o700)
         path = str(own / "node.sock")
-        arguments = ["--master", pool.master, "--host", HOST, "--port", "0", "--segment_size", str(segment_size)]
+        arguments = ["--master", pool.master, "--host", host, "--port", "0", "--segment_size", str(segment_size)]
         arguments += ["--socket_path", path, "--data_dir", str(own), "--log_level", "warning", *node_flags]
         node = children.start(f"node {index}", "kvpool.cli.node", arguments, socket_path=path)
         pool.sockets.append(path)
         pool.node_pids.append(node.process.pid)
-    children.wait_until(lambda: len(live_nodes(pool.channel)) >= nodes, "not all nodes were ready", deadline)
+    children.wait_until(lambda: len(live_nodes(pool.channel)) >= len(hosts), "not all nodes were ready", deadline)

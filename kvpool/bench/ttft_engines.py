@@ -164,6 +164,8 @@ class EngineSpec:
     arguments: Sequence[str] = ()
     resettable: bool = False
     """Whether its own cache can be emptied by a request, which vLLM offers for development only."""
+    host: str = HOST
+    """Where it listens: engines of one machine that are to count as on several have a loopback address each."""
 
     def command(self, port: int, home: Path) -> list[str]:
         """Return the whole command, environment included."""
@@ -176,12 +178,13 @@ class EngineSpec:
         unset = [part for name in UNSET if name not in variables for part in ("-u", name)]
         command = ["env", *unset, *(f"{name}={value}" for name, value in variables.items())]
         command += [self.python.path, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model.path]
-        command += ["--served-model-name", MODEL_NAME, "--host", HOST, "--port", str(port)]
+        command += ["--served-model-name", MODEL_NAME, "--host", self.host, "--port", str(port)]
         command += ["--block-size", str(self.block_tokens), "--num-gpu-blocks-override", str(self.blocks)]
         command += ["--max-model-len", str(self.model_tokens_max), "--enable-prompt-tokens-details"]
         command += ["--disable-uvicorn-access-log", *(CPU_ARGUMENTS if self.python.cpu else ())]
         if self.transfer is not None:
-            command += ["--kv-transfer-config", json.dumps(self.transfer)]
+            named = {"engine_id": join_address(self.host, port), **self.transfer}
+            command += ["--kv-transfer-config", json.dumps(named)]
         return [*command, *self.arguments]
 
 
@@ -199,7 +202,7 @@ class Engine(Server):
     """A server that we started."""
 
     def __init__(self, spec: EngineSpec, port: int, child: Child) -> None:
-        super().__init__(f"http://{join_address(HOST, port)}", model=MODEL_NAME, ignore_eos=True)
+        super().__init__(f"http://{join_address(spec.host, port)}", model=MODEL_NAME, ignore_eos=True)
         self.spec = spec
         self.name = spec.name
         self.child = child
@@ -231,7 +234,7 @@ class Engines:
         home = self._folder / f"e{self._started}"  # short: sockets lie in it
         self._started += 1
         home.mkdir()
-        port = free_port(HOST)
+        port = free_port(spec.host)
         child = self._children.start(spec.name, "kvpool.bench.ttft_exec", spec.command(port, home))
         return Engine(spec, port, child)
 

@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -68,6 +68,11 @@ class Metrics:
     external_hits: float | None = None
     capacity_tokens: int | None = None
     block_tokens: int | None = None
+    prompt_tokens: float | None = None
+    pool_hits: Mapping[str, float] = field(default_factory=dict)
+    """Of our connector, by where they were loaded from: local, remote, fs."""
+    load_s: float | None = None
+    """Of our connector: seconds that its loads took."""
 
 
 @dataclass(slots=True)
@@ -116,7 +121,7 @@ class Server:
         if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
             raise InvalidArgumentError("url", f"must be http://HOST:PORT or https://HOST, not {url!r}")
         self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, port
+        self.host, self.port = parts.hostname, port or (443 if self._secure else 80)
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -129,7 +134,7 @@ class Server:
     @contextmanager
     def _connection(self, timeout_s: float) -> Iterator[http.client.HTTPConnection]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=timeout_s)
+        connection = kind(self.host, self.port, timeout=timeout_s)
         try:
             yield connection
         finally:
@@ -178,16 +183,26 @@ class Server:
             return Metrics()
         return parse_metrics(body.decode(errors="replace")) if status == http.HTTPStatus.OK else Metrics()
 
-    def complete(self, prompt: Prompt, output_tokens: int, timeout_s: float) -> Answer:
+    def sample(self, name: str) -> float:
+        """Return one figure of the server's metrics by its name and labels as the page has them; 0 without it."""
+        try:
+            status, body = self._ask("GET", "/metrics", METRICS_BYTES_MAX)
+        except (OSError, http.client.HTTPException):
+            return 0.0
+        found = re.search(rf"^{re.escape(name)} (\S+)$", body.decode(errors="replace"), re.MULTILINE)
+        return float(found[1]) if status == http.HTTPStatus.OK and found else 0.0
+
+    def complete(self, prompt: Prompt | str, output_tokens: int, timeout_s: float, **more: Any) -> Answer:
         """Send one prompt and read its answer to the end; a failure is an answer with ``error``."""
         request = {
             "model": self.model,
-            "prompt": list(prompt),
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": output_tokens,
             "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
             **self._extra,
+            **more,
         }
         body = json.dumps(request, separators=(",", ":")).encode()
         start = time.monotonic()
@@ -235,6 +250,12 @@ class Server:
             raise ValueError("the stream held no token")
         return stream.answer(time.monotonic())
 
+    def hang_up(self) -> None:
+        """Give up all requests that run."""
+        for sock in tuple(self._open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def run(self, prompts: Sequence[Prompt], output_tokens: int, concurrency: int, timeout_s: float) -> Load:
         """Send all prompts, so many at a time, in their order."""
         with ThreadPoolExecutor(concurrency, "request") as threads:
@@ -244,9 +265,7 @@ class Server:
                 answers = [future.result() for future in running]
             except BaseException:  # Ctrl-C: what has not begun need not, what runs is hung up on
                 threads.shutdown(wait=False, cancel_futures=True)
-                for sock in tuple(self._open):
-                    with suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
+                self.hang_up()
                 raise
             return Load(answers, time.monotonic() - start)
 
@@ -254,6 +273,7 @@ class Server:
 def parse_metrics(page: str) -> Metrics:
     """Return what a page in Prometheus' text format holds of vLLM's caches, summed over its engines."""
     sums: dict[str, float] = {}
+    tiers: dict[str, float] = {}
     capacity: int | None = None
     block: int | None = None
     for line in page.splitlines():
@@ -270,9 +290,19 @@ def parse_metrics(page: str) -> Metrics:
                 capacity = (capacity or 0) + block * int(config["num_gpu_blocks"])
             continue
         try:
-            sums[name] = sums.get(name, 0.0) + float(value)
+            number = float(value)
         except ValueError:
             continue
+        sums[name] = sums.get(name, 0.0) + number
+        if name == "vllm:kvpool_hit_tokens_total":
+            tier = dict(_LABEL.findall(labels or "")).get("tier", "")
+            tiers[tier] = tiers.get(tier, 0.0) + number
     return Metrics(
-        sums.get("vllm:prefix_cache_hits_total"), sums.get("vllm:external_prefix_cache_hits_total"), capacity, block
+        sums.get("vllm:prefix_cache_hits_total"),
+        sums.get("vllm:external_prefix_cache_hits_total"),
+        capacity,
+        block,
+        sums.get("vllm:prompt_tokens_total"),
+        tiers,
+        sums.get("vllm:kvpool_load_seconds_total"),
     )

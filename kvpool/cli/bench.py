@@ -13,6 +13,7 @@ BENCHES = {
     "fs": ("kvpool.bench.fs:command", "The file tier on a directory, beside raw files and other designs; a restart."),
     "device": ("kvpool.bench.device:command", "Copies between a GPU's blocks and a node's slots."),
     "ttft": ("kvpool.bench.ttft:command", "Real vLLM engines: the time to the first token, and what saving costs."),
+    "pd": ("kvpool.bench.pd:command", "Conversations through kvpool-proxy: routed by prefixes, and in turn."),
 }
 
 
