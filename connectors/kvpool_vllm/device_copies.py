@@ -67,9 +67,10 @@ class _Staging:
         self.free: Any = None
 
     def area(self, blocks: int, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return it as [blocks, layers, words], in the layers' words."""
+        """Return it as [blocks, layers, ..], in the layers' words, as one of them has its blocks."""
         words = self.bytes.view(rows[0].dtype)
-        return words[: blocks * len(rows) * rows[0].shape[1]].view(blocks, len(rows), rows[0].shape[1])
+        shape = rows[0].shape[1:]
+        return words[: blocks * len(rows) * shape.numel()].view(blocks, len(rows), *shape)
 
 
 class _Lane:
@@ -114,9 +115,14 @@ def _host(view: Bytes) -> torch.Tensor:
     return torch.from_numpy(view)
 
 
+def _size(rows: Sequence[torch.Tensor]) -> int:
+    """Return the bytes of a block in these layers."""
+    return len(rows) * rows[0].shape[1:].numel() * rows[0].element_size()
+
+
 def _check(block_ids: Sequence[int], runs: Sequence[Sequence[Bytes]], rows: Sequence[torch.Tensor]) -> None:
     """Raise InvalidArgumentError unless there are the bytes of just these blocks: a short run leaves others in."""
-    size = len(rows) * rows[0].shape[1] * rows[0].element_size()
+    size = _size(rows)
     if len(block_ids) != len(runs) or any(sum(map(len, pieces)) != size for pieces in runs):
         raise InvalidArgumentError("blocks", f"{len(block_ids)} of them need as many runs of {size} bytes each")
 
@@ -251,7 +257,7 @@ class Copies:
 
     def _parts(self, blocks: int, rows: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
         """Return the (start, end) of what fits a staging area at a time."""
-        each = self.staging_bytes // (len(rows) * rows[0].shape[1] * rows[0].element_size())
+        each = self.staging_bytes // _size(rows)
         return [(start, min(start + each, blocks)) for start in range(0, blocks, each)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -143,6 +144,131 @@ def test_tensors_of_inference_mode(device: str) -> None:
     row[:] = 0
     wait(copies.store(kv, [4], [[row]], after=copies.fence()))
     assert set(row) == {3}
+
+
+def of_vllm(device: str, heads: int = 4, layers: int = 3) -> dict[str, Any]:
+    """Blocks x heads x tokens x content, kept in that order."""
+    return {f"l.{i}": torch.zeros(BLOCKS, heads, 16, 24, dtype=torch.bfloat16, device=device) for i in range(layers)}
+
+
+def of_vllm_turned(device: str, heads: int = 4, layers: int = 3) -> dict[str, Any]:
+    """The same shape, kept as tokens x heads."""
+    return {
+        f"l.{i}": torch.zeros(BLOCKS, 16, heads, 24, dtype=torch.bfloat16, device=device).transpose(1, 2)
+        for i in range(layers)
+    }
+
+
+def apart(device: str, heads: int = 4, layers: int = 3) -> dict[str, Any]:
+    """Keys beside values in each block, of all layers in one storage."""
+    storage = torch.zeros(BLOCKS, layers, 2, 16, heads, 10, dtype=torch.float16, device=device)
+    return {f"l.{i}": storage[:, i] for i in range(layers)}
+
+
+def in_rows(device: str, heads: int = 4, layers: int = 3) -> dict[str, Any]:
+    """Each block is two of the kernel's."""
+    return {
+        f"l.{i}": torch.zeros(2 * BLOCKS, 16, heads, 8, dtype=torch.bfloat16, device=device).transpose(1, 2)
+        for i in range(layers)
+    }
+
+
+SPLIT = [(of_vllm, 1), (of_vllm_turned, 1), (apart, 3), (in_rows, 1)]
+"""Shapes, and the dimension that counts their heads."""
+
+
+def ranks(shape: Any, caches: dict[str, Any], dim: int, parts: int) -> list[dict[str, Any]]:
+    """Return what as many ranks would hold, each in tensors of its own."""
+    found = []
+    for number in range(parts):
+        own = shape("cpu", 4 // parts)
+        for name, tensor in own.items():
+            tensor.copy_(caches[name].cpu().narrow(dim, number * 4 // parts, 4 // parts))
+        found.append(own)
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("shape", "dim"), SPLIT)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("staged_blocks", [1, 100])
+def test_heads_go_out_as_other_ranks_have_them(
+    device: str, shape: Any, dim: int, parts: int, staged_blocks: int
+) -> None:
+    """A part has the bytes of a rank that holds just these heads; loaded, it touches no others."""
+    caches, empty = filled(shape(device), 1), shape(device)
+    kv, other = KVBlocks(caches, BLOCKS, 4), KVBlocks(empty, BLOCKS, 4)
+    ids, targets = [7, 2, 11, 0, 5], [3, 9, 1, 10, 4]
+    alone = ranks(shape, caches, dim, parts)
+    for number, (part, into, rank) in enumerate(
+        zip(
+            kv.split(parts),
+            other.split(parts),
+            map(partial(KVBlocks, blocks=BLOCKS, heads=4 // parts), alone),
+            strict=True,
+        )
+    ):
+        assert part.layer_block_bytes == rank.layer_block_bytes
+        size = len(part) * part.layer_block_bytes
+        copies = Copies(part.device, size, staging_bytes=staged_blocks * size + 7)
+        host = copies.host_buffer(len(ids) * size).reshape(len(ids), size)
+        wait(copies.store(part, ids, [pieces(row, 5, size - 1) for row in host]))
+        expected = [b"".join(view.tobytes() for view in views) for views in rank.views(ids)]
+        assert [row.tobytes() for row in host] == expected
+        if device == "cpu":
+            assert [b"".join(view.tobytes() for view in views) for views in part.views(ids)] == expected
+        wait(copies.load(into, targets, [pieces(row, 17) for row in host]))
+        wait(copies.load(into, targets[:1], [[host[0][part.layer_block_bytes :]]], layers=(1, len(part))))
+        now = [KVBlocks(own, BLOCKS) for own in ranks(shape, empty, dim, parts)]
+        for seen, rank_now in enumerate(now):
+            filled_now = [b"".join(view.tobytes() for view in views) for views in rank_now.views(targets)]
+            if seen == number:
+                assert filled_now == expected
+            elif seen > number:
+                assert not any(map(any, filled_now))
+        copies.close()
+    rows = BLOCKS if len(next(iter(caches.values()))) == BLOCKS else 2 * BLOCKS
+    for name, tensor in empty.items():
+        for block, target in zip(ids, targets, strict=True):
+            each = rows // BLOCKS
+            there, here = tensor[target * each :][:each], caches[name][block * each :][:each]
+            assert torch.equal(there.contiguous().view(torch.uint8), here.contiguous().view(torch.uint8))
+
+
+def test_parts_of_contiguous_heads_are_runs() -> None:
+    """Where heads lie outermost, as on the CPU, the host's views have no gaps, and are the engine's memory."""
+    caches = filled(of_vllm("cpu"), 1)
+    _, second = KVBlocks(caches, BLOCKS, 4).split(2)
+    (views,) = second.views([3])
+    assert all(view.ndim == 1 and view.flags.c_contiguous for view in views)
+    views[1][:] = 0
+    assert not caches["l.1"][3, 2:].any()
+    assert caches["l.1"][3, :2].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "parts"),
+    [
+        ((BLOCKS, 2, 16, 2, 8), 2, 2),  # keys and values, or heads?
+        ((BLOCKS, 16, 576), 4, 2),
+        ((BLOCKS, 16, 4, 8), 0, 2),
+        ((BLOCKS, 16, 8, 3), 3, 3),  # heads innermost
+        ((BLOCKS, 3, 16, 8), 3, 2),
+    ],
+)
+def test_heads_that_cannot_be_told_apart_are_refused(shape: tuple[int, ...], heads: int, parts: int) -> None:
+    """At start, in a sentence; undivided, the same memory is fine."""
+    kv = KVBlocks({"l.0": torch.zeros(shape)}, BLOCKS, heads)
+    assert kv.split(1) == [kv]
+    with pytest.raises(InvalidArgumentError, match=r"head_groups: layer l.0 holds blocks as .* cannot be cut into"):
+        kv.split(parts)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_layouts_say_nothing_about_the_number_of_heads(heads: int) -> None:
+    """Ranks of any TP have the same; tokens x heads and heads x tokens differ even with one head."""
+    layouts = [KVBlocks(shape("cpu", heads), BLOCKS, heads).layout for shape, _ in SPLIT]
+    assert layouts == ["*x16x24", "*x16x24@1,0,2", "2x16x*x10" if heads != 2 else "2x16x2x10", "*x16x8@1,0,2"]
 
 
 def test_widest_words_that_fit() -> None:
