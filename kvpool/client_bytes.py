@@ -158,9 +158,10 @@ def _runs(blocks: Sequence[Buffer | Sequence[Buffer]], *, writable: bool) -> lis
 
 def _arrays(block: Buffer | Sequence[Buffer], layers: int, *, writable: bool) -> list[Bytes]:
     """Return one piece a layer, of any strides; all have more than one dimension."""
-    parts = block if isinstance(block, (list, tuple)) else [block]
+    parts: Sequence[Any] = block if isinstance(block, (list, tuple)) else [block]
     pieces: list[Bytes] = []
     for part in parts:
+        array: Bytes
         try:
             array = as_bytes(part, "blocks", writable=writable)
         except _GapsError:
