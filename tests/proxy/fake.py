@@ -42,6 +42,8 @@ class FakeInstance:
     health: int = 200
     empty: bool = False
     metrics: str = ""
+    transfer: str = ""
+    """What it names a prompt's KV by where it is not told."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     running: int = 0
@@ -113,8 +115,12 @@ class FakeInstance:
             if self.die_after is not None:
                 return await self._cut(request, web.StreamResponse(headers={"Content-Length": "1000"}), b"{")
             answer = self.answer(0, body)
-            if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
-                answer["kv_transfer_params"] = {"do_remote_prefill": True, "remote_engine_id": self.name}
+            asked = body.get("kv_transfer_params") or {}
+            if asked.get("do_remote_decode"):
+                params = {"do_remote_prefill": True, "remote_engine_id": self.name}
+                if transfer := asked.get("transfer_id", self.transfer):
+                    params["transfer_id"] = transfer
+                answer["kv_transfer_params"] = params
             data = b"" if self.empty else json.dumps(answer).encode()
             return web.Response(body=data, content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
