@@ -285,8 +285,8 @@ class Index:
 
     # ---- holds ---------------------------------------------------------------------------------
 
-    def hold(self, namespace: bytes, keys: bytes, level: int) -> int:
-        """Hold these keys, SOFT or HARD, once more; returns how many of their blocks are there."""
+    def hold(self, namespace: bytes, keys: bytes, level: int) -> Rows:
+        """Hold these keys, SOFT or HARD, once more; returns the rows of the blocks that are there."""
         words = as_words(keys)
         return self._mark(namespace, words, self.holds.add(namespace, words, level))
 
@@ -297,11 +297,12 @@ class Index:
         self._mark(namespace, words, levels)
         return levels
 
-    def _mark(self, namespace: bytes, words: Words, levels: Levels) -> int:
+    def _mark(self, namespace: bytes, words: Words, levels: Levels) -> Rows:
         rows = self.space(namespace).table.find(words)
         there = rows >= 0
-        self.pinned[rows[there]] = levels[there]
-        return int(np.count_nonzero(there))
+        rows = rows[there]
+        self.pinned[rows] = levels[there]
+        return rows
 
     # ---- reading -------------------------------------------------------------------------------
 

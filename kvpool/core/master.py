@@ -101,7 +101,7 @@ class MasterState:
         self._row_relief = RowRelief(self.index, self.backends, self._jobs)
         self.pins = Pins(self.index, self.nodes, (epoch & 0x7FFFFFFF) << 32 | 1)
         self.transfers = Transfers(
-            self.index, self.nodes, limits.lease_ttl_s, self.counters, self._jobs, self._evict, now
+            self.index, self.nodes, limits.lease_ttl_s, self.counters, self._jobs, self._evict, self._unlist, now
         )
         self.backends.next_batch = (epoch & 0x7FFFFFFF) << 32 | 1  # never one that an earlier master has sent
 
@@ -593,8 +593,7 @@ class MasterState:
         if answer.lease:
             up = self.uptime(now)
             self.leases.take(answer.lease, rows if distinct else np.unique(rows), up)
-            if self.index.listed.take(rows).any():
-                self._unlist(rows)
+            self._unlist(rows)
 
     def _in_memory(self, placement: Placement) -> bool:
         live = 0
@@ -604,9 +603,9 @@ class MasterState:
         return live == placement.full
 
     def _unlist(self, rows: Rows) -> None:
-        """Leased blocks are on a victim list: make new lists soon."""
-        owners = self.index.owners(rows[self.index.listed.take(rows)])
-        for incarnation in owners:
+        """Make new victim lists soon where these blocks, leased or held now, are on one."""
+        listed = rows[self.index.listed.take(rows)]
+        for incarnation in self.index.owners(listed) if len(listed) else ():
             if incarnation in self._incarnations:
                 self._incarnations[incarnation].victims_stale = True
 

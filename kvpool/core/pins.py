@@ -98,7 +98,7 @@ class Pins:
                 return
             part = keys[start : start + _SLICE_BYTES]
             pin.keys += part
-            pin.present += self._index.hold(pin.namespace, part, pin.level)
+            pin.present += len(self._index.hold(pin.namespace, part, pin.level))
             yield self._tell(pin, Keep(keep=(self._run(pin.namespace, part),)))
         if remember and not pin.ended:
             yield [_catalog(pin)]

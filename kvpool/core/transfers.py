@@ -13,20 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 
 from kvpool.core.effects import Effect, TransferExpired
 from kvpool.core.holds import SOFT
-from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.index import Index
 from kvpool.core.keytable import Rows, as_words
 from kvpool.core.nodes import Node
 from kvpool.core.removals import Why
 from kvpool.errors import InvalidArgumentError, OverloadedError, UnknownNamespaceError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, SHARDS_MAX, NodeAddress
 
-SLICE_BLOCKS = ROWS_PER_SLICE
+SLICE_BLOCKS = 512
+"""Held, or let go of, without a pause."""
+
 TRANSFERS_MAX = 1 << 14
 """Under way at once."""
 
@@ -85,17 +87,24 @@ class _Holding:
     """The blocks of a transfer as they were given when it was opened, and how many pieces of them are held."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.pieces = [piece for part in parts for piece in _pieces(part.namespace, part.keys)]
-        dropped = ((part.namespace, part.keys[len(part.keys) - part.drop_last * KEY_BYTES :]) for part in parts)
-        self.dropped = [piece for namespace, keys in dropped for piece in _pieces(namespace, keys)]
         self.blocks = sum(len(part.keys) for part in parts) // KEY_BYTES
         self.taken = 0
         self.over = False
+        self._parts = parts
+        self._step = SLICE_BLOCKS * KEY_BYTES
 
+    def pieces(self) -> Iterator[Piece]:
+        """Yield all blocks, a slice's at a time."""
+        return (piece for part in self._parts for piece in self._pieces(part, 0))
 
-def _pieces(namespace: bytes, keys: bytes) -> Iterator[Piece]:
-    step = SLICE_BLOCKS * KEY_BYTES
-    return ((namespace, keys[at : at + step]) for at in range(0, len(keys), step))
+    def dropped(self) -> Iterator[Piece]:
+        """Yield those of use to this transfer alone."""
+        starts = ((part, len(part.keys) - part.drop_last * KEY_BYTES) for part in self._parts)
+        return (piece for part, start in starts for piece in self._pieces(part, start))
+
+    def _pieces(self, part: Part, start: int) -> Iterator[Piece]:
+        step = self._step
+        return ((part.namespace, part.keys[at : at + step]) for at in range(start, len(part.keys), step))
 
 
 @dataclass(slots=True)
@@ -119,7 +128,10 @@ class Transfer:
 
 
 class Transfers:
-    """Every transfer, by its id. ``evict`` asks a node or a backend to drop rows."""
+    """Every transfer, by its id.
+
+    ``evict`` asks a node or a backend to drop rows; ``unlist`` sees to it that those on a victim list are soon not.
+    """
 
     def __init__(
         self,
@@ -129,6 +141,7 @@ class Transfers:
         counters: Counter[str],
         jobs: deque[Iterator[list[Effect]]],
         evict: Callable[[int, Rows, Why], list[Effect]],
+        unlist: Callable[[Rows], None],
         up: float,
     ) -> None:
         self.by_id: dict[int, Transfer] = {}
@@ -139,6 +152,7 @@ class Transfers:
         self._counters = counters
         self._jobs = jobs
         self._evict = evict
+        self._unlist = unlist
         self._over: OrderedDict[int, float] = OrderedDict()  # until when it is remembered
         self._deadlines: list[tuple[float, int]] = []  # a heap; entries may be out of date
         self._drops: list[tuple[float, int, Piece, int]] = []  # a heap: when, a number, what, how often before
@@ -268,21 +282,21 @@ class Transfers:
 
     def _take(self, holding: _Holding, before: _Holding | None) -> Iterator[list[Effect]]:
         """Hold what a transfer needs, and only then let go of what it needed before."""
-        for namespace, keys in holding.pieces:
+        for namespace, keys in holding.pieces():
             if holding.over:
                 break
-            self._index.hold(namespace, keys, SOFT)
+            self._unlist(self._index.hold(namespace, keys, SOFT))
             holding.taken += 1
             yield []
         if before is not None:
             yield from self._let_go(before)
 
     def _let_go(self, holding: _Holding) -> Iterator[list[Effect]]:
-        for namespace, keys in holding.pieces[: holding.taken]:
+        for namespace, keys in islice(holding.pieces(), holding.taken):
             self._index.let_go(namespace, keys, SOFT)
             yield []
         self.blocks -= holding.blocks
-        for piece in holding.dropped:
+        for piece in holding.dropped():
             yield self._drop(piece)
             self._drop_later(piece, 0)
 
