@@ -117,7 +117,8 @@ def _host(view: Bytes) -> torch.Tensor:
 
 def _size(rows: Sequence[torch.Tensor]) -> int:
     """Return the bytes of a block in these layers."""
-    return len(rows) * int(rows[0].shape[1:].numel()) * rows[0].element_size()
+    size: int = len(rows) * rows[0].shape[1:].numel() * rows[0].element_size()
+    return size
 
 
 def _check(block_ids: Sequence[int], runs: Sequence[Sequence[Bytes]], rows: Sequence[torch.Tensor]) -> None:
