@@ -6,13 +6,15 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
+from kvpool import Client, Namespace
+from kvpool.client_transfers import TransferPart, Transfers, TransferState
 from kvpool.config import ProxySettings
 from kvpool.proxy.prompts import Asked, read
 from kvpool.proxy.server import Proxy
@@ -229,8 +231,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def staged(*fakes: FakeInstance, prefill: int = 0, started: bool = True, **settings: Any) -> AsyncIterator[Stage]:
-    """Run instances and a proxy; the first ``prefill`` instances prefill for the others, 0: each does both."""
+async def staged(
+    *fakes: FakeInstance, prefill: int = 0, started: bool = True, named: bool = True, **settings: Any
+) -> AsyncIterator[Stage]:
+    """Run instances and a proxy; the first ``prefill`` instances prefill for the others, 0: each does both.
+
+    ``named``: whether the proxy is told of them.
+    """
     for fake in fakes:
         await fake.start()
     sides: dict[str, Any] = {"instances": [fake.url for fake in fakes]} if fakes else {}
@@ -239,6 +246,7 @@ async def staged(*fakes: FakeInstance, prefill: int = 0, started: bool = True, *
             "prefiller_ports": [fake.port for fake in fakes[:prefill]],
             "decoder_ports": [fake.port for fake in fakes[prefill:]],
         }
+    sides = sides if named else {}
     defaults = {"host": "127.0.0.1", "port": 0, "health_interval": 50, "drain_timeout": 1000}
     if not started:
         for fake in fakes:
@@ -264,14 +272,75 @@ def play(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(limited())
 
 
-async def _serve_alone(name: str) -> None:
-    """Serve until the input ends: an engine that can be killed."""
-    fake = FakeInstance(name, tokens=20, token_s=0.005)
+SPACE = Namespace(model="fake")
+CLAIM_S = 2.0
+
+
+@dataclass
+class PoolInstance(FakeInstance):
+    """An engine that announces itself to a master, and moves transfers there, without any KV."""
+
+    master: str = ""
+    role: str = "kv_both"
+    model: str = "m"
+    client: Client | None = None
+
+    async def start(self) -> None:
+        await super().start()
+        client = self.client = await asyncio.to_thread(Client, self.master, node="/nowhere", name=self.name)
+        client.announce_engine(
+            engine=self.name, address=self.address, role=self.role, model=self.model, tensor_parallel=1,
+            pipeline_parallel=1, transfers=True, layerwise=True,
+        )  # fmt: skip
+
+    async def stop(self) -> None:
+        if self.client is not None:
+            await asyncio.to_thread(self.client.close)
+        await super().stop()
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        asked = body.get("kv_transfer_params") or {}
+        transfer = int(asked.get("transfer_id") or "0", 16)
+        if not transfer or self.client is None:
+            return await super()._answer(request, body)
+        transfers = self.client.transfers
+        if asked.get("do_remote_prefill"):
+            try:
+                await self._fetch(transfers, transfer)
+                return await super()._answer(request, body)
+            finally:
+                await asyncio.to_thread(transfers.end, [transfer])
+        part = TransferPart(SPACE, transfer.to_bytes(16))
+        await asyncio.to_thread(transfers.open, transfer, [part], [""], self.name)
+        try:
+            answer = await super()._answer(request, body)
+        except BaseException:
+            await asyncio.to_thread(transfers.end, [transfer])
+            raise
+        await asyncio.to_thread(transfers.seal, transfer, 2000)
+        return answer
+
+    async def _fetch(self, transfers: Transfers, transfer: int) -> None:
+        """Wait for the prefill's end, as long as it may still come."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLAIM_S):
+                while True:
+                    claimed = await asyncio.to_thread(transfers.claim, transfer, self.name)
+                    if claimed.state not in {TransferState.OPEN, TransferState.UNKNOWN}:
+                        return
+                    await asyncio.sleep(0.01)
+
+
+async def _serve_alone(name: str, *in_pool: str) -> None:
+    """Serve until the input ends: an engine that can be killed. ``in_pool``: a master, and a role."""
+    about: dict[str, Any] = {"tokens": 20, "token_s": 0.005}
+    fake = PoolInstance(name, **about, master=in_pool[0], role=in_pool[1]) if in_pool else FakeInstance(name, **about)
     await fake.start()
     sys.stdout.write(f"{fake.port}\n")
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.read)
+    await fake.stop()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve_alone(sys.argv[1]))
+    asyncio.run(_serve_alone(*sys.argv[1:]))

@@ -8,9 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from kvpool.cli import proxy
 from kvpool.config import ProxySettings, load
 from kvpool.errors import ConfigError
+from tests.integration.pool import Pool, wait_for
 from tests.proxy.fake import COMPLETIONS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,9 +29,9 @@ DEADLINE_S = 20.0
 
 
 @contextmanager
-def engine(name: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a fake engine; yields its process and address."""
-    command = [sys.executable, "-m", "tests.proxy.fake", name]
+def engine(name: str, *in_pool: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a fake engine, of a pool where a master and a role are given; yields its process and address."""
+    command = [sys.executable, "-m", "tests.proxy.fake", name, *in_pool]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -71,8 +73,9 @@ async def ask(client: aiohttp.ClientSession, url: str, number: int) -> str:
     return "whole" if whole else "a lie"
 
 
-async def load_and_kill(url: str, victim: subprocess.Popen[str]) -> Counter[str]:
-    """Send 200 requests, 20 at a time, and kill an engine in their midst."""
+async def load_and_kill(url: str, *victims: subprocess.Popen[str]) -> Counter[str]:
+    """Send 200 requests, 20 at a time, and kill processes in their midst, one after the other."""
+    waiting = list(victims)
     ends: Counter[str] = Counter()
     gate = asyncio.Semaphore(20)
     async with aiohttp.ClientSession() as client:
@@ -80,8 +83,8 @@ async def load_and_kill(url: str, victim: subprocess.Popen[str]) -> Counter[str]
         async def one(number: int) -> None:
             async with gate:
                 ends[await ask(client, url, number)] += 1
-                if sum(ends.values()) == 60:
-                    victim.kill()
+                if sum(ends.values()) % 60 == 0 and waiting:
+                    waiting.pop().kill()
 
         await asyncio.gather(*(one(number) for number in range(200)))
         for number in range(20):
@@ -105,6 +108,49 @@ def test_an_engine_is_killed_in_the_midst_of_200_requests(divided):
     assert set(ends) <= {"whole", "broken"}
     assert ends["whole"] >= 170
     if divided == "prefill":
+        assert ends["broken"] == 0
+
+
+async def until_found(url: str, role: str, count: int) -> None:
+    """Wait for the proxy to have found so many instances, each of them up."""
+    async with asyncio.timeout(DEADLINE_S), aiohttp.ClientSession() as client:
+        while True:
+            async with client.get(f"{url}/instances") as answer:
+                found = (await answer.json())[role]
+            if sum(one["up"] and one["discovered"] for one in found) == count:
+                return
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("victims", [("prefill",), ("decode",), ("prefill", "decode"), ("master", "prefill")], ids=str)
+def test_processes_are_killed_in_the_midst_of_200_requests_at_once(tmp_path, victims):
+    """Prefill and decode run side by side, found through a master: every request ends, and no transfer is left."""
+    pool = Pool(tmp_path)
+    pool.start_master()
+    names = {"p0": "kv_producer", "p1": "kv_producer", "d0": "kv_consumer", "d1": "kv_consumer"}
+    with ExitStack() as stack:
+        stack.callback(pool.close)
+        engines = {name: stack.enter_context(engine(name, pool.address, role))[0] for name, role in names.items()}
+        processes = {"prefill": engines["p0"], "decode": engines["d0"], "master": pool.master.popen}
+        flags = ("--master", pool.address, "--health_interval", "200ms")
+        process, url = stack.enter_context(running(*flags))
+        for role in ("prefill", "decode"):
+            asyncio.run(until_found(url, role, 2))
+        ends = asyncio.run(load_and_kill(url, *(processes[victim] for victim in reversed(victims))))
+        if "master" in victims:
+            pool.start_master()
+        with urllib.request.urlopen(f"{url}/metrics", timeout=DEADLINE_S) as answer:
+            page = answer.read().decode()
+        begun = re.search(r'decode_starts_total\{when="with_prefill"\} (\S+)', page)
+        assert begun
+        assert float(begun[1]) >= 200
+        wait_for(lambda: not pool.status().transfers, "no transfer is left")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert sum(ends.values()) == 200
+    assert set(ends) <= {"whole", "broken"}
+    assert ends["whole"] >= 170
+    if "decode" not in victims:
         assert ends["broken"] == 0
 
 
