@@ -44,16 +44,17 @@ async def one_request(stage: Stage, rng: random.Random) -> str:
     return honest(answer, stream)
 
 
-@pytest.mark.parametrize("prefill", [0, 2])
+@pytest.mark.parametrize(("prefill", "start"), [(0, "auto"), (2, "after_prefill"), (2, "with_prefill")])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_storm(seed, prefill, caplog):
+def test_a_storm(seed, prefill, start, caplog):
     """300 requests, 24 at a time, while engines change their behaviour, die and come back."""
 
     async def story():
         rng = random.Random(seed)
         fakes = [FakeInstance(name, token_s=0.001) for name in "abcd"]
         limits = {"first_byte_timeout": 300, "idle_timeout": 300, "request_timeout": 1500, "queue_timeout": 300}
-        async with staged(*fakes, prefill=prefill, instance_requests_max=5, queue_max=8, **limits) as stage:
+        more = {"instance_requests_max": 5, "queue_max": 8, "decode_start": start}
+        async with staged(*fakes, prefill=prefill, **more, **limits) as stage:
             over = asyncio.Event()
 
             async def weather():
