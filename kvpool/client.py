@@ -7,13 +7,12 @@ over TCP. Every wait has a deadline.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -21,17 +20,21 @@ from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
 from kvpool.client_files import StorageGuards, only_in_files, storage_name
 from kvpool.client_gets import Call, Gets, result_of
 from kvpool.client_health import BreakerOpenError, Health
+from kvpool.client_layers import LayeredPut
 from kvpool.client_lookup import Also, lookup_at_node, lookup_frame
 from kvpool.client_master import MasterLink, leases_frame
 from kvpool.client_node import LocalNode
-from kvpool.client_peers import Peer, Peers
+from kvpool.client_own import OwnNode
+from kvpool.client_peers import Peers
+from kvpool.client_puts import Puts
+from kvpool.client_receive import Receives
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
 from kvpool.client_transfers import Transfers
-from kvpool.config import boot_id, default_socket_path
-from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
+from kvpool.config import boot_id
+from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason, pack_keys
 
-__all__ = ["Client", "GetResult", "Lookup", "PutResult", "Run"]
+__all__ = ["Client", "GetResult", "LayeredPut", "Lookup", "PutResult", "Run"]
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +49,6 @@ PREFETCH_S = 0.01
 
 TRANSFER_BYTES_S_MIN = 100 << 20
 """A transfer's deadline grows with its size at this rate."""
-
-PLACED_S = 0.5
-"""How long the node that the master named is used before it is asked again."""
-
-REATTACH_S = 0.5
 
 
 class Client:
@@ -86,34 +84,33 @@ class Client:
         self._lookup_s = _seconds(lookup_timeout_ms, "lookup_timeout_ms")
         self._transfer_s = _seconds(transfer_timeout_ms, "transfer_timeout_ms")
         self._name = name or f"pid {os.getpid()}"
-        self._node_path = node
         self._copies = CopyThreads(copy_threads)
         self._health = Health(breaker_failures, _seconds(breaker_probe_interval_ms, "breaker_probe_interval_ms"))
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._link: MasterLink | None = None
+        self._own = OwnNode(
+            node, self._name, self._namespaces.values, lambda: self._link.nodes if self._link is not None else None,
+            lambda work: self._executor().submit(work), self._transfer_s,
+        )  # fmt: skip
         self._near = self._health.guard("this host", self._probe_local)
         self._storage = StorageGuards(self._health)
         self._peers = Peers(self._health, self._storage, _seconds(connect_timeout_ms, "connect_timeout_ms"))
         self._gets = Gets(
-            self._peers, self._storage, self._copies, self._local, lambda: self._own_id, self._ask_for_get,
+            self._peers, self._storage, self._copies, self._local, lambda: self._own.id, self._ask_for_get,
             verify_local=self._verify_local,
         )  # fmt: skip
         self._counters: Counter[str] = Counter()
-        self._namespaces: dict[bytes, Namespace] = {}
-        self._lock = threading.Lock()
-        self._tasks_lock = threading.Lock()  # its own: nobody who only wants a thread waits for an attach
-        self._node: LocalNode | None = None
-        self._own_id = ""  # of the node that is or was attached
-        self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
-        self._attach_at = 0.0
-        self._placed: tuple[Peer | None, float] = (None, 0.0)  # where a client without a node puts, until when
+        self._puts = Puts(self._peers, self._copies, self._local, lambda: self._own.id, self._place, self._counters)
+        self._receives = Receives(self._peers, self._copies, self._local)
+        self._tasks_lock = threading.Lock()
         self._tasks: ThreadPoolExecutor | None = None
         self._closed = False
-        self._link = (
-            MasterLink(master, self._name, self._attach, self._health, self._lookup_s) if master is not None else None
-        )
+        if master is not None:
+            self._link = MasterLink(master, self._name, self._own.attach, self._health, self._lookup_s)
         self.transfers = Transfers(self._link)
         """Prompts on their way from a prefilling engine to a decoding one."""
         if self._link is None or not self._link.wait_tried(CONNECT_S):
-            self._attach()
+            self._own.attach()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -129,8 +126,7 @@ class Client:
         self._health.close()
         if self._link is not None:
             self._link.close()
-        if self._node is not None:
-            self._node.close()
+        self._own.close()
         if self._tasks is not None:
             self._tasks.shutdown(wait=False, cancel_futures=True)
         self._peers.close()
@@ -155,9 +151,25 @@ class Client:
         """Return whether a node of this host is attached."""
         return self._local() is not None
 
+    @property
+    def own_node_id(self) -> str:
+        """The id of the node of this host that is attached, "" without one."""
+        node = self._local()
+        return node.node_id if node is not None else ""
+
+    @property
+    def own_node(self) -> NodeAddress | None:
+        """Where the node of this host that is attached can be reached, None without one; what is known of it yet."""
+        node = self._local()
+        if node is None:
+            return None
+        known = self._link.nodes if self._link is not None else []
+        alone = NodeAddress(node.node_id, socket_path=node.path, boot_id=boot_id())
+        return next((address for address in known if address.node_id == node.node_id), alone)
+
     def reads_files(self) -> bool:
         """Return whether this host's node has storage behind it. Quick."""
-        node = self._node
+        node = self._own.node
         return node is not None and node.alive and bool(node.backends)
 
     def stats(self) -> dict[str, int]:
@@ -166,7 +178,8 @@ class Client:
 
     def unusable_nodes(self) -> set[str]:
         """Return who is not asked now because they have failed: ids of nodes, names of ``storages``. Quick."""
-        lost = {self._own_id} if self._own_id and (self._node is None or not self._node.alive) else set()
+        own = self._own
+        lost = {own.id} if own.id and (own.node is None or not own.node.alive) else set()
         return lost | self._peers.unusable() | self._storage.unusable() if self._health.troubled else lost
 
     def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, str]]:
@@ -174,7 +187,7 @@ class Client:
 
         ``address``: the node that a lookup names.
         """
-        node = self._node
+        node = self._own.node
         ids = {node.node_id: 0} if node is not None and node.serves(backend, address.node_id) else {}
         return [(node_id, storage_name(node_id, backend)) for node_id in (ids | {address.node_id: 0})]
 
@@ -302,59 +315,51 @@ class Client:
         *,
         shard: int = 0,
         timeout_ms: float | None = None,
+        transfer: int = 0,
     ) -> PutResult:
         """Store one shard of each block, in this host's node or else in one that the master names.
 
         ``blocks[i]``: the shard's bytes as one buffer, or as ``namespace.shard_layers`` equal ones.
-        Raises InvalidArgumentError, UnknownNamespaceError is not: register the namespace first.
+        ``transfer``: what these blocks belong to, above 0, if somebody waits for them with ``receive``. Raises
+        InvalidArgumentError, UnknownNamespaceError is not: register the namespace first.
         """
         space = self._namespace(namespace)
         keys = pack_keys(hashes)
         wrapped = Blocks(blocks, keys, space.shard_layers, writable=False)
         _check_shard(space, shard)
+        _check_transfer(transfer, 0)
         if not len(wrapped):
             return PutResult()
         timeout_s = self._transfer_time(wrapped, timeout_ms)
-        try:
-            with quick_switching:
-                counts = self._put(space, keys, wrapped, shard, timeout_s)
-        except InvalidArgumentError:
-            raise
-        except TooLargeError as exc:
-            log.warning("put: %s", exc)
-            counts = {"too_large": len(wrapped)}
-        except AllPinnedError:
-            counts = {"no_room": len(wrapped)}
-        except KVPoolError as exc:
-            log.debug("put: %s", exc)
-            counts = {_why_not_put(exc): len(wrapped)}
-        stored = counts.pop("stored", 0)
-        existed = counts.pop("existed", 0) + counts.pop("being_written", 0)
-        errors = {reason: count for reason, count in counts.items() if count}
-        self._counters["put.stored"] += stored
-        self._counters["put.existed"] += existed
-        self._counters["put.bytes"] += stored * wrapped.shard_bytes
-        for reason, count in errors.items():
-            self._counters[f"put.failed.{reason}"] += count
-        return PutResult(stored, existed, len(wrapped) - stored - existed, errors)
+        return self._puts.run(space, keys, wrapped, shard, timeout_s, transfer)
 
-    def _put(self, space: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float) -> dict[str, int]:
-        node = self._local()
-        if node is not None:
-            return node.put(space, keys, blocks, shard, self._copies, timeout_s)
+    def put_layers(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        *,
+        shard: int,
+        shard_bytes: int,
+        transfer: int,
+        timeout_ms: float | None = None,
+    ) -> LayeredPut | None:
+        """Reserve room for one shard of each block, to be written a few layers at a time and committed at the end.
+
+        Who receives the same ``transfer`` has each layer as soon as it is written. None when this host has no node
+        that could take it now: put the blocks as a whole later. Raises as ``put``.
+        """
+        space = self._namespace(namespace)
+        _check_shard(space, shard)
+        _check_transfer(transfer, 1)
+        if shard_bytes < 1 or shard_bytes % space.shard_layers:
+            raise InvalidArgumentError("shard_bytes", f"must be a multiple of {space.shard_layers} layers")
+        timeout_s = self._transfer_s if timeout_ms is None else _seconds(timeout_ms, "timeout_ms")
+        return self._puts.layers(space, pack_keys(hashes), (shard, shard_bytes, transfer), timeout_s)
+
+    def _place(self, shard_bytes: int, timeout_s: float) -> NodeAddress | None:
         if self._link is None:
             raise UnavailableError("no node on this host, and no master to name another")
-        peer, until = self._placed
-        if time.monotonic() > until:
-            self._placed = (peer, time.monotonic() + PLACED_S)  # whoever comes meanwhile does not ask again
-            with contextlib.suppress(UnavailableError):  # the master is away: the node that it named last will do
-                address = self._link.place(blocks.shard_bytes, min(timeout_s, self._transfer_s))
-                # Our own node, of which we have just lost hold, would be no quicker by another way.
-                peer = self._peers.at(address) if address is not None and address.node_id != self._own_id else None
-                self._placed = (peer, time.monotonic() + PLACED_S)
-        if peer is None:
-            raise UnavailableError("the master names no node that answers")
-        return peer.put(space, keys, blocks, shard, timeout_s)
+        return self._link.place(shard_bytes, min(timeout_s, self._transfer_s))
 
     # ---- get -------------------------------------------------------------------------------------
 
@@ -391,6 +396,37 @@ class Client:
             tiers = self._gets.run(call, lookup)
         return result_of(call, tiers, self._counters)
 
+    def receive(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Sequence[Buffer | Sequence[Buffer]],
+        *,
+        shard: int,
+        transfer: int,
+        node: NodeAddress,
+        alive: Callable[[], bool],
+        timeout_ms: float,
+    ) -> GetResult:
+        """Fill the buffers with one shard of each block while a transfer writes them to a node, layer by layer.
+
+        ``alive`` is asked whenever a second went by in which nothing came; False ends it after one more look. Whatever
+        goes wrong ends the prefix: ``not_here``, ``late`` (the time is over), ``corrupt``, ``wrong_size``,
+        ``unavailable`` (the node), ``overloaded``, ``breaker_open``, ``refused``. Bytes are always
+        verified. Raises as ``get``.
+        """
+        space = self._namespace(namespace)
+        keys = pack_keys(hashes)
+        wrapped = Blocks(blocks, keys, space.shard_layers, writable=True)
+        _check_shard(space, shard)
+        _check_transfer(transfer, 1)
+        deadline = time.monotonic() + _seconds(timeout_ms, "timeout_ms")
+        if not len(wrapped):
+            return GetResult(0, [], {}, {})
+        call = Call(space, keys, wrapped, shard, 0, deadline, ["not_here"] * len(wrapped))
+        tier = self._receives.run(call, transfer, node, alive)
+        return result_of(call, {tier: call.reasons.count("")}, self._counters)
+
     # ---- futures ---------------------------------------------------------------------------------
 
     def lookup_async(
@@ -418,9 +454,12 @@ class Client:
         *,
         shard: int = 0,
         timeout_ms: float | None = None,
+        transfer: int = 0,
     ) -> Future[PutResult]:
         """``put`` on a thread of the client's; leave the buffers alone until it is done."""
-        return self._executor().submit(self.put, namespace, hashes, blocks, shard=shard, timeout_ms=timeout_ms)
+        return self._executor().submit(
+            self.put, namespace, hashes, blocks, shard=shard, timeout_ms=timeout_ms, transfer=transfer
+        )
 
     def get_async(
         self,
@@ -466,65 +505,12 @@ class Client:
         return self._transfer_s + len(blocks) * blocks.shard_bytes / TRANSFER_BYTES_S_MIN
 
     def _local(self) -> LocalNode | None:
-        node = self._node
-        if node is not None and node.alive:
-            return node
-        # Where there is a master, its thread looks for a first node whenever it asks who is there.
-        wanted = node is not None or self._left or self._link is None
-        if wanted and time.monotonic() >= self._attach_at and not self._closed:
-            # Not here: a node that is stopped lets us connect, and then says nothing.
-            self._attach_at = time.monotonic() + REATTACH_S
-            self._executor().submit(self._attach)
-        return None
+        return self._own.get()
 
     def _probe_local(self) -> None:
-        node = self._node
+        node = self._own.node
         if node is not None and node.alive:  # otherwise it is the attaching that probes
             node.probe()
-
-    def _attach(self) -> None:
-        """Attach to this host's node if there is one and we have none; quick, and at most twice a second."""
-        with self._lock:
-            if self._closed or (self._node is not None and self._node.alive):
-                return
-            if self._node is not None:
-                self._node.close()
-                self._left.append(self._node)
-                self._node = None
-            for path in self._node_paths():
-                try:
-                    node = LocalNode(path, self._name)
-                except KVPoolError as exc:
-                    log.debug("no node at %s: %s", path, exc)
-                    continue
-                self._node, self._own_id = node, node.node_id
-                threading.Thread(target=node.prefault, name="kvpool-prefault", daemon=True).start()
-                log.info("attached to node %s at %s", node.node_id, path)
-                break
-            else:
-                return
-        try:
-            for namespace in list(self._namespaces.values()):
-                node.register(namespace, self._transfer_s)
-            for left in [n for n in self._left if not n.writing]:
-                if left.epoch == node.epoch:
-                    node.abandon(left.writer)
-                self._left.remove(left)
-        except KVPoolError as exc:
-            log.debug("node %s fails right after we attached: %s", node.path, exc)
-
-    def _node_paths(self) -> list[str]:
-        if self._node_path is not None:
-            return [self._node_path]
-        default = default_socket_path()
-        paths = [default]
-        if self._link is not None:
-            here = boot_id()
-            mine = [n.socket_path for n in self._link.nodes if here and n.boot_id == here]
-            if self._link.nodes and default not in mine:
-                paths = []  # a node of another pool has the usual place
-            paths += [path for path in mine if path not in paths]
-        return paths
 
 
 def _seconds(timeout_ms: float, field: str) -> float:
@@ -533,12 +519,11 @@ def _seconds(timeout_ms: float, field: str) -> float:
     return timeout_ms / 1000
 
 
-def _why_not_put(exc: KVPoolError) -> str:
-    if isinstance(exc, BreakerOpenError):
-        return Reason.BREAKER_OPEN.value
-    return "unavailable" if isinstance(exc, UnavailableError) else "refused"
-
-
 def _check_shard(namespace: Namespace, shard: int) -> None:
     if not 0 <= shard < namespace.shards:
         raise InvalidArgumentError("shard", f"this namespace has shards 0 to {namespace.shards - 1}, not {shard}")
+
+
+def _check_transfer(transfer: int, least: int) -> None:
+    if not least <= transfer < 1 << 64:
+        raise InvalidArgumentError("transfer", f"must be from {least} to 2**64 - 1, not {transfer}")

@@ -34,6 +34,9 @@ from kvpool.transport.shm import AttachedSegment, close_fds
 log = logging.getLogger(__name__)
 
 CHANNELS_MAX = 16
+LONG_CHANNELS_MAX = 64
+"""Of those who keep a channel for as long as a prompt is computed: they write layers, or wait for them."""
+
 PARTS_AHEAD = 3
 """Parts that the node may read from files for one call at once, the one waited for included."""
 
@@ -56,6 +59,7 @@ class LocalNode:
         self.path = path
         self._name = name
         self._pool = ChannelPool(self._connect, channels_max=CHANNELS_MAX)
+        self._long = ChannelPool(self._connect, channels_max=LONG_CHANNELS_MAX)
         with contextlib.closing(Channel.connect_unix(path, CONNECT_S)) as channel:
             attached, fds = self._attach(channel, CONNECT_S)
         self.node_id, self.epoch = attached.node_id, attached.epoch
@@ -99,10 +103,18 @@ class LocalNode:
         """Let go of the node; copies that still run keep the mapping until they end."""
         self.alive = False
         self._pool.close()
+        self._long.close()
         self._segment.close()
 
     def put(
-        self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, copies: CopyThreads, timeout_s: float
+        self,
+        namespace: Namespace,
+        keys: bytes,
+        blocks: Blocks,
+        shard: int,
+        copies: CopyThreads,
+        timeout_s: float,
+        transfer: int = 0,
     ) -> dict[str, int]:
         """Store one shard of each block; returns counts of stored, existed, being_written, no_room."""
         timeout_s = min(timeout_s, CONTROL_S)
@@ -111,12 +123,12 @@ class LocalNode:
         def hash_early() -> None:
             nonlocal digests
             # More than this would have left the cache before it is copied.
-            if len(blocks) * blocks.shard_bytes <= HASH_FIRST_BYTES_MAX:
+            if len(blocks) * blocks.shard_bytes <= HASH_FIRST_BYTES_MAX and not blocks.gapped:
                 digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
 
         with self._writes(), self._channel(timeout_s) as channel:
             reservation, offsets = self._reserve(
-                channel, namespace, keys, shard, (blocks.shard_bytes, blocks.layers), timeout_s, hash_early
+                channel, namespace, keys, shard, (blocks.shard_bytes, blocks.layers), timeout_s, hash_early, transfer
             )
             counts = {
                 "existed": offsets.count(STORED),
@@ -141,6 +153,7 @@ class LocalNode:
         shape: tuple[int, int],
         timeout_s: float,
         meanwhile: Callable[[], None] = lambda: None,
+        transfer: int = 0,
     ) -> tuple[int, tuple[int, ...]]:
         """Reserve slots of ``shape`` (bytes, layers); returns (reservation, offsets, below 0 as ``STORED`` and so on).
 
@@ -148,8 +161,9 @@ class LocalNode:
         """
         shard_bytes, layers = shape
         reserve = node_pb2.Reserve(
-            namespace=namespace.digest, shards=[shard], shard_bytes=shard_bytes, layers=layers, writer=self.writer
-        )
+            namespace=namespace.digest, shards=[shard], shard_bytes=shard_bytes, layers=layers, writer=self.writer,
+            transfer=transfer,
+        )  # fmt: skip
         request = NodeFrame(reserve=reserve)
         try:
             channel.start(request, keys, timeout_s=timeout_s)
@@ -180,6 +194,56 @@ class LocalNode:
 
         copies.run(items, blocks.shard_bytes, work)
         return digests
+
+    # ---- layers, before the commit -------------------------------------------------------------------
+
+    def begin_put(
+        self, namespace: Namespace, keys: bytes, shard: int, shape: tuple[int, int], transfer: int, timeout_s: float
+    ) -> tuple[contextlib.ExitStack, Channel, int, tuple[int, ...]]:
+        """Reserve slots on a channel that is the caller's until it closes the stack; until then it may write to them.
+
+        Returns (stack, channel, reservation, offsets).
+        """
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._writes())
+            channel = held.enter_context(self._channel(timeout_s, self._long))
+            places = self._reserve(channel, namespace, keys, shard, shape, timeout_s, transfer=transfer)
+            return held.pop_all(), channel, *places
+
+    def copy_layers(
+        self, offsets: Sequence[int], blocks: Blocks, first_layer: int, copies: CopyThreads
+    ) -> list[list[int]]:
+        """Copy some layers of blocks into their slots; returns their checksums."""
+        begin = first_layer * blocks.layer_bytes
+        return self._copy_in([(i, offset + begin) for i, offset in enumerate(offsets)], blocks, None, copies)
+
+    @contextlib.contextmanager
+    def long_channel(self, timeout_s: float) -> Iterator[Channel]:
+        """Lend a channel to somebody who waits on it; when it breaks, the node counts as gone."""
+        with self._channel(timeout_s, self._long) as channel:
+            yield channel
+
+    def read_ready(
+        self, pinned: node_pb2.Pinned, payload: memoryview, asked: int, blocks: Blocks, first_layer: int,
+        copies: CopyThreads,
+    ) -> list[str]:  # fmt: skip
+        """Copy the layers that are ready, ``blocks``, from where they are pinned; returns "" or a miss reason for each.
+
+        ``asked``: of how many blocks the payload speaks; those that are here come first.
+        """
+        places = self._places(payload[: 16 * asked], asked, 2, pinned.layers * blocks.layer_bytes)
+        checksums = unpack_digests(payload[16 * asked :])
+        if len(checksums) != pinned.ready * len(blocks):
+            raise FrameError("the checksums do not fit the blocks that are pinned")
+        reasons = ["wrong_size"] * len(blocks)
+        begin = first_layer * blocks.layer_bytes
+        items = [
+            (i, places[2 * i] + begin, i * pinned.ready, (i + 1) * pinned.ready)
+            for i in range(len(blocks))
+            if places[2 * i + 1] == pinned.layers * blocks.layer_bytes
+        ]
+        self._copy_items(items, checksums, blocks, True, copies, reasons)
+        return reasons
 
     def get(
         self,
@@ -311,6 +375,19 @@ class LocalNode:
             first = number * slot_layers
             items.append((i, offset + first_layer * blocks.layer_bytes, first + first_layer, first + last_layer))
 
+        self._copy_items(items, checksums, blocks, verify, copies, reasons)
+
+    def _copy_items(
+        self,
+        items: Sequence[tuple[int, int, int, int]],
+        checksums: Sequence[int],
+        blocks: Blocks,
+        verify: bool,
+        copies: CopyThreads,
+        reasons: list[str],
+    ) -> None:
+        """Copy from the segment: (number of the block, offset, first and end of its checksums) for each."""
+
         def work(part: Sequence[tuple[int, int, int, int]]) -> None:
             for i, offset, first, last in part:
                 slot = self._memory[offset : offset + blocks.shard_bytes]
@@ -368,10 +445,10 @@ class LocalNode:
         self._registered.add(namespace.digest)
 
     @contextlib.contextmanager
-    def _channel(self, timeout_s: float) -> Iterator[Channel]:
+    def _channel(self, timeout_s: float, pool: ChannelPool | None = None) -> Iterator[Channel]:
         """Lend a channel; when it breaks, the node counts as gone until it is attached anew."""
         try:
-            with self._pool.channel(timeout_s) as channel:
+            with (pool or self._pool).channel(timeout_s) as channel:
                 yield channel
         except (UnavailableError, FrameError):
             self.alive = False

@@ -7,6 +7,7 @@ import logging
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,9 +18,12 @@ from kvpool.client_bytes import (
     Blocks,
     Bytes,
     CopyThreads,
+    digest64,
     hash_layers,
     layer_of,
     pack_digests,
+    scatter,
+    scratch,
     unpack_digests,
     view,
 )
@@ -34,6 +38,9 @@ from kvpool.transport.channel import Channel, ChannelPool
 log = logging.getLogger(__name__)
 
 CHANNELS_MAX = 8
+WAITING_CHANNELS_MAX = 64
+"""Of those who wait for what a node is still being given."""
+
 PROGRESS_S = 0.4
 """A node that is stopped answers nothing: after this long the next owner is asked."""
 
@@ -83,10 +90,13 @@ class Peer:
         self.address = address
         self.guard = health.guard(address.node_id, self._probe)
         self._storage = storage
-        self._pool = ChannelPool(
-            lambda timeout_s: Channel.connect_tcp(address.host, address.port, min(timeout_s, connect_s)),
-            channels_max=CHANNELS_MAX,
-        )
+
+        def connect(timeout_s: float) -> Channel:
+            return Channel.connect_tcp(address.host, address.port, min(timeout_s, connect_s))
+
+        self._pool = ChannelPool(connect, channels_max=CHANNELS_MAX)
+        self.waiting = ChannelPool(connect, channels_max=WAITING_CHANNELS_MAX)
+        """Channels for those who wait."""
 
     @property
     def usable(self) -> bool:
@@ -96,6 +106,7 @@ class Peer:
     def close(self) -> None:
         """Close its channels."""
         self._pool.close()
+        self.waiting.close()
 
     @contextlib.contextmanager
     def channel(self, timeout_s: float) -> Iterator[Channel]:
@@ -139,10 +150,10 @@ class Peer:
             reply = channel.begin(
                 NodeFrame(get=request), NodeFrameReply, keys, timeout_s=timeout_s, progress_s=progress_s
             )
-            sizes = struct.unpack(f"<{len(items)}q", _take(channel, 8 * len(items)))
+            sizes = struct.unpack(f"<{len(items)}q", take(channel, 8 * len(items)))
             here = sum(size >= 0 for size in sizes)
             layers = reply.got.layers
-            checksums = unpack_digests(_take(channel, CHECKSUM_BYTES * layers * here))
+            checksums = unpack_digests(take(channel, CHECKSUM_BYTES * layers * here))
             if here and layers != want.layers:
                 raise FrameError(f"the node sends {layers} layers, {want.layers} were asked for")
             at = 0
@@ -151,19 +162,24 @@ class Peer:
                     reasons.append(reason_of(size))
                     continue
                 if size != want.bytes:
-                    _skip(channel, size)
+                    skip(channel, size)
                     reasons.append("wrong_size")
                 else:
-                    digests = _receive(channel, item.pieces, want)
+                    digests = receive_hashed(channel, item.pieces, want)
                     reasons.append("" if digests == list(checksums[at : at + layers]) else "corrupt")
                 at += layers
         return reasons
 
-    def put(self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float) -> dict[str, int]:
+    def put(
+        self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float, transfer: int = 0
+    ) -> dict[str, int]:
         """Store one shard of each block; returns counts as a local put does. Raises when the node fails."""
+        if blocks.gapped:
+            return self._put_gathered(namespace, keys, blocks, shard, timeout_s, transfer)
         reserve = node_pb2.Reserve(
-            namespace=namespace.digest, shards=[shard], shard_bytes=blocks.shard_bytes, layers=blocks.layers
-        )
+            namespace=namespace.digest, shards=[shard], shard_bytes=blocks.shard_bytes, layers=blocks.layers,
+            transfer=transfer,
+        )  # fmt: skip
         with self.channel(timeout_s) as channel:
             try:
                 reply, payload = channel.call(NodeFrame(reserve=reserve), NodeFrameReply, keys, timeout_s=timeout_s)
@@ -188,6 +204,20 @@ class Peer:
                 counts["stored"] = reply.committed.stored
                 counts["corrupt"] = len(wanted) - reply.committed.stored
         return counts
+
+    def _put_gathered(
+        self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float, transfer: int
+    ) -> dict[str, int]:
+        """Store blocks that have gaps: sockets send runs of bytes, so some of them at a time are copied."""
+        deadline = time.monotonic() + timeout_s
+        counts: Counter[str] = Counter()
+        each = max(1, REQUEST_BYTES // blocks.shard_bytes)
+        for start in range(0, len(blocks), each):
+            end = min(len(blocks), start + each)
+            part, some = blocks.some(range(start, end)).gathered(), keys[start * KEY_BYTES : end * KEY_BYTES]
+            left_s = max(0.001, deadline - time.monotonic())
+            counts.update(self.put(namespace, some, part, shard, left_s, transfer))
+        return dict(counts)
 
 
 class Peers:
@@ -309,20 +339,24 @@ def _fetch(
     return again
 
 
-def _take(channel: Channel, size: int) -> memoryview:
+def take(channel: Channel, size: int) -> memoryview:
+    """Return the next bytes of an answer."""
     data = memoryview(bytearray(size))
     channel.recv_into([data])
     return data
 
 
-def _skip(channel: Channel, size: int) -> None:
+def skip(channel: Channel, size: int) -> None:
+    """Drop the next bytes of an answer."""
     nowhere = memoryview(bytearray(min(size, STEP_BYTES)))
     for start in range(0, size, STEP_BYTES):
         channel.recv_into([nowhere[: min(STEP_BYTES, size - start)]])
 
 
-def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
+def receive_hashed(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
     """Receive a block into its buffers, hashing each step while it is in the cache."""
+    if pieces[0].ndim > 1:
+        return [_receive_scattered(channel, layer_of(pieces, n, want.layer_bytes)) for n in range(want.layers)]
     if want.bytes <= STEP_BYTES:
         channel.recv_into([view(piece) for piece in pieces])
         return hash_layers(pieces, want.layer_bytes, want.layers)
@@ -336,3 +370,10 @@ def _receive(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
             digest.update(step)
         digests.append(digest.intdigest())
     return digests
+
+
+def _receive_scattered(channel: Channel, target: Bytes) -> int:
+    run = scratch(target.nbytes)
+    channel.recv_into([view(run)])
+    scatter(run, target)
+    return digest64(run)

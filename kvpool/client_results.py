@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvpool.model import NodeAddress, mask_shards
+from kvpool.client_health import BreakerOpenError
+from kvpool.errors import KVPoolError, OverloadedError, UnavailableError
+from kvpool.model import NodeAddress, Reason, mask_shards
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import master_pb2
 
@@ -78,3 +80,12 @@ def lookup_from_proto(reply: master_pb2.LookupResponse, known_prefix: int) -> Lo
             runs.append(Run(run.blocks, owners))
     reason = convert.REASON_OF[reply.reason].value
     return Lookup(reply.prefix, reason, reply.detail, reply.lease, known_prefix, runs)
+
+
+def reason_of_error(exc: KVPoolError) -> str:
+    """Return what a failed call is called among the reasons of a result."""
+    if isinstance(exc, BreakerOpenError):
+        return Reason.BREAKER_OPEN.value
+    if isinstance(exc, OverloadedError):
+        return "overloaded"
+    return "unavailable" if isinstance(exc, UnavailableError) else "refused"

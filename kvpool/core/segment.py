@@ -121,15 +121,9 @@ class SegmentState:
     # ---- put -----------------------------------------------------------------------------------------
 
     def reserve(
-        self,
-        owner: int,
-        namespace: bytes,
-        shards: Sequence[int],
-        keys: bytes,
-        shard_bytes: int,
-        layers: int,
+        self, owner: int, namespace: bytes, shards: Sequence[int], keys: bytes, shard_bytes: int, layers: int,
         transfer: int = 0,
-    ) -> Reservation:
+    ) -> Reservation:  # fmt: skip
         """Find room for every item that is not here yet, evicting what it takes.
 
         Who names the same ``transfer`` may read before the commit; 0: nobody may. An offset below 0 is STORED,
@@ -192,9 +186,8 @@ class SegmentState:
         self.reserved += len(slots)
         self._last_id = reservation_id = self._last_id + 1
         reservation = Reservation(reservation_id, owner, offsets, slots, transfer)
-        if transfer:
-            for slot in slots:
-                slot.transfer = transfer
+        for slot in slots if transfer else ():
+            slot.transfer = transfer
         self._owner(owner).reservations[reservation_id] = reservation
         return reservation
 

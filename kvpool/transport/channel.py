@@ -119,15 +119,31 @@ class Channel:
             raise
         return reply, payload, received
 
-    def start(self, message: _Request, payload: Buffer | Sequence[Buffer] = b"", *, timeout_s: float) -> None:
-        """Send a request; its answer is for ``finish``, and the time until then the caller's."""
-        self._open_call(timeout_s, None)
+    def start(
+        self,
+        message: _Request,
+        payload: Buffer | Sequence[Buffer] = b"",
+        *,
+        timeout_s: float,
+        progress_s: float | None = None,
+    ) -> None:
+        """Send a request; its answer is for ``finish`` or ``proceed``, and the time until then the caller's."""
+        self._open_call(timeout_s, progress_s)
         with self._breaking():
             self._send(message, payload)
 
     def finish(self, message: _Request, reply_type: type[R]) -> tuple[R, memoryview]:
         """Return the whole answer to the request that ``start`` sent."""
         return self._receive(message, reply_type, stream=False, fds=None), self._take_payload()
+
+    def proceed(self, message: _Request, reply_type: type[R], *, progress_s: float) -> R:
+        """Return the header of the answer to the request that ``start`` sent, as ``begin`` does.
+
+        ``progress_s`` bounds every wait for its payload.
+        """
+        reply = self._receive(message, reply_type, stream=True, fds=None)
+        self._progress_s = progress_s
+        return reply
 
     def send_only(self, message: _Request, payload: Buffer | Sequence[Buffer] = b"", *, timeout_s: float) -> None:
         """Send a request that has no answer."""

@@ -88,8 +88,8 @@ def test_ucms_file_configures_a_node(bare_pool, tmp_path):
     )
     node = pool.start_node("a", "--config", str(config))
     client = pool.client("a")
-    assert len(client._node.backends) == 2
-    assert len(client._node._memory) == 32 << 20
+    assert len(client._own.node.backends) == 2
+    assert len(client._own.node._memory) == 32 << 20
     keys = chain_of(1, 64)
     put_chain(client, SPACE, keys, 64 << 10)
     written = [lambda at=at: any(at.glob("blocks/*/*/*.0")) for at in backends]

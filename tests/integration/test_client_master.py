@@ -31,7 +31,7 @@ def test_puts_go_on_without_the_master(pool):
     assert client.put(space, chain_of(1, 2), [bytes(64)] * 2).stored == 2
     pool.master.kill()
     wait_for(lambda: client.lookup(space, chain_of(1, 2)).reason == "no_pool", "the client knows")
-    named_until = client._placed[1]
+    named_until = client._puts._placed[1]
     wait_for(lambda: time.monotonic() > named_until, "it would ask the master again")
     for number in (2, 3):  # after asking in vain, and after that
         assert client.put(space, chain_of(number, 2), [bytes(64)] * 2).stored == 2
