@@ -22,8 +22,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.request import RequestStatus
 
-from kvpool.errors import InvalidArgumentError
+from kvpool.errors import ConfigError, InvalidArgumentError
 from kvpool.model import Namespace
 from kvpool_vllm import LOGGER_NAME, announce
 from kvpool_vllm.device import KVBlocks, open_device
@@ -41,8 +42,9 @@ from kvpool_vllm.namespace import (
     whole_layers,
 )
 from kvpool_vllm.scheduler import SchedulerSide
-from kvpool_vllm.settings import autostart, connect, read_settings, role_of
+from kvpool_vllm.settings import autostart, connect, read_settings, role_of, transfer_roles
 from kvpool_vllm.stats import KVPoolPromMetrics, KVPoolStats
+from kvpool_vllm.transfers import Engine
 from kvpool_vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -78,14 +80,14 @@ def _recompute_on_failure(transfer_config: Any) -> None:
     transfer_config.kv_load_failure_policy = "recompute"
 
 
-def _multi_connector_config(frame: FrameType | None) -> Any:
-    """Return the ``KVTransferConfig`` of the ``MultiConnector`` that makes this connector, or None.
+def _multi_connector(frame: FrameType | None) -> Any:
+    """Return the ``MultiConnector`` that makes this connector, or None.
 
-    vLLM reads the failure policy there, and shows its children a copy that it never reads again.
+    vLLM reads the failure policy in its configuration, and shows its children a copy that it never reads again.
     """
     caller = frame.f_back if frame is not None else None
     maker = caller.f_locals.get("self") if caller is not None else None
-    return maker._kv_transfer_config if isinstance(maker, MultiConnector) else None
+    return maker if isinstance(maker, MultiConnector) else None
 
 
 def _isa(vllm_config: Any, block_tokens: int) -> str:
@@ -111,7 +113,14 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """Raise InvalidArgumentError for settings and models that cannot work."""
         super().__init__(vllm_config, role, kv_cache_config)
-        self._settings = read_settings(self._kv_transfer_config, tell=role == KVConnectorRole.SCHEDULER)
+        multi = _multi_connector(inspect.currentframe())
+        # It makes its connectors one after the other.
+        number = None if multi is None else len(multi.sub_connectors)
+        self._settings = read_settings(self._kv_transfer_config, number, tell=role == KVConnectorRole.SCHEDULER)
+        self._produces, self._consumes = transfer_roles(self._kv_transfer_config, self._settings, number)
+        others = [] if multi is None else [c for c in multi.sub_connectors if isinstance(c, KVPoolConnector)]
+        if (self._produces or self._consumes) and any(other._produces or other._consumes for other in others):
+            raise ConfigError("transfer", "may be true for one connector of a MultiConnector only")
         self._head_groups = stored_head_groups(vllm_config, self._settings)
         check_supported(vllm_config, kv_cache_config, self._head_groups)
         _, self._hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
@@ -121,7 +130,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._facts: RankFacts | None = None
         self._resets = 0
         if role == KVConnectorRole.SCHEDULER:
-            self._outer_config = _multi_connector_config(inspect.currentframe()) or self._kv_transfer_config
+            self._outer_config = self._kv_transfer_config if multi is None else multi._kv_transfer_config
             _recompute_on_failure(self._outer_config)
             # Kept, because a dropped handle of a running process warns; the kernel ends it with this process.
             self._node_process = autostart(self._settings, vllm_config.parallel_config.local_world_size)
@@ -166,7 +175,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._client = connect(self._settings, f"vllm {self._kv_transfer_config.engine_id} scheduler")
         role = role_of(self._kv_transfer_config.kv_role, self._settings)
         said = announce.facts(vllm_config, self._outer_config.kv_role, self._settings, sys.argv)
-        self._client.announce_engine(**said, loads=role.loads)
+        moves = self._produces or self._consumes
+        layerwise = moves and self._settings.use_layerwise
+        self._client.announce_engine(**said, loads=role.loads, transfers=moves, layerwise=layerwise)
         return SchedulerSide(
             self._client,
             self._settings,
@@ -175,6 +186,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             groups=self._groups,
             ranks=vllm_config.parallel_config.world_size,
             sync=self._loads_sync(vllm_config),
+            engine=Engine(
+                self._produces,
+                self._consumes,
+                self._kv_transfer_config.engine_id,
+                vllm_config.parallel_config.tensor_parallel_size,
+            ),
         )
 
     def _namespaces(self) -> list[Namespace] | None:
@@ -237,8 +254,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End the request; saves hold blocks by reference, so the engine may free its own at once."""
-        self.scheduler.finished(request, block_ids)
-        return False, None
+        by_length = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+        return False, self.scheduler.finished(request, block_ids, handed_over=by_length)
 
     def take_events(self) -> list[Any]:
         """Return what was stored in the pool, or found gone, since the last call."""

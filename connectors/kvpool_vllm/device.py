@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from copy import copy
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvpool.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
     import torch
 
     from kvpool.client import Client, GetResult, PutResult
+    from kvpool.model import NodeAddress
     from kvpool_vllm.metadata import Part
 
 ACCELERATORS = ("cuda", "npu")
@@ -209,6 +210,15 @@ class KVBlocks:
         return self._rows  # not reached: every run is a multiple of one byte
 
 
+class Way(NamedTuple):
+    """Where blocks come from that another engine stores meanwhile."""
+
+    transfer: int
+    node: NodeAddress
+    alive: Callable[[], bool]
+    """Whether to wait on; asked when nothing has come for a while."""
+
+
 class Device(Protocol):
     """Moves the blocks of one job between the engine's memory and the pool, on the caller's thread.
 
@@ -234,7 +244,23 @@ class Device(Protocol):
         """Fill the blocks of ``part``, no sooner than the ``after`` fence; as ``Client.get``."""
         ...
 
-    def save(self, client: Client, part: Part, kv: KVBlocks, *, shard: int = 0, after: Any = None) -> PutResult:
+    def receive(
+        self,
+        client: Client,
+        part: Part,
+        kv: KVBlocks,
+        way: Way,
+        *,
+        shard: int = 0,
+        timeout_ms: float = 1000,
+        after: Any = None,
+    ) -> GetResult:
+        """Fill the blocks of ``part`` as they are stored, no sooner than the fence; as ``Client.receive``."""
+        ...
+
+    def save(
+        self, client: Client, part: Part, kv: KVBlocks, *, shard: int = 0, after: Any = None, transfer: int = 0
+    ) -> PutResult:
         """Store the blocks of ``part`` as they are once the ``after`` fence is passed; as ``Client.put``."""
         ...
 
@@ -271,6 +297,29 @@ class HostDevice:
             timeout_ms=timeout_ms,
         )
 
+    def receive(
+        self,
+        client: Client,
+        part: Part,
+        kv: KVBlocks,
+        way: Way,
+        *,
+        shard: int = 0,
+        timeout_ms: float = 1000,
+        after: Any = None,  # noqa: ARG002 -- see load
+    ) -> GetResult:
+        """Fill the blocks of ``part``, layer by layer where they are stored so."""
+        return client.receive(
+            part.namespace,
+            part.keys,
+            kv.views(part.block_ids),
+            shard=shard,
+            transfer=way.transfer,
+            node=way.node,
+            alive=way.alive,
+            timeout_ms=timeout_ms,
+        )
+
     def save(
         self,
         client: Client,
@@ -279,9 +328,10 @@ class HostDevice:
         *,
         shard: int = 0,
         after: Any = None,  # noqa: ARG002 -- see load
+        transfer: int = 0,
     ) -> PutResult:
         """Store the blocks of ``part``."""
-        return client.put(part.namespace, part.keys, kv.views(part.block_ids), shard=shard)
+        return client.put(part.namespace, part.keys, kv.views(part.block_ids), shard=shard, transfer=transfer)
 
     def close(self) -> None:
         """Do nothing."""

@@ -21,13 +21,13 @@ from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
     from kvpool.client import Client
-    from kvpool_vllm.device import KVBlocks
+    from kvpool_vllm.device import KVBlocks, Way
     from kvpool_vllm.device_pinning import PinnedSegment, Pinning
     from kvpool_vllm.metadata import Part
 
@@ -123,13 +123,51 @@ class Accelerator:
         if self.stuck:
             return GetResult(0, [False] * wanted, {"device_stuck": wanted}, {})
         direct = self._load_direct(client, part, kv, shard, layers, after)
-        result = self._load_buffered(client, _rest(part, direct), kv, shard, layers, deadline, after)
+
+        def get(some: Part, blocks: list[Bytes], left_ms: float | None) -> GetResult:
+            return client.get(
+                some.namespace, some.keys, blocks, shard=shard, lookup=some.lookup, layers=layers, timeout_ms=left_ms
+            )
+
+        result = self._load_buffered(get, _rest(part, direct), kv, layers, deadline, after)
         self._count("load.direct", direct)
         self._count("load.buffered", result.prefix)
         tiers = Counter(result.tiers)
         tiers["local"] += direct
         arrived = direct + result.prefix
         return GetResult(arrived, [i < arrived for i in range(wanted)], result.reasons, dict(+tiers))
+
+    def receive(
+        self,
+        client: Client,
+        part: Part,
+        kv: KVBlocks,
+        way: Way,
+        *,
+        shard: int = 0,
+        timeout_ms: float = 1000,
+        after: Any = None,
+    ) -> GetResult:
+        """Fill the blocks of ``part`` as they are stored; always through a buffer, where each byte is verified."""
+        wanted = len(part.block_ids)
+        if self.stuck:
+            return GetResult(0, [False] * wanted, {"device_stuck": wanted}, {})
+
+        def get(some: Part, blocks: list[Bytes], left_ms: float | None) -> GetResult:
+            return client.receive(
+                some.namespace,
+                some.keys,
+                blocks,
+                shard=shard,
+                transfer=way.transfer,
+                node=way.node,
+                alive=way.alive,
+                timeout_ms=left_ms or timeout_ms,
+            )
+
+        result = self._load_buffered(get, part, kv, None, time.monotonic() + timeout_ms / 1000, after)
+        self._count("load.received", result.prefix)
+        return GetResult(result.prefix, [i < result.prefix for i in range(wanted)], result.reasons, result.tiers)
 
     def _load_direct(
         self,
@@ -168,10 +206,9 @@ class Accelerator:
 
     def _load_buffered(
         self,
-        client: Client,
+        get: Callable[[Part, list[Bytes], float | None], GetResult],
         part: Part,
         kv: KVBlocks,
-        shard: int,
         layers: tuple[int, int] | None,
         deadline: float | None,
         after: Any,
@@ -189,15 +226,7 @@ class Accelerator:
                 some = _rest(part, start, each)
                 blocks = halves.blocks(turn, len(some.block_ids), block_bytes)
                 left_ms = None if deadline is None else max(1.0, (deadline - time.monotonic()) * 1000)
-                got = client.get(
-                    some.namespace,
-                    some.keys,
-                    blocks,
-                    shard=shard,
-                    lookup=some.lookup,
-                    layers=layers,
-                    timeout_ms=left_ms,
-                )
+                got = get(some, blocks, left_ms)
                 tiers.update(got.tiers)
                 reasons.update(got.reasons)
                 if got.prefix:
@@ -211,7 +240,9 @@ class Accelerator:
 
     # ---- save ----------------------------------------------------------------------------------------
 
-    def save(self, client: Client, part: Part, kv: KVBlocks, *, shard: int = 0, after: Any = None) -> PutResult:
+    def save(
+        self, client: Client, part: Part, kv: KVBlocks, *, shard: int = 0, after: Any = None, transfer: int = 0
+    ) -> PutResult:
         """Store the blocks of ``part``."""
         wanted = len(part.block_ids)
         if self.stuck:
@@ -220,7 +251,7 @@ class Accelerator:
         if result is not None:
             self._count("save.direct", result.stored)
             return result
-        result = self._save_buffered(client, part, kv, shard, after)
+        result = self._save_buffered(client, part, kv, shard, after, transfer)
         self._count("save.buffered", result.stored)
         return result
 
@@ -241,7 +272,9 @@ class Accelerator:
                     self._finish(self._copies.store(kv, ids, targets, after=after))
                 return lent.commit()
 
-    def _save_buffered(self, client: Client, part: Part, kv: KVBlocks, shard: int, after: Any) -> PutResult:
+    def _save_buffered(
+        self, client: Client, part: Part, kv: KVBlocks, shard: int, after: Any, transfer: int
+    ) -> PutResult:
         """Store through a buffer: while the client puts one half, the device fills the other."""
         wanted, block_bytes = len(part.block_ids), len(kv) * kv.layer_block_bytes
         each = self._half_bytes // block_bytes
@@ -258,7 +291,8 @@ class Accelerator:
                     halves.use(turn, self._copies.store(kv, ids, targets, after=after))
                 if turn > 0:
                     halves.finish(turn - 1)
-                    put = client.put(part.namespace, parts[turn - 1].keys, filled[turn - 1], shard=shard)
+                    keys = parts[turn - 1].keys
+                    put = client.put(part.namespace, keys, filled[turn - 1], shard=shard, transfer=transfer)
                     total.stored += put.stored
                     total.existed += put.existed
                     total.failed += put.failed

@@ -61,9 +61,12 @@ class Group:
 
     def first_needed(self, blocks: int) -> int:
         """Return the first block that is read by a request that goes on behind ``blocks`` whole blocks."""
-        tokens = blocks * self.block_tokens
+        return min(blocks, self.first_needed_at(blocks * self.block_tokens))
+
+    def first_needed_at(self, tokens: int) -> int:
+        """Return the first block that is read by a request that goes on behind so many tokens."""
         if self.kind == SLIDING_WINDOW:
-            return min(blocks, max(0, tokens - self.span + 1) // self.block_tokens)
+            return max(0, tokens - self.span + 1) // self.block_tokens
         if self.kind == CHUNKED_LOCAL:
             return tokens // self.span * self.span // self.block_tokens
         return 0
@@ -102,6 +105,12 @@ class Groups:
         was not loaded, would then be read: only full attention may offer the whole prompt.
         """
         return (tokens if all(not g.span for g in self.all) else tokens - 1) // self.block_tokens
+
+    def transfer_tokens(self, tokens: int) -> int:
+        """Return how many tokens of a prompt are taken from another engine that has computed all of it."""
+        if self.drop_last:
+            return max(0, tokens // self.block_tokens - 1) * self.block_tokens
+        return tokens if all(not g.span for g in self.all) else tokens - 1  # as blocks_max
 
     def load_ranges(self, first: int, end: int) -> list[tuple[int, int]]:
         """Return, for each group, the blocks [first, end) to load where the engine holds ``first`` blocks itself.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvpool.client import Lookup
-    from kvpool.model import Namespace
+    from kvpool.model import Namespace, NodeAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,10 @@ class LoadJob:
     """Needed by this step's forward; else the request waits for the report."""
     whole: bool = False
     """Of no use unless all of it arrives: a window without its first blocks, a group without the others."""
+    transfer: int = 0
+    """Another engine stores these blocks now, or has stored them, in this transfer."""
+    nodes: tuple[NodeAddress | None, ...] = ()
+    """Where it does, by shard."""
 
     @property
     def blocks(self) -> int:
@@ -52,6 +56,8 @@ class SaveJob:
 
     job_id: int
     parts: list[Part]
+    transfer: int = 0
+    """Another engine waits for these blocks, in this transfer."""
 
     @property
     def blocks(self) -> int:
@@ -113,6 +119,8 @@ class WorkerMeta:
     """Request to how its load went on the slowest rank."""
     unusable: dict[int, frozenset[str]] = field(default_factory=dict)
     """Rank (a random number) to the nodes that it leaves alone, where that has changed."""
+    nodes: dict[int, NodeAddress] = field(default_factory=dict)
+    """Shard to the node that it is stored in, where that has changed."""
 
     def aggregate(self, other: WorkerMeta) -> WorkerMeta:
         """Return both ranks' reports as one."""
@@ -131,4 +139,5 @@ class WorkerMeta:
             self.facts | other.facts,
             seen,
             self.unusable | other.unusable,
+            self.nodes | other.nodes,
         )

@@ -53,18 +53,19 @@ class Saves:
         """Take the engine's block pool."""
         self._pool = pool
 
-    @property
-    def room(self) -> int:
-        """How many more blocks may be held."""
+    def room(self, *, transfer: bool = False) -> int:
+        """Return how many more blocks may be held; more of those for a ``transfer``: somebody waits for them."""
         limit: int = self._pool.num_gpu_blocks // SHARE
-        if self._queue_blocks:
+        if transfer:
+            limit = self._pool.num_gpu_blocks // SHARE_MAX
+        elif self._queue_blocks:
             limit = min(self._queue_blocks, self._pool.num_gpu_blocks // SHARE_MAX)
         return max(0, limit - self.blocks)
 
-    def begin(self, parts: list[Part], hashes: list[bytes]) -> SaveJob:
+    def begin(self, parts: list[Part], hashes: list[bytes], transfer: int = 0) -> SaveJob:
         """Return a job for blocks that are held from now on; ``hashes`` name the full ones among them."""
         self._jobs += 1
-        job = SaveJob(self._jobs, parts)
+        job = SaveJob(self._jobs, parts, transfer)
         blocks = [self._pool.blocks[block_id] for part in parts for block_id in part.block_ids]
         self._pool.touch(blocks)
         self._saving[job.job_id] = _Saving(job, hashes, blocks, self._ranks)

@@ -6,9 +6,7 @@ client's threads, and an answer that is not there yet is asked for again in the 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import struct
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +18,9 @@ from kvpool.model import pack_keys
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.lookups import Ask, Lookups
 from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.names import Names
 from kvpool_vllm.saves import Saves
+from kvpool_vllm.transfers import Engine, Incoming, Outgoing, Transfers
 from kvpool_vllm.watch import Watch
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ class _Tracked:
     """Blocks that were complete when saves were last planned."""
     tail_known: bool = False
     """The prompt's partial block is in the pool, or on its way."""
+    outgoing: Outgoing | None = None
+    """Another engine goes on with it; outlives preemptions."""
+    incoming: Incoming | None = None
+    """Another engine has begun it."""
 
 
 class SchedulerSide:
@@ -82,10 +86,11 @@ class SchedulerSide:
         groups: Groups,
         ranks: int,
         sync: bool = False,
+        engine: Engine = Engine(),  # noqa: B008 -- cannot change
     ) -> None:
         """``namespaces``, one for each group, is asked until it answers; before, nothing is looked up or saved.
 
-        ``sync``: loads are for the forward of the step that plans them.
+        ``sync``: loads are for the forward of the step that plans them. ``engine``: its part in transfers.
         """
         self._client = client
         self._settings = settings
@@ -97,9 +102,11 @@ class SchedulerSide:
         self._sync = sync
         self._groups = groups
         self._block_tokens = block_tokens = groups.block_tokens
+        self._names = Names(groups, discard_tails=settings.discard_partial_chunks)
         self.counters: Counter[str] = Counter()
         self._lookups = Lookups(client, settings.lookup_timeout, self.counters)
         self._saves = Saves(ranks, settings.save_queue_blocks, self.counters)
+        self._transfers = Transfers(client, settings, engine, self.counters)
         self.watch = Watch(client, settings, self.counters, block_tokens)
         self._requests: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
@@ -119,11 +126,13 @@ class SchedulerSide:
     def track(self, request: Any) -> None:
         """Begin a request, whose blocks may be on their way out of files while it waits for its turn."""
         if request.request_id not in self._requests:
-            self._requests[request.request_id] = _Tracked(request, request.num_preemptions)
+            state = self._requests[request.request_id] = _Tracked(request, request.num_preemptions)
+            state.outgoing = self._transfers.outgoing(request, self._names) if self._role.saves else None
+            state.incoming = self._transfers.incoming(request)
             tokens = request.num_prompt_tokens
-            if self.watch.reads_ahead(tokens) and self._may_load(request) and self._ready():
-                chain = self._chain(request)
-                known = self._cached_blocks(chain)
+            if state.incoming is None and self.watch.reads_ahead(tokens) and self._may_load(request) and self._ready():
+                chain = self._names.chain(request)
+                known = self.watch.cached_blocks(chain, self._groups.main)
                 if known < len(chain):
                     self._lookups.read_ahead(self._namespaces[self._groups.main], chain, known)
 
@@ -131,15 +140,21 @@ class SchedulerSide:
         """Return how many tokens after ``computed`` the pool can load, None while it is not known."""
         state = self._state(request)
         have = computed // self._block_tokens
-        if self._unsure and any(name in self._unsure for name in self._hashes(request)[:have]):
+        if self._unsure and any(name in self._unsure for name in self._names.hashes(request)[:have]):
             return None, False  # a load that fails would leave this request with what was not loaded
+        if (state.incoming or state.outgoing) and not self._ready() and self._namespace_may_come():
+            return None, False
+        if state.incoming is not None and state.job is None:
+            answer = self._transferred(state, state.incoming, computed)
+            if answer is not None:
+                return answer
         if state.job is not None or not self._may_load(request):
             # One load a life: what it did not bring is computed, never tried again.
             return 0, False
         if not self._ready():
             return (None, False) if self._namespace_may_come() else (0, False)
-        blocks = min(self._full_blocks(request), self._groups.blocks_max(request.num_tokens))
-        if have >= max(blocks, self._has_tail(request)):  # the tail alone is computed in no time
+        blocks = min(self._names.full_blocks(request), self._groups.blocks_max(request.num_tokens))
+        if have >= max(blocks, self._names.has_tail(request)):  # the tail alone is computed in no time
             self._drop_ask(state)
             return 0, False
         if state.ask is not None and have < state.ask.known:
@@ -150,7 +165,7 @@ class SchedulerSide:
             also = [Also(self._namespaces[g.number], g.last_blocks) for g in self._groups.others]
             state.ask = self._lookups.ask(
                 self._namespaces[self._groups.main],
-                self._chain(request),
+                self._names.chain(request),
                 have,
                 also,
                 prefetch=self.watch.reads_ahead(request.num_prompt_tokens - computed),
@@ -158,7 +173,7 @@ class SchedulerSide:
         if not self._lookups.settle(state.ask):
             return None, False
         if state.ask.lookup is not None and state.ask.worth is None:
-            state.ask.worth = self.watch.worth(state.ask.lookup, self._chain(request))
+            state.ask.worth = self.watch.worth(state.ask.lookup, self._names.chain(request))
         found = state.ask.prefix
         if state.ask.lookup is not None and found < state.ask.lookup.prefix and not self._groups.prefixes_help:
             found = have
@@ -178,23 +193,24 @@ class SchedulerSide:
         state = self._state(request)
         if state.job is not None:
             return
+        if state.incoming is not None and tokens:
+            self._plan_receive(state, state.incoming, block_ids, tokens)
+            return
+        self._drop_incoming(state)
         if tokens == 0 or state.ask is None or not self._ready():
             self._drop_ask(state)
             return
         end = state.end = state.first + -(-tokens // self._block_tokens)
         # An answer counts from the blocks it was told of; the engine may hold more by now.
         lookup = state.ask.lookup if state.first == state.ask.known else None
-        chain = self._chain(request)
-        state.tail_known = end > self._full_blocks(request)
+        chain = self._names.chain(request)
+        state.tail_known = end > self._names.full_blocks(request)
         ranges = self._groups.load_ranges(state.first, end)
         parts = self._parts(chain[state.first : end], block_ids, state.first, ranges, lookup)
-        state.job = LoadJob(request.request_id, parts, self._sync, whole=not self._groups.prefixes_help)
+        self._begin_load(state, LoadJob(request.request_id, parts, self._sync, whole=not self._groups.prefixes_help))
         if self._sync:
             state.after, state.unsure = list(block_ids[0][state.first :]), chain[state.first :]
             self._unsure.update(state.unsure)
-        state.loading = True
-        self._loads.append(state.job)
-        self.counters["load.jobs"] += 1
 
     def build_meta(self, scheduled: dict[str, int], block_ids_of: Callable[[str], GroupBlocks]) -> StepMeta:
         """Return this step's work, given the tokens it schedules per request."""
@@ -202,7 +218,7 @@ class SchedulerSide:
         meta = StepMeta(self._loads, self._last_saves, empty=not scheduled)
         self._loads, self._last_saves = [], []
         running = [(state.request, n) for name, n in scheduled.items() if (state := self._requests.get(name))]
-        self.watch.step_planned(running, self._hashes)
+        self.watch.step_planned(running, self._names.hashes)
         if not self._role.saves:
             return meta
         for request_id, tokens in scheduled.items():
@@ -210,6 +226,8 @@ class SchedulerSide:
             if state is None:
                 continue
             state = self._state(state.request)
+            if state.outgoing is not None and not state.outgoing.asked and self._ready():
+                self._transfers.open(state.outgoing, self._namespaces)
             if not state.loading:  # what is computed behind blocks that may yet fail to load waits for the next step
                 computed = state.request.num_computed_tokens + tokens
                 job = self._plan_save(state, computed, partial(block_ids_of, request_id))
@@ -221,10 +239,12 @@ class SchedulerSide:
         """Take what the workers report: saves to let go of, loads that ended on every rank."""
         if meta is not None:
             self.watch.worker_report(meta)
+            self._transfers.workers_nodes(meta.nodes)
             for job_id, ranks in meta.saved.items():
                 stored = self._saves.report(job_id, ranks, unsaved=job_id in meta.unsaved)
                 if stored is not None:
                     self.watch.saved(job_id, stored=stored)
+                    self._transfers.saved(job_id)
             for request_id, arrived in meta.loaded.items():
                 state = self._requests.get(request_id)
                 if state is None:
@@ -237,18 +257,29 @@ class SchedulerSide:
             if ended is not None and ended.loading and ended.job is not None:  # else it is another connector's
                 self._end_load(ended, ended.job)
 
-    def finished(self, request: Any, block_ids: GroupBlocks) -> None:
-        """End a request; its running load, if any, is followed to its end."""
+    def finished(self, request: Any, block_ids: GroupBlocks, *, handed_over: bool = False) -> dict[str, Any] | None:
+        """End a request; its running load, if any, is followed to its end.
+
+        ``handed_over``: it ended where another engine may go on. Returns what that has to be told, if anything.
+        """
         state = self._requests.get(request.request_id)
         self.watch.finished(request)
         if state is None:
-            return
+            return None
+        params = None
+        if state.outgoing is not None:
+            if handed_over:
+                params = self._transfers.hand_over(state.outgoing, request, self._namespaces)
+            if params is None:
+                self._drop_outgoing(state)
         if state.loading:  # aborted while its blocks are written, or done in one step: worker_report ends it
             state.last_blocks = block_ids
-            return
+            return params
         self._drop_ask(state)
+        self._drop_incoming(state)
         del self._requests[request.request_id]
         self._save_rest(state, block_ids)
+        return params
 
     @property
     def saving(self) -> bool:
@@ -262,8 +293,8 @@ class SchedulerSide:
 
     @property
     def leases(self) -> int:
-        """Leases not yet given back."""
-        return len(self._lookups.leases)
+        """Leases not yet given back, and transfers that are not over."""
+        return len(self._lookups.leases) + len(self._transfers)
 
     def forget_namespace(self) -> None:
         """Find the namespace anew before anything else is looked up or saved."""
@@ -271,13 +302,54 @@ class SchedulerSide:
         self.watch.forget_namespace()
         for state in self._requests.values():
             self._drop_ask(state)
+            self._drop_outgoing(state)
 
     def close(self) -> None:
         """Release the leases and the client."""
+        self._transfers.close()
         self._lookups.close()
         self._client.close()
 
     # ---- loads ----
+
+    def _begin_load(self, state: _Tracked, job: LoadJob) -> None:
+        state.job = job
+        state.loading = True
+        self._loads.append(job)
+        self.counters["load.jobs"] += 1
+
+    def _transferred(self, state: _Tracked, incoming: Incoming, computed: int) -> tuple[int | None, bool] | None:
+        """Return as ``matched_tokens`` what another engine has of the prompt; None where that is nothing any more."""
+        request = state.request
+        if request.skip_reading_prefix_cache:
+            incoming.gone = "unread"
+        elif not self._transfers.found(incoming, request, self._namespaces) and not incoming.gone:
+            return None, False
+        tokens = self._groups.transfer_tokens(request.num_prompt_tokens)
+        if incoming.gone or min(tokens, request.num_prompt_tokens - 1) <= computed:
+            self._drop_incoming(state, incoming.gone)
+            return None
+        state.first = computed // self._block_tokens
+        return tokens - computed, True
+
+    def _plan_receive(self, state: _Tracked, incoming: Incoming, block_ids: GroupBlocks, tokens: int) -> None:
+        """Plan to take what another engine stores, as it stores it."""
+        request, bt = state.request, self._block_tokens
+        tokens += state.first * bt
+        end = state.end = -(-tokens // bt)
+        names, _ = self._names.of_transfer(request, incoming.transfer)
+        state.tail_known = end > request.num_prompt_tokens // bt
+        ranges = [(min(end, max(state.first, g.first_needed_at(tokens))), end) for g in self._groups.all]
+        parts = self._parts(names[state.first : end], block_ids, state.first, ranges)
+        nodes = incoming.found.nodes if incoming.found is not None else ()
+        whole = not self._groups.prefixes_help
+        self._begin_load(state, LoadJob(request.request_id, parts, False, whole, incoming.transfer, nodes))
+        request.kv_transfer_params["do_remote_prefill"] = False  # a preempted request must not wait again
+
+    def _drop_incoming(self, state: _Tracked, reason: str = "") -> None:
+        if state.incoming is not None:
+            self._transfers.drop(state.incoming, reason)
+            state.incoming = None
 
     def _drop_ask(self, state: _Tracked) -> None:
         if state.ask is not None:
@@ -287,13 +359,18 @@ class SchedulerSide:
     def _end_load(self, state: _Tracked, job: LoadJob) -> None:
         arrived = state.arrived or 0
         missing = job.blocks - arrived
-        if not missing:
+        if state.outgoing is not None:
+            state.next_save = 0
+        elif not missing:
             state.next_save = state.end - state.tail_known  # which generated tokens may yet fill
         elif not job.whole:
             state.next_save = state.first + arrived
         self.counters["load.arrived"] += arrived  # on every rank
         self.watch.load_ended(job, arrived)
         self._drop_ask(state)
+        if job.transfer:
+            self._transfers.received(arrived, job.blocks)
+            self._drop_incoming(state)
         state.loading = False
         self._unsure -= Counter(state.unsure)
         if missing:
@@ -304,57 +381,99 @@ class SchedulerSide:
             del self._requests[state.request.request_id]
             if job.sync and not missing and state.last_blocks is not None:
                 self._save_rest(state, state.last_blocks)  # freed just now, and nobody else's before the next step
+            else:
+                self._drop_outgoing(state)
 
     # ---- saves ----
 
     def _plan_save(self, state: _Tracked, computed: int, block_ids: Callable[[], GroupBlocks]) -> SaveJob | None:
-        """Return a save of the blocks complete with ``computed`` tokens that neither engine nor pool had."""
-        request = state.request
-        if not self._may_save(request):
+        """Return a save of the blocks complete with ``computed`` tokens: of those that neither engine nor pool had.
+
+        Of all, where another engine goes on: what this one has it would not find.
+        """
+        request, outgoing = state.request, state.outgoing
+        if outgoing is None and not self._may_save(request):
             return None
-        tokens = request.num_tokens if self._settings.save_decode_cache else request.num_prompt_tokens
-        state.save_end = min(min(computed, tokens) // self._block_tokens, self._full_blocks(request))
+        hashes = self._names.hashes(request)
+        private = outgoing is not None and outgoing.private
+        names = outgoing.names if outgoing is not None and private else hashes
+        further = self._settings.save_decode_cache and not private
+        tokens = request.num_tokens if further else request.num_prompt_tokens
+        state.save_end = min(min(computed, tokens) // self._block_tokens, self._names.full_blocks(request))
         if state.next_save is None:
             begun = request.num_computed_tokens // self._block_tokens
-            state.next_save = self._saves.dropped_before(self._hashes(request), begun)
+            state.next_save = 0 if outgoing is not None else self._saves.dropped_before(hashes, begun)
         # What does not fit is tried again with the next step.
-        room = self._saves.room // len(self._groups.all)
+        room = self._room(state)
         start, end = state.next_save, min(state.save_end, state.next_save + room)
-        if start >= end or not self._ready():
+        tail = int(
+            outgoing is not None
+            and not state.tail_known
+            and room > end - start
+            and outgoing.tail_is_done(request, computed, end, self._block_tokens)
+        )
+        if start >= end + tail or not self._ready():
             return None
         state.next_save = end
-        hashes, parent = self._hashes(request)[start:end], self._hashes(request)[start - 1] if start else None
-        job = self._saves.begin(self._held_parts(hashes, block_ids(), start, end), hashes)
-        self.watch.saving(job.job_id, request, hashes, start, parent)
+        wanted = names[start:end]
+        if outgoing is not None and tail:
+            state.tail_known = True
+            wanted = [*wanted, outgoing.names[end]]
+        shared = [] if private else hashes[start:end]
+        job = self._begin_save(state, wanted, shared, block_ids(), start)
+        self.watch.saving(job.job_id, request, shared, start, hashes[start - 1] if start else None)
         return job
+
+    def _begin_save(
+        self, state: _Tracked, names: list[bytes], shared: list[bytes], block_ids: GroupBlocks, first: int
+    ) -> SaveJob:
+        outgoing = state.outgoing
+        parts = self._held_parts(names, block_ids, first, first + len(names))
+        job = self._saves.begin(parts, shared, outgoing.transfer if outgoing is not None else 0)
+        if outgoing is not None:
+            self._transfers.saving(outgoing, job.job_id)
+        return job
+
+    def _room(self, state: _Tracked) -> int:
+        return self._saves.room(transfer=state.outgoing is not None) // len(self._groups.all)
 
     def _save_rest(self, state: _Tracked, block_ids: GroupBlocks) -> None:
         """Plan the last saves of a finished request, and give up what does not fit."""
-        if not self._role.saves or state.next_save is None:
-            return  # it never ran
-        computed = state.request.num_computed_tokens
-        for job in (self._plan_save(state, computed, lambda: block_ids), self._plan_tail_save(state, block_ids)):
-            if job is not None:
-                self._last_saves.append(job)
-        self._drop_unsaved(state)
+        if self._role.saves and state.next_save is not None:  # else it never ran
+            computed = state.request.num_computed_tokens
+            for job in (self._plan_save(state, computed, lambda: block_ids), self._plan_tail_save(state, block_ids)):
+                if job is not None:
+                    self._last_saves.append(job)
+            self._drop_unsaved(state)
+        if state.outgoing is not None:
+            self._transfers.all_planned(state.outgoing)
 
     def _plan_tail_save(self, state: _Tracked, block_ids: GroupBlocks) -> SaveJob | None:
         """Return a save of a finished request's partial prompt block: nobody writes behind its tokens any more."""
-        request = state.request
-        number, tokens = divmod(request.num_prompt_tokens, self._block_tokens)
-        if not self._may_share_tail(request) or state.tail_known or not self._may_save(request) or not self._ready():
+        request, outgoing = state.request, state.outgoing
+        number = request.num_prompt_tokens // self._block_tokens
+        if outgoing is not None:
+            names = outgoing.names[number:]
+        else:
+            shares = self._names.shares_tail(request) and self._may_save(request)
+            names = [self._names.tail(request)] if shares else []
+        if not names or state.tail_known or not self._ready():
             return None
         if request.num_computed_tokens < request.num_prompt_tokens:
             return None
-        if not self._saves.room:
+        if not self._room(state):
             self.counters["save.dropped_blocks"] += 1
             return None
-        name = self._tail_name(request, number, tokens)
-        return self._saves.begin(self._held_parts([name], block_ids, number, number + 1), [])
+        return self._begin_save(state, names, [], block_ids, number)
+
+    def _drop_outgoing(self, state: _Tracked) -> None:
+        if state.outgoing is not None:
+            self._transfers.give_up(state.outgoing)
+            state.outgoing = None
 
     def _drop_unsaved(self, state: _Tracked) -> None:
         if state.next_save is not None and state.next_save < state.save_end:
-            self._saves.drop(self._hashes(state.request)[state.next_save : state.save_end])
+            self._saves.drop(self._names.hashes(state.request)[state.next_save : state.save_end])
 
     # ---- words ----
 
@@ -396,76 +515,22 @@ class SchedulerSide:
         state = self._requests[request.request_id]
         if state.preemptions != request.num_preemptions:
             self._drop_ask(state)
+            self._drop_incoming(state)
             self._drop_unsaved(state)
-            state = self._requests[request.request_id] = _Tracked(request, request.num_preemptions)
+            outgoing = state.outgoing
+            state = self._requests[request.request_id] = _Tracked(request, request.num_preemptions, outgoing=outgoing)
         return state
-
-    def _full_blocks(self, request: Any) -> int:
-        return len(request.block_hashes) // self._groups.hashes_per_block
-
-    def _hashes(self, request: Any) -> list[bytes]:
-        """Return one hash per full block; each covers all tokens before it."""
-        step = self._groups.hashes_per_block
-        hashes: list[bytes] = request.block_hashes
-        return hashes if step == 1 else hashes[step - 1 :: step]
-
-    def _chain(self, request: Any) -> list[bytes]:
-        """Return a list of its own: the hashes of the full blocks, and a name for the partial one if it counts."""
-        chain = list(self._hashes(request)[: self._groups.blocks_max(request.num_tokens)])
-        number, tokens = divmod(request.num_prompt_tokens, self._block_tokens)
-        if self._has_tail(request):
-            chain.append(self._tail_name(request, number, tokens))
-        return chain
-
-    def _has_tail(self, request: Any) -> bool:
-        """Whether the chain ends in a partial block, which generated tokens have not yet filled."""
-        return self._may_share_tail(request) and (
-            self._full_blocks(request) == request.num_prompt_tokens // self._block_tokens
-        )
-
-    def _may_share_tail(self, request: Any) -> bool:
-        """Whether the prompt ends in a partial block whose tokens say all that is in it."""
-        return (
-            not self._settings.discard_partial_chunks
-            and self._groups.prefixes_help
-            and not self._groups.drop_last
-            and request.num_prompt_tokens % self._block_tokens > 0
-            and not request.mm_features
-            and request.prompt_embeds is None
-        )
-
-    def _tail_name(self, request: Any, number: int, tokens: int) -> bytes:
-        """Return the key of a partial block, which only the very same tokens have."""
-        parent = self._hashes(request)[number - 1] if number else repr(request.cache_salt).encode()
-        ids = request.all_token_ids[number * self._block_tokens : request.num_prompt_tokens]
-        return hashlib.sha256(b"partial block" + parent + struct.pack(f"<{tokens}q", *ids)).digest()
 
     def _may_load(self, request: Any) -> bool:
         return (
             self._role.loads
             and not request.skip_reading_prefix_cache
             and request.num_prompt_tokens >= self._settings.load_min_tokens
-            and self._may_share(request)
+            and self._names.may_share(request)
         )
 
     def _may_save(self, request: Any) -> bool:
-        return request.num_prompt_tokens >= self._settings.save_min_tokens and self._may_share(request)
-
-    @staticmethod
-    def _may_share(request: Any) -> bool:
-        """Whether the request's hashes name its KV: a LoRA adapter is hashed by its name alone."""
-        return request.lora_request is None
-
-    def _cached_blocks(self, hashes: Sequence[bytes]) -> int:
-        """Return how many leading blocks the engine's own cache holds, as if it never lost one in the middle."""
-        low, high = 0, len(hashes)
-        while low < high:
-            middle = (low + high) // 2
-            if self._pool.get_cached_block(hashes[middle], [self._groups.main]):
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return request.num_prompt_tokens >= self._settings.save_min_tokens and self._names.may_share(request)
 
     def _ready(self) -> bool:
         if not self._namespaces:

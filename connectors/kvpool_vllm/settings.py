@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kvpool.config import AUTOSTARTED, ConnectorSettings, Loaded, load
 from kvpool.errors import ConfigError
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.seeds import SOURCE, translate
+from kvpool_vllm.seeds import MOVERS, SOURCE, STORES, translate
 
 if TYPE_CHECKING:
     from kvpool.client import Client
@@ -40,10 +40,27 @@ def role_of(kv_role: str | None, settings: ConnectorSettings) -> Role:
     raise ConfigError("kv_role", f"must be kv_both, kv_producer or kv_consumer, not {kv_role!r}")
 
 
-def read_settings(transfer_config: Any, *, tell: bool = True) -> ConnectorSettings:
+def transfer_roles(transfer_config: Any, settings: ConnectorSettings, number: int | None) -> tuple[bool, bool]:
+    """Return whether this engine moves prompts to others, and takes them from others.
+
+    ``number``: the connector's place inside ``MultiConnector``, None alone. There a prompt's parameters may come from
+    one connector only: from the first, if it moves prompts at all.
+    """
+    name, kv_role = transfer_config.kv_connector, transfer_config.kv_role
+    if settings.transfer == "auto":
+        moves = name in MOVERS or (
+            name not in STORES and (number is None or (number == 0 and kv_role in {"kv_producer", "kv_consumer"}))
+        )
+    else:
+        moves = settings.transfer == "true"
+    return moves and kv_role in {"kv_producer", "kv_both"}, moves and kv_role in {"kv_consumer", "kv_both"}
+
+
+def read_settings(transfer_config: Any, number: int | None = None, *, tell: bool = True) -> ConnectorSettings:
     """Return the checked settings of a ``KVTransferConfig``; raise ConfigError for what is not understood.
 
-    ``tell`` logs, for one of an engine's processes, which keys have no effect and why.
+    ``number`` as for ``transfer_roles``. ``tell`` logs, for one of an engine's processes, which keys have no effect
+    and why.
     """
     translated = translate(transfer_config)
     loaded = load(ConnectorSettings, flags=translated.flags, flags_from=SOURCE, foreign=translated.foreign)
@@ -51,7 +68,7 @@ def read_settings(transfer_config: Any, *, tell: bool = True) -> ConnectorSettin
     if tell:
         for note in (*translated.notes, *loaded.notes, *_not_the_engines(loaded)):
             logger.info("kvpool: %s", note)
-        if not role.loads:
+        if not role.loads and not any(transfer_roles(transfer_config, loaded.settings, number)):
             flag = "producer_is_to_load" if transfer_config.kv_role == "kv_producer" else "consumer_is_to_load"
             does = "saves, and does not load" if role.saves else "neither loads nor saves"
             logger.warning("kvpool: this %s %s; to load: %s", transfer_config.kv_role, does, flag)

@@ -36,6 +36,8 @@ COUNTERS = {
     "breaker_opened": Family("target", "How often a node or the master was left alone after failures in a row."),
     "breaker_rejected": Family("target", "Calls answered as a miss because their target was left alone."),
     "prefetch_blocks": Family("", "Blocks that were begun to be read from files while their request waited."),
+    "transfers": Family("event", "Prompts to other engines: opened, sealed, ended; from them: received, incomplete."),
+    "transfer_misses": Family("reason", "Prompts that were to be moved between engines, and were not."),
     "errors": Family("operation", "Loads, saves and lookups that ended in an unexpected error."),
 }
 
@@ -64,6 +66,8 @@ _PREFIXES = {
     "miss.": "miss_blocks.",
     "lookup.": "lookups.",
     "gate.": "gate.",
+    "transfer.miss.": "transfer_misses.",
+    "transfer.": "transfers.",
     "hit_tokens.": "hit_tokens.",
     "breaker.opened.": "breaker_opened.",
     "breaker.rejected.": "breaker_rejected.",

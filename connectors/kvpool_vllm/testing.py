@@ -6,6 +6,7 @@ Both stand in for ``kvpool.Client`` through the setting ``client_factory``.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvpool.client import GetResult, Lookup, PutResult
-from kvpool.model import Namespace, pack_keys, split_keys
+from kvpool.client_transfers import Claimed, TransferPart, TransferState
+from kvpool.model import Namespace, NodeAddress, pack_keys, split_keys
 
 if TYPE_CHECKING:
     from kvpool.client_lookup import Also
@@ -27,6 +29,20 @@ WAIT_S = 30.0
 """No test waits longer than this for a gate."""
 
 
+NODE = NodeAddress("memory", "localhost", 1)
+"""Where all blocks of a pool in memory are."""
+
+
+@dataclass
+class MemoryTransfer:
+    """What a master knows of a transfer."""
+
+    state: TransferState
+    namespaces: tuple[bytes, ...]
+    own: set[tuple[bytes, bytes]]
+    """Namespaces and keys that are dropped with it."""
+
+
 @dataclass
 class MemoryPool:
     """Blocks of one process, and the leases on them."""
@@ -36,7 +52,18 @@ class MemoryPool:
     leases_given: int = 0
     resident: dict[bytes, set[bytes]] = field(default_factory=dict)
     """What the engine said that it holds, by namespace."""
+    transfers: dict[int, MemoryTransfer] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    """What was said of transfers, but for claims and renewals."""
+    writing: dict[tuple[bytes, bytes, int, int], list[bytes]] = field(default_factory=dict)
+    """Layers of blocks that are not whole yet, also by transfer."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def open_transfers(self) -> list[int]:
+        """Those that are not over."""
+        over = {TransferState.ENDED, TransferState.UNKNOWN}
+        return [number for number, transfer in self.transfers.items() if transfer.state not in over]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -53,10 +80,73 @@ def _digest(namespace: Namespace | bytes) -> bytes:
     return namespace.digest if isinstance(namespace, Namespace) else namespace
 
 
+class MemoryTransfers:
+    """A client's word about transfers."""
+
+    def __init__(self, pool: MemoryPool) -> None:
+        self._pool = pool
+        self.master_is_away = False
+
+    def open(self, transfer: int, parts: Sequence[TransferPart], nodes: Sequence[str], producer: str = "") -> bool:  # noqa: ARG002 -- Transfers' signature
+        """Know of a transfer."""
+        if self.master_is_away:
+            return False
+        own = {
+            (_digest(part.namespace), key)
+            for part in parts
+            for key in split_keys(part.keys)[len(part.keys) // 16 - part.drop_last :]
+        }
+        with self._pool.lock:
+            self._pool.calls.append("open")
+            namespaces = tuple(_digest(part.namespace) for part in parts)
+            self._pool.transfers[transfer] = MemoryTransfer(TransferState.OPEN, namespaces, own)
+        return True
+
+    def seal(self, transfer: int, ttl_ms: int) -> bool:  # noqa: ARG002 -- Transfers' signature
+        """All is stored."""
+        with self._pool.lock:
+            self._pool.calls.append("seal")
+            known = self._pool.transfers.get(transfer)
+            if known is not None and known.state is TransferState.OPEN:
+                known.state = TransferState.SEALED
+        return known is not None
+
+    def claim(self, transfer: int, consumer: str = "") -> Claimed:  # noqa: ARG002 -- Transfers' signature
+        """Return what is known."""
+        if self.master_is_away:
+            return Claimed(TransferState.NO_MASTER)
+        with self._pool.lock:
+            known = self._pool.transfers.get(transfer)
+        if known is None:
+            return Claimed(TransferState.UNKNOWN)
+        return Claimed(known.state, known.namespaces, (NODE,))
+
+    def renew(self, transfers: Sequence[int]) -> list[int]:
+        """Return those that are over."""
+        with self._pool.lock:
+            return [number for number in transfers if number not in self._pool.open_transfers]
+
+    def end(self, transfers: Sequence[int]) -> None:
+        """Drop what was theirs alone."""
+        with self._pool.lock:
+            self._pool.calls.append("end")
+            for number in transfers:
+                ended = self._pool.transfers.get(number)
+                if ended is None:
+                    ended = self._pool.transfers[number] = MemoryTransfer(TransferState.ENDED, (), set())
+                ended.state = TransferState.ENDED
+                others = [t for t in self._pool.transfers.values() if t.state is not TransferState.ENDED]
+                wanted = {key for other in others for key in other.own}
+                for shard in [shard for shard in self._pool.shards if shard[:2] in ended.own - wanted]:
+                    del self._pool.shards[shard]
+
+
 class MemoryClient:
     """A client whose pool is a dict."""
 
     def __init__(self, pool: MemoryPool) -> None:
+        self.transfers = MemoryTransfers(pool)
+        self.own_node: NodeAddress | None = NODE
         self._pool = pool
         self._shards: dict[bytes, int] = {}
         self._threads = ThreadPoolExecutor(2, "memory-client")
@@ -109,6 +199,7 @@ class MemoryClient:
         *,
         shard: int = 0,
         timeout_ms: float | None = None,  # noqa: ARG002 -- Client's signature
+        transfer: int = 0,  # noqa: ARG002 -- Client's signature
     ) -> PutResult:
         """Keep copies."""
         digest, keys = _digest(namespace), split_keys(pack_keys(hashes))
@@ -142,6 +233,29 @@ class MemoryClient:
             ok.append(kept is not None)
         prefix = ok.index(False) if False in ok else len(ok)
         return GetResult(prefix, ok, {} if all(ok) else {"not_stored": ok.count(False)}, {})
+
+    def receive(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        blocks: Blocks,
+        *,
+        shard: int,
+        transfer: int,  # noqa: ARG002 -- Client's signature
+        node: NodeAddress,
+        alive: Callable[[], bool],
+        timeout_ms: float,
+    ) -> GetResult:
+        """Fill the buffers of the blocks that are here, and wait for the others while somebody stores them."""
+        assert node == NODE  # noqa: S101 -- part of a test
+        deadline = time.monotonic() + timeout_ms / 1000
+        last = False
+        while True:
+            result = self.get(namespace, hashes, blocks, shard=shard)
+            if last or result.prefix == len(result.ok) or time.monotonic() > deadline:
+                return result
+            time.sleep(0.005)
+            last = not alive()
 
     def lookup_async(self, *args: Any, **kwargs: Any) -> Future[Lookup]:
         """Look up on a thread."""
@@ -204,6 +318,11 @@ class Gate:
         self.arrived.clear()
         self._open.clear()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it holds who comes."""
+        return not self._open.is_set()
+
     def open(self) -> None:
         """Let everybody through."""
         self._open.set()
@@ -218,12 +337,12 @@ class Faults:
     """What ``FaultyClient`` does wrong; tests set it while an engine runs in their process."""
 
     def __init__(self) -> None:
-        self.lookup_gate, self.get_gate, self.put_gate = Gate(), Gate(), Gate()
+        self.lookup_gate, self.get_gate, self.put_gate, self.receive_gate = Gate(), Gate(), Gate(), Gate()
         self.reset()
 
     def reset(self) -> None:
         """Do nothing wrong, and let everybody through who waits."""
-        for gate in (self.lookup_gate, self.get_gate, self.put_gate):
+        for gate in (self.lookup_gate, self.get_gate, self.put_gate, self.receive_gate):
             gate.open()
             gate.arrived.clear()
         self.get_blocks_max: int | None = None
@@ -231,7 +350,7 @@ class Faults:
         self.spoil_rest = False
         self.raises: dict[str, Exception] = {}
         self.before_get: Callable[[], None] = lambda: None
-        self.gets = self.puts = self.lookups = 0
+        self.gets = self.puts = self.lookups = self.receives = 0
 
 
 class FaultyClient:
@@ -274,7 +393,14 @@ class FaultyClient:
         """
         self._enter("get", self._faults.get_gate)
         self._faults.before_get()
-        result: GetResult = self._inner.get(namespace, hashes, blocks, **kwargs)
+        return self._cut(self._inner.get(namespace, hashes, blocks, **kwargs), blocks)
+
+    def receive(self, namespace: Any, hashes: Any, blocks: Blocks, **kwargs: Any) -> GetResult:
+        """Receive, behind the gate; what is beyond ``get_blocks_max`` fails, as in ``get``."""
+        self._enter("receive", self._faults.receive_gate)
+        return self._cut(self._inner.receive(namespace, hashes, blocks, **kwargs), blocks)
+
+    def _cut(self, result: GetResult, blocks: Blocks) -> GetResult:
         keep = self._faults.get_blocks_max
         if self._faults.gets_max is not None and self._faults.gets > self._faults.gets_max:
             keep = 0

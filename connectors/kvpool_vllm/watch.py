@@ -137,6 +137,8 @@ class Watch:
         total = sum(counts.values())
         for tier, count in counts.items():
             self._counters[f"hit_tokens.{tier}"] += round(tokens * count / total)
+        if job.transfer:
+            return  # it may have waited for the engine that computes it
         if arrived == job.blocks or counts.get(FILES):  # slow storage shows in loads that are cut short, too
             self._gate.loaded(farthest(counts), tokens, seen.seconds)
 
@@ -169,6 +171,17 @@ class Watch:
     def bind_block_pool(self, pool: Any) -> None:
         """Take the engine's block pool, whose events tell what the engine holds."""
         self._pool = pool
+
+    def cached_blocks(self, hashes: Sequence[bytes], group: int) -> int:
+        """Return how many leading blocks the engine's own cache holds, as if it never lost one in the middle."""
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high) // 2
+            if self._pool.get_cached_block(hashes[middle], [group]):
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def step_planned(self, running: Iterable[tuple[Any, int]], hashes: Callable[[Any], Sequence[bytes]]) -> None:
         """A step was planned: so many tokens of each request; ``hashes`` returns one for each of its blocks."""

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.device import HostDevice
+from kvpool_vllm.device import HostDevice, Way
 from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
+from kvpool_vllm.receives import Receives
 from kvpool_vllm.tally import Data, Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from kvpool.client import Client, GetResult, PutResult
     from kvpool.config import ConnectorSettings
+    from kvpool.model import NodeAddress
     from kvpool_vllm.device import Device, KVBlocks
     from kvpool_vllm.metadata import Part
     from kvpool_vllm.namespace import Place
@@ -58,6 +60,7 @@ class WorkerSide:
         self._fence: Any = None  # a job may find a later one than its own, which comes no sooner
         self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
         self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
+        self._receives = Receives(client)
         self._progress = threading.Condition()
         self._loading: dict[str, tuple[LoadJob, Future[None]]] = {}
         self._layer_loads: LayerLoads | None = None
@@ -70,6 +73,7 @@ class WorkerSide:
         self._seen: dict[str, LoadSeen] = {}
         self._rank = secrets.randbits(63)
         self._unusable: frozenset[str] = frozenset()
+        self._node: NodeAddress | None = None
         self._tally = Tally(f"rank {self._rank}")
         self.counters: Counter[str] = Counter()
 
@@ -98,6 +102,8 @@ class WorkerSide:
         for job in meta.loads:
             if job.sync:
                 needed.append(job)
+            elif job.transfer:
+                self._loading[job.request_id] = (job, self._receives.start(job, self._receive))
             else:
                 self._loading[job.request_id] = (job, self._load_pool.submit(self._load, job, None))
         timeout_s = self._settings.transfer_timeout / 1000
@@ -130,11 +136,15 @@ class WorkerSide:
             entry = self._loading.get(request_id)
             if entry is not None and entry[1].cancel():
                 self._end_load(entry[0], 0)
+            elif entry is not None and entry[0].transfer:
+                self._receives.unwanted(request_id)
         with self._progress:
             ended, self._loaded = self._loaded, []
         finished, failed = set(), set()
         for job, arrived in ended:
             self._report.loaded[job.request_id] = arrived
+            if job.transfer:
+                self._receives.ended(job)
             if not job.sync:
                 del self._loading[job.request_id]
                 finished.add(job.request_id)
@@ -150,14 +160,31 @@ class WorkerSide:
         return failed
 
     def _load(self, job: LoadJob, deadline: float | None) -> None:
+        def fetch(part: Part) -> GetResult:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            return self._fetch(part, len(part.block_ids), None, left_s)
+
+        self._fill(job, fetch)
+
+    def _receive(self, job: LoadJob) -> None:
+        deadline = time.monotonic() + self._settings.transfer_ttl / 1000
+        alive = self._receives.alive(job)
+
+        def load(part: Part, shard: int, kv: KVBlocks) -> GetResult:
+            node = job.nodes[shard]
+            assert node is not None  # noqa: S101 -- the scheduler's side has looked
+            left_ms = max(1.0, (deadline - time.monotonic()) * 1000)
+            way = Way(job.transfer, node, alive)
+            return self._device.receive(self._client, part, kv, way, shard=shard, timeout_ms=left_ms, after=self._fence)
+
+        self._fill(job, lambda part: self._each_shard(part, len(part.block_ids), load))
+
+    def _fill(self, job: LoadJob, fetch: Callable[[Part], GetResult]) -> None:
         arrived = 0
         started, tiers = time.monotonic(), Counter[str]()
         try:
             for part in job.parts:
-                left_s = None if deadline is None else deadline - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    break
-                result = self._fetch(part, len(part.block_ids), None, left_s)
+                result = fetch(part)
                 arrived += result.prefix
                 tiers.update(result.tiers)
                 if result.prefix < len(part.block_ids):
@@ -196,7 +223,7 @@ class WorkerSide:
     def _save(self, job: SaveJob) -> None:
         stored, started = False, time.monotonic()
         try:
-            results = [result for part in self._own_parts(job) for result in self._store(part)]
+            results = [result for part in self._own_parts(job) for result in self._store(part, job.transfer)]
             stored = not any(result.failed for result in results)
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
             self._say_once("save.errors", "a save failed, its blocks are not stored")
@@ -225,8 +252,13 @@ class WorkerSide:
         if unusable != self._unusable:
             self._unusable = unusable
             self._report.unusable = {self._rank: unusable}
+        node = self._client.own_node
+        if node != self._node:
+            self._node = node
+            if node is not None and self._place.copy == 0:
+                self._report.nodes = {shard: node for shard, _ in self._shards[0]}
         report, self._report = self._report, WorkerMeta()
-        return report if report.saved or report.loaded or report.facts or report.seen or report.unusable else None
+        return report if report != WorkerMeta() else None
 
     def stats(self) -> Data | None:
         """Return what to tell vLLM's metrics: what was counted since the last call."""
@@ -242,6 +274,7 @@ class WorkerSide:
     def close(self) -> None:
         """Stop the threads after the jobs that run; drop those that do not."""
         self._device.close()  # first, as it ends waits
+        self._receives.close()
         self._load_pool.shutdown(cancel_futures=True)
         self._save_pool.shutdown(cancel_futures=True)
         self._client.close()
@@ -251,19 +284,24 @@ class WorkerSide:
     def _fetch(self, part: Part, blocks: int, layers: tuple[int, int] | None, timeout_s: float | None) -> GetResult:
         """Fill a part's leading blocks, or some layers of them; one has arrived when all its shards have."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+        def load(part: Part, shard: int, kv: KVBlocks) -> GetResult:
+            left_ms = None if deadline is None else max(1.0, (deadline - time.monotonic()) * 1000)
+            return self._device.load(
+                self._client, part, kv, shard=shard, layers=layers, timeout_ms=left_ms, after=self._fence
+            )
+
+        return self._each_shard(part, blocks, load)
+
+    def _each_shard(
+        self, part: Part, blocks: int, load: Callable[[Part, int, KVBlocks], GetResult]
+    ) -> GetResult:
+        """Load all shards of a part's leading blocks; returns the result of the worst."""
         results: list[GetResult] = []
         for shard, kv in self._shards[part.group]:
             if blocks < len(part.block_ids):
                 part = replace(part, keys=part.keys[: blocks * KEY_BYTES], block_ids=part.block_ids[:blocks])
-            result = self._device.load(
-                self._client,
-                part,
-                kv,
-                shard=shard,
-                layers=layers,
-                timeout_ms=None if deadline is None else max(1.0, (deadline - time.monotonic()) * 1000),
-                after=self._fence,
-            )
+            result = load(part, shard, kv)
             results.append(result)
             blocks = min(blocks, result.prefix)
             if not blocks:
@@ -279,6 +317,8 @@ class WorkerSide:
         """Return what is this rank's to store: ranks that hold the same take turns, block by block."""
         if self._place.copies == 1:
             return job.parts
+        if job.transfer:  # whose blocks are looked for in one place
+            return job.parts if self._place.copy == 0 else []
         own = []
         for part in job.parts:
             numbers = [i for i in range(len(part.block_ids)) if self._place.stores(job.job_id + i)]
@@ -286,10 +326,10 @@ class WorkerSide:
             own.append(replace(part, keys=keys, block_ids=[part.block_ids[i] for i in numbers]))
         return [part for part in own if part.block_ids]
 
-    def _store(self, part: Part) -> list[PutResult]:
+    def _store(self, part: Part, transfer: int) -> list[PutResult]:
         """Store all shards of a part; a block counts as stored with the first of them."""
         results = [
-            self._device.save(self._client, part, kv, shard=shard, after=self._fence)
+            self._device.save(self._client, part, kv, shard=shard, after=self._fence, transfer=transfer)
             for shard, kv in self._shards[part.group]
         ]
         self.counters["save.stored"] += max(result.stored for result in results)

@@ -20,6 +20,7 @@ from kvpool_vllm.namespace import Place
 from kvpool_vllm.scheduler import SchedulerSide
 from kvpool_vllm.settings import ConnectorSettings, Role
 from kvpool_vllm.testing import Faults, FaultyClient, MemoryClient, MemoryPool
+from kvpool_vllm.transfers import Engine
 from kvpool_vllm.worker import WorkerSide
 
 TOKENS = 4
@@ -117,8 +118,10 @@ class Request:
     mm_features: tuple[()] = ()
     prompt_embeds: None = None
     cache_salt: None = None
-    lora_request: None = None
+    lora_request: Any = None
     skip_reading_prefix_cache: bool = False
+    kv_transfer_params: dict[str, Any] | None = None
+    returned: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.append(self.prompt)
@@ -174,6 +177,8 @@ class ModelEngine:
         blocks: int = 40,
         budget: int = 16,
         sync: bool = False,
+        role: Role = Role(loads=True, saves=True),  # noqa: B008 -- cannot change
+        engine: Engine = Engine(),  # noqa: B008 -- as above
         **settings: Any,
     ) -> None:
         self.pool, self.memory, self.budget = Pool(blocks), Memory(blocks), budget
@@ -182,10 +187,11 @@ class ModelEngine:
             FaultyClient(MemoryClient(pool), faults),  # type: ignore[arg-type]  # stands in for Client
             parsed,
             lambda: [NAMESPACE],
-            role=Role(loads=True, saves=True),
+            role=role,
             groups=GROUPS,
             ranks=1,
             sync=sync,
+            engine=engine,
         )
         self.worker = WorkerSide(FaultyClient(MemoryClient(pool), faults), parsed, Place(0))  # type: ignore[arg-type]
         self.worker.attach([self.memory], FACTS)  # type: ignore[arg-type]
@@ -200,8 +206,10 @@ class ModelEngine:
 
     # ---- what a test does ----
 
-    def submit(self, name: str, prompt: list[int], max_tokens: int) -> Request:
-        request = self.requests[name] = Request(name, prompt, max_tokens)
+    def submit(
+        self, name: str, prompt: list[int], max_tokens: int, params: dict[str, Any] | None = None
+    ) -> Request:
+        request = self.requests[name] = Request(name, prompt, max_tokens, kv_transfer_params=params)
         self.side.track(request)
         self.waiting.append(request)
         return request
@@ -427,7 +435,9 @@ class ModelEngine:
         self.received.discard(request.request_id)
         self.failed.discard(request.request_id)
         self.just_finished.add(request.request_id)
-        self.side.finished(request, [[block.block_id for block in request.blocks]])
+        blocks = [[block.block_id for block in request.blocks]]
+        by_length = len(request.answer) == request.max_tokens
+        request.returned = self.side.finished(request, blocks, handed_over=by_length)
         if not loading:
             self._free(request)
             del self.requests[request.request_id]

@@ -41,6 +41,8 @@ class Request:
     mm_features: Any = ()
     prompt_embeds: Any = None
     cache_salt: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    max_tokens: int = 16
     all_token_ids: list[int] = field(default_factory=list)
     over: bool = False
 
@@ -364,7 +366,7 @@ def test_hashes_finer_than_blocks() -> None:
     harness = Harness(groups=replace(GROUPS, hashes_per_block=2))
     request = request_of("a", 12)
     request.block_hashes = hashes_of("fine", 7)
-    assert harness.side._hashes(request) == [request.block_hashes[i] for i in (1, 3, 5)]
+    assert harness.side._names.hashes(request) == [request.block_hashes[i] for i in (1, 3, 5)]
     harness.side.close()
 
 
@@ -530,11 +532,11 @@ def test_partial_block_that_tokens_do_not_name(request_has: dict[str, Any]) -> N
     plain, other = request_of("a", 14), request_of("b", 14)
     for name, value in request_has.items():
         setattr(other, name, value)
-    assert len(harness.side._chain(plain)) == 4
-    assert len(harness.side._chain(other)) == 3
+    assert len(harness.side._names.chain(plain)) == 4
+    assert len(harness.side._names.chain(other)) == 3
     salted = request_of("c", 3)
     salted.cache_salt = "secret"
-    assert harness.side._chain(salted) != harness.side._chain(request_of("d", 3))
+    assert harness.side._names.chain(salted) != harness.side._names.chain(request_of("d", 3))
     harness.side.close()
 
 

@@ -1,0 +1,397 @@
+"""Prompts on their way from a prefilling to a decoding engine, as the scheduler's side keeps them.
+
+The pool is asked on a thread of its own. The two engines know of each other only through ``kv_transfer_params``, the
+transfer's number in them, and what the master says of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvpool.client_transfers import Claimed, TransferPart, TransferState
+from kvpool.model import NodeAddress
+from kvpool_vllm import LOGGER_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from kvpool.client import Client
+    from kvpool.config import ConnectorSettings
+    from kvpool.model import Namespace
+    from kvpool_vllm.names import Names
+
+logger = logging.getLogger(LOGGER_NAME)
+
+RENEW_EVERY_S = 3.0
+"""An open or claimed transfer lives 10 s unless the master is told otherwise; two renewals may be lost."""
+
+POLL_FIRST_S = 0.004
+POLL_MAX_S = 0.064
+"""How often a transfer that has not been opened is asked for."""
+
+SILENCES_MAX = 2
+"""Without an answer of the master in a row: nobody knows of the transfer then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What this engine does with transfers, and what others are told of it."""
+
+    produces: bool = False
+    consumes: bool = False
+    engine_id: str = ""
+    tp_size: int = 1
+
+
+@dataclass(eq=False, slots=True)
+class Outgoing:
+    """A prompt that this engine computes for another one."""
+
+    transfer: int
+    names: list[bytes]
+    """Of all its blocks, the partial one too where that can be moved."""
+    own_names: int
+    """So many of the last are of no use to anybody else."""
+    private: bool = False
+    """Nobody else knows any of them."""
+    asked: bool = False
+    """The master was, or is about to be, asked to open it."""
+    refused: bool = False
+    """It did not; set by the keeper's thread."""
+    jobs: set[int] = field(default_factory=set)
+    """Saves that some rank has not reported."""
+    planned: bool = False
+    """There will be no more of them."""
+
+    def tail_is_done(self, request: Any, computed: int, end: int, block_tokens: int) -> bool:
+        """Whether the partial block that follows ``end`` is computed with so many tokens: nobody writes behind it."""
+        whole, prompt = request.num_prompt_tokens // block_tokens, request.num_prompt_tokens
+        return bool(end == whole < len(self.names) and computed >= prompt and request.max_tokens == 1)
+
+
+@dataclass(eq=False, slots=True)
+class Incoming:
+    """A prompt that another engine computes, or has computed, for this one."""
+
+    transfer: int
+    found: Claimed | None = None
+    """Where it is: out of the request, or from the master by the keeper's thread."""
+    tokens: int | None = None
+    """Of the prompt, where the other engine says it."""
+    give_up_at: float | None = None
+    gone: str = ""
+    """Why it will not come; set by the keeper's thread."""
+
+
+class Keeper:
+    """Asks the pool for what the scheduler's thread may not wait for, in order, and keeps transfers alive."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        """``name``: this engine's, for people."""
+        self._client = client
+        self._name = name
+        self._changed = threading.Condition()
+        self._calls: deque[Callable[[], object]] = deque()
+        self._busy = False
+        self._held: set[int] = set()
+        self._claiming: dict[int, tuple[Incoming, float, float]] = {}  # (.., when next, pause then)
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kvpool-transfers", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Return how many transfers are kept alive, or have something left to be said of them."""
+        with self._changed:
+            return len(self._calls) + self._busy + len(self._held | self._claiming.keys())
+
+    def open(self, outgoing: Outgoing, parts: Sequence[TransferPart], nodes: Sequence[str]) -> None:
+        """Open a transfer, and renew it until it is sealed or ended."""
+
+        def call() -> None:
+            if not self._client.transfers.open(outgoing.transfer, parts, nodes, self._name):
+                outgoing.refused = True
+
+        with self._changed:
+            self._held.add(outgoing.transfer)
+            self._call(call)
+
+    def claim(self, incoming: Incoming) -> None:
+        """Ask for a transfer until it is there, and renew it from then on, until it is ended."""
+        with self._changed:
+            self._claiming[incoming.transfer] = (incoming, 0.0, POLL_FIRST_S)
+            self._changed.notify()
+
+    def seal(self, transfer: int, ttl_ms: int) -> None:
+        """Say that all is stored; the other engine has so much time to come for it."""
+        with self._changed:
+            self._held.discard(transfer)
+            self._call(lambda: self._client.transfers.seal(transfer, ttl_ms))
+
+    def end(self, transfer: int) -> None:
+        """End a transfer, whosever it is."""
+        with self._changed:
+            self._held.discard(transfer)
+            self._claiming.pop(transfer, None)
+            self._call(lambda: self._client.transfers.end([transfer]))
+
+    def close(self) -> None:
+        """End what was not handed over, and stop."""
+        with self._changed:
+            left = sorted(self._held | self._claiming.keys())
+            self._held.clear()
+            self._claiming.clear()
+            if left:
+                self._call(lambda: self._client.transfers.end(left))
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout=5)
+
+    def _call(self, call: Callable[[], object]) -> None:
+        self._calls.append(call)
+        self._changed.notify()
+
+    def _run(self) -> None:
+        renew_at = time.monotonic() + RENEW_EVERY_S
+        while True:
+            with self._changed:
+                self._busy = False
+                wake_at = min([renew_at, *(due for _, due, _ in self._claiming.values())])
+                self._changed.wait_for(
+                    lambda: self._calls or self._closed or any(not due for _, due, _ in self._claiming.values()),
+                    max(0.0, wake_at - time.monotonic()),
+                )
+                if self._closed and not self._calls:
+                    return
+                calls, self._busy = list(self._calls), True
+                self._calls.clear()
+                now = time.monotonic()
+                due = [entry for entry in self._claiming.values() if entry[1] <= now]
+            try:
+                for call in calls:
+                    call()
+                for incoming, _, pause_s in due:
+                    self._claim(incoming, pause_s)
+                if time.monotonic() >= renew_at:
+                    renew_at = time.monotonic() + RENEW_EVERY_S
+                    with self._changed:
+                        held = sorted(self._held)
+                    if held:
+                        self._client.transfers.renew(held)
+            except Exception:  # whatever it was, the thread must live: nobody else says these things
+                logger.exception("transfers")
+
+    def _claim(self, incoming: Incoming, pause_s: float) -> None:
+        found = self._client.transfers.claim(incoming.transfer, self._name)
+        there = found.state in {TransferState.OPEN, TransferState.SEALED}
+        if there and incoming.found is None:
+            incoming.found = found
+        elif found.state is TransferState.ENDED:
+            incoming.gone = "ended"
+        elif found.state is TransferState.NO_MASTER and pause_s > SILENCES_MAX * POLL_FIRST_S:
+            incoming.gone = "no_master"
+        with self._changed:
+            if incoming.transfer not in self._claiming:
+                return  # ended meanwhile; what was claimed just now is ended by the call that waits
+            if there:
+                del self._claiming[incoming.transfer]
+                self._held.add(incoming.transfer)
+            else:
+                due = time.monotonic() + pause_s
+                self._claiming[incoming.transfer] = (incoming, due, min(2 * pause_s, POLL_MAX_S))
+
+
+class Transfers:
+    """All transfers of one engine, in its scheduler's thread."""
+
+    def __init__(self, client: Client, settings: ConnectorSettings, engine: Engine, counters: Counter[str]) -> None:
+        """``counters``: where "transfer.*" is counted."""
+        self._settings = settings
+        self._engine = engine
+        self._counters = counters
+        self._keeper = Keeper(client, engine.engine_id) if engine.produces or engine.consumes else None
+        self._jobs: dict[int, Outgoing] = {}
+        self._claims: Counter[int] = Counter()  # requests by transfer: of one prompt there may be several
+        self._nodes: dict[int, NodeAddress] = {}
+        self._told: set[str] = set()
+
+    def __len__(self) -> int:
+        """Return how many are not over, as far as this engine has to do with them."""
+        return len(self._keeper) if self._keeper is not None else 0
+
+    def close(self) -> None:
+        """End what was not handed over."""
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def workers_nodes(self, nodes: Mapping[int, NodeAddress]) -> None:
+        """Learn in which node each shard is stored."""
+        self._nodes.update(nodes)
+
+    # ---- for another engine ----
+
+    def outgoing(self, request: Any, names: Names) -> Outgoing | None:
+        """Return the transfer that the request is to be, if another engine goes on with it."""
+        params = request.kv_transfer_params or {}
+        if not (self._engine.produces and params.get("do_remote_decode")):
+            return None
+        transfer = _number(params) or secrets.randbits(64) | 1
+        of_blocks, own = names.of_transfer(request, transfer)
+        private = not names.may_share(request)
+        return Outgoing(transfer, of_blocks, own, private) if of_blocks else None
+
+    def open(self, outgoing: Outgoing, namespaces: Sequence[Namespace]) -> None:
+        """Have the master know of a transfer before its blocks come."""
+        assert self._keeper is not None  # noqa: S101 -- there is one where transfers are asked for
+        outgoing.asked = True
+        self._counters["transfer.opened"] += 1
+        keys = b"".join(name[:16] for name in outgoing.names)
+        parts = [TransferPart(namespace, keys, outgoing.own_names) for namespace in namespaces]
+        nodes = [self._nodes[shard].node_id if shard in self._nodes else "" for shard in range(namespaces[0].shards)]
+        self._keeper.open(outgoing, parts, nodes)
+
+    def saving(self, outgoing: Outgoing, job_id: int) -> None:
+        """A save of some of its blocks begins."""
+        outgoing.jobs.add(job_id)
+        self._jobs[job_id] = outgoing
+
+    def saved(self, job_id: int) -> None:
+        """Every rank has reported a save, of whatever blocks."""
+        outgoing = self._jobs.pop(job_id, None)
+        if outgoing is not None:
+            outgoing.jobs.discard(job_id)
+            if outgoing.planned:
+                self._seal(outgoing)
+
+    def hand_over(self, outgoing: Outgoing, request: Any, namespaces: Sequence[Namespace]) -> dict[str, Any] | None:
+        """Return what the other engine has to be told; None where there is nothing to be had."""
+        shards = range(namespaces[0].shards) if namespaces else ()
+        if not outgoing.asked or outgoing.refused or not all(shard in self._nodes for shard in shards):
+            self._miss("refused" if outgoing.refused else "not_begun" if not outgoing.asked else "no_node")
+            return None
+        nodes = [self._nodes[shard] for shard in shards]
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self._engine.engine_id,
+            "remote_host": nodes[0].host,
+            "remote_port": nodes[0].port,
+            "remote_block_ids": [],
+            "tp_size": self._engine.tp_size,
+            "transfer_id": f"{outgoing.transfer:016x}",
+            "remote_nodes": [asdict(node) for node in nodes],
+            "remote_namespaces": [namespace.digest.hex() for namespace in namespaces],
+            "remote_tokens": request.num_prompt_tokens,
+        }
+
+    def all_planned(self, outgoing: Outgoing) -> None:
+        """No save will follow: once all are reported the transfer is sealed."""
+        outgoing.planned = True
+        self._seal(outgoing)
+
+    def give_up(self, outgoing: Outgoing) -> None:
+        """Nobody will come for it."""
+        if outgoing.asked and self._keeper is not None:
+            self._counters["transfer.ended"] += 1
+            self._keeper.end(outgoing.transfer)
+
+    def _seal(self, outgoing: Outgoing) -> None:
+        if not outgoing.jobs and self._keeper is not None:
+            self._counters["transfer.sealed"] += 1
+            self._keeper.seal(outgoing.transfer, self._settings.transfer_ttl)
+
+    # ---- from another engine ----
+
+    def incoming(self, request: Any) -> Incoming | None:
+        """Return the transfer that the request comes with, if this engine takes part; it is claimed from now on."""
+        params = request.kv_transfer_params or {}
+        if not (self._engine.consumes and self._keeper is not None and params.get("do_remote_prefill")):
+            return None
+        transfer = _number(params)
+        if not transfer:
+            self._miss("foreign", "its kv_transfer_params have no transfer_id")
+            return None
+        try:
+            incoming = Incoming(transfer, _told(params), params.get("remote_tokens"))
+        except (TypeError, ValueError, AttributeError) as error:
+            self._miss("foreign", f"its kv_transfer_params are not understood: {error!r}")
+            return None
+        self._claims[transfer] += 1
+        self._keeper.claim(incoming)
+        return incoming
+
+    def found(self, incoming: Incoming, request: Any, namespaces: Sequence[Namespace]) -> bool:
+        """Return whether it is known where the prompt's blocks are; ``incoming.gone`` says why they will not come."""
+        found = incoming.found
+        if found is None and not incoming.gone:
+            now = time.monotonic()
+            if incoming.give_up_at is None:
+                incoming.give_up_at = now + self._settings.transfer_open_timeout / 1000
+            if now < incoming.give_up_at:
+                return False
+            incoming.gone = "not_opened"
+        elif found is not None:
+            if found.namespaces != tuple(namespace.digest for namespace in namespaces):
+                incoming.gone = "namespace"
+            elif incoming.tokens not in {None, request.num_prompt_tokens}:
+                incoming.gone = "prompt"
+            elif len(found.nodes) != namespaces[0].shards or not all(n and n.node_id for n in found.nodes):
+                incoming.gone = "no_node"
+        return found is not None
+
+    def drop(self, incoming: Incoming, reason: str = "") -> None:
+        """Forget a transfer: it is loaded, not wanted any more, or, with a ``reason``, cannot be had."""
+        if reason:
+            self._miss(reason)
+        self._claims[incoming.transfer] -= 1
+        if self._claims[incoming.transfer] <= 0:
+            del self._claims[incoming.transfer]
+            if self._keeper is not None:
+                self._keeper.end(incoming.transfer)
+
+    def received(self, arrived: int, wanted: int) -> None:
+        """Count a load."""
+        self._counters["transfer.received" if arrived == wanted else "transfer.incomplete"] += 1
+
+    def _miss(self, reason: str, text: str = "") -> None:
+        self._counters[f"transfer.miss.{reason}"] += 1
+        level = logging.DEBUG if reason in self._told else logging.WARNING
+        self._told.add(reason)
+        logger.log(level, "kvpool: a prompt is not transferred (%s): %s", reason, text or WHY.get(reason, ""))
+
+
+WHY = {
+    "refused": "the master did not take the transfer; the decoding engine finds what is in the pool, or computes",
+    "not_begun": "the workers have not said in time how they hold KV",
+    "no_node": "no node runs where the prefilling engine does, or it has gone",
+    "ended": "it was given up, or its prefilling engine is gone",
+    "no_master": "the master does not answer",
+    "not_opened": "the prefill has not begun within transfer_open_timeout",
+    "namespace": "the other engine's KV means something else here: kvpoolctl explain tells the difference",
+    "prompt": "the other engine's prompt has another length",
+    "unread": "the request asks for a prompt that is computed",
+}
+
+
+def _number(params: Any) -> int:
+    """Return the transfer that parameters name, 0 for none."""
+    text = (params or {}).get("transfer_id")
+    try:
+        number = int(text, 16) if isinstance(text, str) else 0
+    except ValueError:
+        return 0
+    return number if 0 < number < 1 << 64 else 0
+
+
+def _told(params: Mapping[str, Any]) -> Claimed | None:
+    """Return what the parameters themselves say of where the blocks are. Raises TypeError, ValueError."""
+    if "remote_nodes" not in params or "remote_namespaces" not in params:
+        return None
+    nodes = tuple(NodeAddress(**node) for node in params["remote_nodes"])
+    namespaces = tuple(bytes.fromhex(text) for text in params["remote_namespaces"])
+    return Claimed(TransferState.OPEN, namespaces, nodes)

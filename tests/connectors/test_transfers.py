@@ -1,0 +1,398 @@
+"""Prompts that one engine computes and another goes on with: whatever fails, tokens are right and nothing is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvpool_vllm.settings import Role
+from kvpool_vllm.testing import Faults, MemoryPool
+from kvpool_vllm.transfers import Engine
+from tests.connectors.model_engine import TOKENS, ModelEngine, Request, expected
+
+DEADLINE_S = 30.0
+
+PRODUCER = {"role": Role(loads=False, saves=True), "engine": Engine(produces=True, engine_id="p")}
+CONSUMER = {"role": Role(loads=False, saves=False), "engine": Engine(consumes=True, engine_id="d")}
+BOTH = {"role": Role(loads=True, saves=True), "engine": Engine(produces=True, consumes=True, engine_id="b")}
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunks": {"budget": 7},
+    "tails_are_kept": {"discard_partial_chunks": False},
+}
+
+
+class Pair:
+    """A prefilling and a decoding engine on one pool."""
+
+    def __init__(self) -> None:
+        self.pool, self.faults = MemoryPool(), Faults()
+        self.engines: list[ModelEngine] = []
+        self._names = 0
+
+    def engine(self, kind: dict[str, Any], **options: Any) -> ModelEngine:
+        self.engines.append(ModelEngine(self.pool, self.faults, **(kind | options)))
+        self.engines[-1].step()  # in which the worker says where it stores
+        return self.engines[-1]
+
+    def both(self, **options: Any) -> tuple[ModelEngine, ModelEngine]:
+        return self.engine(PRODUCER, **options), self.engine(CONSUMER, **options)
+
+    def submit(self, engine: ModelEngine, prompt: list[int], tokens: int, params: dict[str, Any] | None) -> Request:
+        self._names += 1
+        return engine.submit(f"r{self._names}", prompt, tokens, params)
+
+    def until(self, condition: Any, *engines: ModelEngine) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, [(r.request_id, r.status) for e in engines for r in e.requests.values()]
+            for engine in engines:
+                engine.step()
+                while len(engine.worker._saved) < engine.worker._unreported_saves and not self.faults.put_gate.closed:
+                    time.sleep(0)  # an engine without a model is too quick for its saves
+
+    def drain(self, *engines: ModelEngine) -> None:
+        self.until(lambda: not any(engine.busy or engine.side.leases for engine in engines), *engines)
+        for engine in engines:
+            assert len(engine.pool.free) == engine.pool.num_gpu_blocks
+            assert not engine.side._requests
+            assert not engine.worker._loading
+            assert not engine.side._transfers._claims
+            assert not engine.side._transfers._jobs
+
+    def prefill(self, engine: ModelEngine, prompt: list[int], tokens: int = 1, **params: Any) -> Request:
+        request = self.submit(engine, prompt, tokens, {"do_remote_decode": True, "do_remote_prefill": False} | params)
+        self.until(lambda: request.status == "finished", engine)
+        return request
+
+    def decode(
+        self, engine: ModelEngine, prompt: list[int], params: dict[str, Any] | None, *others: ModelEngine
+    ) -> Request:
+        request = self.submit(engine, prompt, 3, params)
+        self.drain(engine, *others)
+        assert request.answer == expected(prompt, 3)
+        return request
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    one = Pair()
+    yield one
+    one.faults.reset()
+    for engine in one.engines:
+        engine.close()
+    assert not one.pool.leases
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 3, TOKENS, TOKENS + 1, 26, 28])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_prompt_moves_whole(pair: Pair, mode: str, length: int, tokens: int) -> None:
+    """The partial block too; the decoding engine computes the one token that it needs for the next, and no other."""
+    producer, consumer = pair.both(**MODES[mode])
+    prompt = list(range(length))
+    params = pair.prefill(producer, prompt, tokens).returned
+    assert params is not None
+    pair.drain(producer)
+    pair.decode(consumer, prompt, params)
+    assert consumer.loaded_tokens == (length if length > 1 else 0)
+    assert not pair.pool.open_transfers
+    whole = length // TOKENS
+    assert len(pair.pool.shards) == whole + (mode == "tails_are_kept" and length % TOKENS > 0)
+
+
+def test_what_the_producer_has_in_its_own_memory_moves_too(pair: Pair) -> None:
+    """A second prompt with the same beginning is transferred from block 0 on, even where the pool has lost it."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    pair.prefill(producer, prompt)
+    pair.drain(producer)
+    pair.pool.shards.clear()
+    params = pair.prefill(producer, [*prompt, 1, 2]).returned
+    pair.decode(consumer, [*prompt, 1, 2], params, producer)
+    assert consumer.loaded_tokens == 32
+
+
+def test_what_the_producer_has_loaded_moves_too(pair: Pair) -> None:
+    """In every way of loading."""
+    prompt = list(range(30))
+    for options in ({}, {"sync": True}, {"sync": True, "use_layerwise": True}):
+        first, second, consumer = pair.engine(BOTH), pair.engine(BOTH, **options), pair.engine(CONSUMER)
+        pair.prefill(first, prompt)
+        pair.drain(first)
+        params = pair.prefill(second, prompt).returned
+        assert second.loaded_tokens == 28
+        pair.decode(consumer, prompt, params, second)
+        assert consumer.loaded_tokens == 30
+
+
+def test_decode_is_asked_at_the_same_time(pair: Pair) -> None:
+    """With the transfer's number alone it finds the rest, and waits for what is not computed yet."""
+    producer, consumer = pair.both(budget=4)
+    prompt = list(range(30))
+    decoding = pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": "00000000000000ff"})
+    for _ in range(20):
+        consumer.step()
+    assert decoding.status == "waiting"
+    prefilling = pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "00000000000000ff"})
+    pair.until(lambda: decoding.status == "loading", producer, consumer)
+    pair.drain(producer, consumer)
+    assert prefilling.answer == expected(prompt, 1)
+    assert decoding.answer == expected(prompt, 3)
+    assert consumer.loaded_tokens == 30
+    assert not pair.pool.open_transfers
+
+
+def test_two_requests_of_one_prompt_at_once(pair: Pair) -> None:
+    """Each has a transfer of its own; the tail that they share lives until the last of them has it."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = [pair.prefill(producer, prompt).returned for _ in range(2)]
+    assert params[0] != params[1]
+    for given in params:
+        pair.decode(consumer, prompt, given, producer)
+        consumer.forget()
+    assert consumer.loaded_tokens == 60
+    assert not pair.pool.open_transfers
+
+
+def test_two_samples_of_one_request(pair: Pair) -> None:
+    """Requests that share a transfer: it ends with the last of them."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    assert params is not None
+    pair.drain(producer)
+    samples = [pair.submit(consumer, prompt, 3, dict(params)) for _ in range(2)]
+    pair.drain(consumer)
+    assert [sample.answer for sample in samples] == [expected(prompt, 3)] * 2
+    assert consumer.loaded_tokens >= 32
+    assert consumer.side.counters["transfer.incomplete"] == 0
+    assert pair.pool.calls == ["open", "seal", "end"]
+
+
+def test_own_cache_is_not_loaded_again(pair: Pair) -> None:
+    """What the decoding engine has of the prompt counts; with all of it but a token nothing is loaded."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    pair.decode(consumer, prompt, pair.prefill(producer, prompt).returned, producer)
+    longer = [*prompt, *range(100, 107)]
+    pair.decode(consumer, longer, pair.prefill(producer, longer).returned, producer)
+    assert consumer.loaded_tokens == 30 + 37 - 28
+    pair.decode(consumer, longer, pair.prefill(producer, longer).returned, producer)
+    assert consumer.loaded_tokens == 30 + 37 - 28
+    assert not pair.pool.open_transfers
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrived", range(8))
+def test_what_does_not_come_is_computed(pair: Pair, arrived: int) -> None:
+    """Whatever garbage is in the blocks that did not come."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    pair.faults.get_blocks_max, pair.faults.spoil_rest = arrived, True
+    pair.decode(consumer, prompt, params, producer)
+    assert consumer.side.counters["transfer.incomplete"] == 1
+    assert not pair.pool.open_transfers
+
+
+def test_producer_is_aborted(pair: Pair) -> None:
+    """Its transfer ends, whenever that is; who waits for it computes."""
+    for steps in range(6):
+        producer, consumer = pair.both(budget=8)
+        prompt = list(range(30))
+        number = f"{steps + 1:016x}"
+        prefilling = pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": number})
+        decoding = pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": number})
+        for _ in range(steps):
+            producer.step()
+            consumer.step()
+        producer.abort(prefilling)
+        if not steps:  # it never ran, and nobody ever hears of it
+            consumer.abort(decoding)
+        pair.drain(producer, consumer)
+        assert not pair.pool.open_transfers
+        assert decoding.answer == (expected(prompt, 3) if steps else [])
+
+
+def test_consumer_is_aborted(pair: Pair) -> None:
+    """Waiting for the prefill, or for its blocks: the transfer ends, and the engine's blocks are free again."""
+    producer, consumer = pair.both(budget=8)
+    prompt = list(range(30))
+    decoding = pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": "1"})
+    consumer.step()
+    consumer.abort(decoding)
+    pair.drain(consumer)
+    pair.faults.put_gate.close()
+    prefilling = pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "2"})
+    decoding = pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": "2"})
+    pair.until(lambda: decoding.status == "loading" and pair.faults.receive_gate.arrived.is_set(), producer, consumer)
+    consumer.abort(decoding)
+    pair.drain(consumer)
+    pair.faults.put_gate.open()
+    pair.drain(producer)
+    assert prefilling.status == "finished"
+    assert not pair.pool.open_transfers
+
+
+def test_prefill_that_never_begins(pair: Pair) -> None:
+    """Is waited for as long as the setting says, then the prompt is computed."""
+    consumer = pair.engine(CONSUMER, transfer_open_timeout="20ms")
+    pair.decode(consumer, list(range(30)), {"do_remote_prefill": True, "transfer_id": "1"})
+    assert consumer.side.counters["transfer.miss.not_opened"] == 1
+    assert consumer.loaded_tokens == 0
+    assert not pair.pool.open_transfers
+
+
+def test_prefill_that_was_given_up(pair: Pair) -> None:
+    """Is not waited for."""
+    consumer = pair.engine(CONSUMER)
+    consumer.side._client.transfers.end([7])
+    pair.decode(consumer, list(range(30)), {"do_remote_prefill": True, "transfer_id": "7"})
+    assert consumer.side.counters["transfer.miss.ended"] == 1
+
+
+def test_another_namespace(pair: Pair) -> None:
+    """KV that means something else is never taken, and the prompt is computed at once."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    assert params is not None
+    params["remote_namespaces"] = ["00" * 16]
+    pair.decode(consumer, prompt, params, producer)
+    assert consumer.side.counters["transfer.miss.namespace"] == 1
+    assert consumer.loaded_tokens == 0
+    assert not pair.pool.open_transfers
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"remote_tokens": 31}, "prompt"),
+        ({"remote_nodes": []}, "no_node"),
+        ({"remote_nodes": [{"node_id": ""}]}, "no_node"),
+        ({"remote_nodes": [{"where": "here"}]}, "foreign"),
+        ({"remote_nodes": 3}, "foreign"),
+        ({"transfer_id": None}, "foreign"),
+        ({"transfer_id": "many"}, "foreign"),
+        ({"transfer_id": "0"}, "foreign"),
+        ({"transfer_id": "1" * 17}, "foreign"),
+    ],
+)
+def test_parameters_that_make_no_sense(pair: Pair, change: dict[str, Any], reason: str) -> None:
+    """The request is answered all the same."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    assert params is not None
+    pair.decode(consumer, prompt, params | change, producer)
+    assert consumer.side.counters[f"transfer.miss.{reason}"] == 1
+    assert consumer.loaded_tokens == 0
+
+
+def test_master_is_away(pair: Pair) -> None:
+    """Nothing is promised, and who was promised something does not wait."""
+    producer, consumer = pair.both()
+    for engine in (producer, consumer):
+        engine.side._client.transfers.master_is_away = True
+    prompt = list(range(30))
+    request = pair.submit(producer, prompt, 2, {"do_remote_decode": True})
+    pair.until(lambda: request.status == "finished", producer)
+    assert request.returned is None
+    assert producer.side.counters["transfer.miss.refused"] == 1
+    pair.decode(consumer, prompt, {"do_remote_prefill": True, "transfer_id": "1"}, producer)
+    assert consumer.side.counters["transfer.miss.no_master"] == 1
+
+
+def test_request_that_ends_otherwise_is_not_handed_over(pair: Pair) -> None:
+    """Only one that ended by its length; the transfer of another one ends."""
+    producer = pair.engine(PRODUCER)
+    request = pair.submit(producer, list(range(30)), 5, {"do_remote_decode": True})
+    pair.until(lambda: len(request.answer) == 2, producer)
+    producer.abort(request)
+    pair.drain(producer)
+    assert request.returned is None
+    assert not pair.pool.open_transfers
+
+
+def test_engines_that_take_no_part(pair: Pair) -> None:
+    """Ignore the parameters."""
+    engine = pair.engine({"role": Role(loads=True, saves=True)})
+    prompt = list(range(30))
+    assert pair.prefill(engine, prompt).returned is None
+    pair.decode(engine, prompt, {"do_remote_prefill": True, "transfer_id": "1"})
+    assert not pair.pool.calls
+
+
+def test_preempted_producer_goes_on(pair: Pair) -> None:
+    """Its transfer outlives the preemption, and is whole in the end."""
+    producer, consumer = pair.engine(PRODUCER, blocks=14, budget=8), pair.engine(CONSUMER)
+    prompts = [[i, *range(24)] for i in range(4)]
+    requests = [pair.submit(producer, prompt, 8, {"do_remote_decode": True}) for prompt in prompts]
+    pair.drain(producer)
+    assert producer.preemptions
+    for request in requests:
+        assert request.answer == expected(request.prompt, 8)
+        pair.decode(consumer, request.prompt, request.returned)
+    assert consumer.side.counters["transfer.received"] == 4
+    assert not pair.pool.open_transfers
+
+
+def test_preempted_consumer_does_not_wait_again(pair: Pair) -> None:
+    """What was loaded is gone with the preemption; it is computed, or found in the pool."""
+    producer, consumer = pair.engine(PRODUCER), pair.engine(CONSUMER, blocks=19, budget=8)
+    prompts = [[i, *range(24)] for i in range(2)]
+    params = [pair.prefill(producer, prompt).returned for prompt in prompts]
+    pair.drain(producer)
+    requests = [pair.submit(consumer, p, 40, given) for p, given in zip(prompts, params, strict=True)]
+    pair.drain(consumer)
+    assert consumer.preemptions
+    assert [request.answer for request in requests] == [expected(prompt, 40) for prompt in prompts]
+    assert not pair.pool.open_transfers
+
+
+def test_adapters_move_under_names_of_their_own(pair: Pair) -> None:
+    """An adapter's name says nothing about its weights: what is moved with one can be found by nobody else."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    request = pair.submit(producer, prompt, 1, {"do_remote_decode": True})
+    request.lora_request = object()
+    producer.requests.pop(request.request_id)
+    producer.waiting.remove(request)
+    producer.side._requests.clear()
+    producer.requests[request.request_id] = request
+    producer.side.track(request)
+    producer.waiting.append(request)
+    pair.until(lambda: request.status == "finished", producer)
+    pair.drain(producer)
+    assert len(pair.pool.shards) == 8
+    names = {name[:16] for name in request.block_hashes}
+    assert not names & {key for _, key, _ in pair.pool.shards}
+    decoding = Request("d", prompt, 3, kv_transfer_params=request.returned, lora_request=object())
+    consumer.requests["d"] = decoding
+    consumer.side.track(decoding)
+    consumer.waiting.append(decoding)
+    pair.drain(consumer)
+    assert decoding.answer == expected(prompt, 3)
+    assert consumer.loaded_tokens == 30
+    assert not pair.pool.shards
+
+
+def test_reset_leaves_what_is_on_its_way_behind(pair: Pair) -> None:
+    """Other weights may be in the engine by then."""
+    producer = pair.engine(PRODUCER, budget=8)
+    request = pair.submit(producer, list(range(30)), 1, {"do_remote_decode": True})
+    producer.step()
+    producer.step()
+    producer.side.forget_namespace()
+    pair.drain(producer)
+    assert request.status == "finished"
+    assert request.returned is None
+    assert not pair.pool.open_transfers
