@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvpool.cli import ctl_blocks, ctl_explain, ctl_fs, ctl_pins, ctl_pool, ctl_topology
+from kvpool.cli import ctl_blocks, ctl_engines, ctl_explain, ctl_fs, ctl_pins, ctl_pool, ctl_topology
 from kvpool.cli.options import CONTEXT, version_option
 from kvpool.cli.remote import EXIT_CODES_HELP, remote_options
 
@@ -28,8 +28,9 @@ def command(ctx: click.Context, master: str | None, as_json: bool | None, timeou
 
 
 _COMMANDS = (
-    ctl_pool.status, ctl_pool.nodes, ctl_pool.namespaces, ctl_blocks.lookup, ctl_explain.explain, ctl_blocks.evict,
-    ctl_pins.pin, ctl_pins.unpin, ctl_pins.pins, ctl_fs.fs, ctl_topology.topology, ctl_topology.ranktable,
+    ctl_pool.status, ctl_pool.nodes, ctl_engines.engines, ctl_pool.namespaces, ctl_blocks.lookup, ctl_explain.explain,
+    ctl_blocks.evict, ctl_pins.pin, ctl_pins.unpin, ctl_pins.pins, ctl_fs.fs, ctl_topology.topology,
+    ctl_topology.ranktable,
 )  # fmt: skip
 for _command in _COMMANDS:
     command.add_command(_command)

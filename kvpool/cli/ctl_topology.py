@@ -7,6 +7,7 @@ asking every host at once. kvpool itself needs none.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 
 import click
 
-from kvpool.cli import printers
+from kvpool.cli import ctl_engines, printers
 from kvpool.cli.options import CONTEXT, one_line_errors
 from kvpool.cli.remote import ExitCode, Remote, asks_master
 from kvpool.errors import InvalidArgumentError
-from kvpool.rpc.v1 import admin_pb2, types_pb2
+from kvpool.rpc.v1 import admin_pb2, master_pb2, types_pb2
 
 NPUS_MAX = 1024
 """On one host: far above what is built, far below what would fill a terminal."""
@@ -32,7 +33,7 @@ _INTERFACE = re.compile(r"[^\s/]{1,15}")  # what the kernel accepts as a name
 
 
 @click.command("topology", context_settings=CONTEXT)
-@click.option("--ranktable", is_flag=True, help="As a rank table, version 1.2; its lists of devices are empty.")
+@click.option("--ranktable", is_flag=True, help="As a rank table, version 1.2, of the announced engines.")
 @asks_master
 def topology(remote: Remote, *, ranktable: bool) -> None:
     """What the master knows of the cluster, as JSON. Exit code 1 when no node is live.
@@ -41,16 +42,19 @@ def topology(remote: Remote, *, ranktable: bool) -> None:
     Examples:
       kvpoolctl topology | jq -r '.nodes[] | "\\(.host):\\(.port)"'
       kvpoolctl topology --ranktable
-    A pool knows hosts, not their devices: kvpoolctl ranktable makes a table with devices.
+    A rank table has the devices that engines name; kvpoolctl ranktable makes one without any engine.
     """
+    engines = ctl_engines.known(remote)
     nodes = remote.call("Nodes", admin_pb2.NodesRequest())
     if ranktable:
-        printers.print_json(pool_rank_table(nodes))
-        click.echo("the pool knows hosts, not devices: both device lists are empty", err=True)
+        printers.print_json(live_rank_table(engines))
+        if left_out := [one.engine.engine for one in engines.engines if not _has_entries(one.engine)]:
+            why = "they do not name their devices, or neither prefill nor decode alone"
+            click.echo(f"left out: {', '.join(left_out)}: {why}", err=True)
     else:
         status = remote.call("Status", admin_pb2.StatusRequest())
         spaces = remote.call("Namespaces", admin_pb2.NamespacesRequest())
-        printers.print_json(topology_data(remote.address, status, nodes, spaces))
+        printers.print_json(topology_data(remote.address, status, nodes, engines, spaces))
     if not any(node.state == "live" for node in nodes.nodes):
         raise click.exceptions.Exit(ExitCode.NOTHING)
 
@@ -59,9 +63,10 @@ def topology_data(
     address: str,
     status: admin_pb2.StatusResponse,
     nodes: admin_pb2.NodesResponse,
+    engines: master_pb2.EnginesResponse,
     spaces: admin_pb2.NamespacesResponse,
 ) -> dict[str, Any]:
-    """Return the cluster as plain data; of engines the master tells how many report, not which."""
+    """Return the cluster as plain data."""
     return {
         "master": {
             "address": address,
@@ -70,7 +75,7 @@ def topology_data(
             "uptime_s": status.uptime_s,
         },
         **printers.nodes_data(nodes),
-        "engines": {"reporting": status.engines, "blocks": status.engine_blocks},
+        **ctl_engines.engines_data(engines),
         "namespaces": [item for item in printers.namespaces_data(spaces)["namespaces"] if item["blocks"]],
         "backends": [
             {
@@ -84,16 +89,35 @@ def topology_data(
     }
 
 
-def pool_rank_table(nodes: admin_pb2.NodesResponse) -> dict[str, Any]:
-    """Return the rank table of a pool: its live hosts, no devices, and therefore never ``completed``."""
-    hosts = sorted({node.address.host for node in nodes.nodes if node.state == "live"})
+def _has_entries(engine: master_pb2.EngineAnnouncement) -> bool:
+    return bool(engine.devices) and engine.role in {"kv_producer", "kv_consumer"}
+
+
+def live_rank_table(engines: master_pb2.EnginesResponse) -> dict[str, Any]:
+    """Return the rank table of engines; it is ``completed`` when some prefill and some decode."""
+    lists: dict[str, list[dict[str, str]]] = {"kv_producer": [], "kv_consumer": []}
+    clusters = itertools.count(1)
+    for role, entries in lists.items():
+        for engine in (status.engine for status in engines.engines if status.engine.role == role):
+            host = engine.address.rpartition(":")[0].strip("[]") or engine.host
+            for device in engine.devices:
+                number, _, address = device.partition(",")
+                entries.append(_entry(host, number, address, next(clusters)))
+    prefill, decode = lists.values()
+    return _table(len({entry["server_id"] for entry in prefill + decode}), prefill, decode)
+
+
+def _entry(host: str, device: str, address: str, cluster: int) -> dict[str, str]:
+    return {"server_id": host, "device_id": device, "device_ip": address, "cluster_id": str(cluster)}
+
+
+def _table(servers: int, prefill: Sequence[object], decode: Sequence[object], *, whole: bool = False) -> dict[str, Any]:
     return {
         "version": "1.2",
-        "server_count": str(len(hosts)),
-        "server_list": [{"server_id": host} for host in hosts],
-        "prefill_device_list": [],
-        "decode_device_list": [],
-        "status": "initializing",
+        "server_count": str(servers),
+        "prefill_device_list": prefill,
+        "decode_device_list": decode,
+        "status": "completed" if whole or (prefill and decode) else "initializing",
     }
 
 
@@ -179,12 +203,7 @@ def rank_table(
     ``addresses`` are the devices' own, by host and id; one that is missing is left empty. Raises InvalidArgumentError.
     """
     entries = [
-        {
-            "server_id": host,
-            "device_id": str(device),
-            "device_ip": addresses.get((host, device), ""),
-            "cluster_id": str(cluster),
-        }
+        _entry(host, str(device), addresses.get((host, device), ""), cluster)
         for cluster, (host, device) in enumerate(((h, d) for h, ids in devices.items() for d in ids), 1)
     ]
     if not 0 < prefill + decode <= len(entries):
@@ -192,13 +211,7 @@ def rank_table(
             "--prefill-device-cnt and --decode-device-cnt",
             f"{prefill} + {decode} is not allowed; allowed: 1 to {len(entries)}, the devices of all hosts",
         )
-    return {
-        "version": "1.2",
-        "server_count": str(len(devices)),
-        "prefill_device_list": entries[:prefill],
-        "decode_device_list": entries[prefill : prefill + decode],
-        "status": "completed",
-    }
+    return _table(len(devices), entries[:prefill], entries[prefill : prefill + decode], whole=True)
 
 
 def _hosts(ips: Sequence[str]) -> list[str]:

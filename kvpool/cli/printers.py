@@ -77,6 +77,7 @@ def status_data(reply: admin_pb2.StatusResponse) -> dict[str, Any]:
         "removals_max": reply.removals_max,
         "transfers": reply.transfers,
         "transfer_blocks": reply.transfer_blocks,
+        "engines_announced": reply.engines_announced,
         "engines": reply.engines,
         "engine_blocks": reply.engine_blocks,
         "backends": [backend_data(backend) for backend in reply.backends],
@@ -94,7 +95,7 @@ def print_status(reply: admin_pb2.StatusResponse) -> None:
         ("memory", share(reply.used_bytes, reply.capacity_bytes)),
         ("leases", f"{reply.leases} on {reply.leased_blocks} blocks"),
         ("transfers", f"{reply.transfers} under way, {reply.transfer_blocks} blocks held for them"),
-        ("engines", f"{reply.engines} report {reply.engine_blocks} blocks of their own (hbm)"),
+        ("engines", f"{reply.engines_announced}; {reply.engines} report {reply.engine_blocks} blocks of their own (hbm)"),
         ("removals kept", f"{reply.removals} of {reply.removals_max}"),
     ]
     print_table("Pool", ("", ""), rows)

@@ -70,11 +70,11 @@ class Remote:
     timeout_s: float
     as_json: bool
 
-    def call(self, method: str, request: Any) -> Any:
-        """Call one rpc of the Admin service; raises RemoteError."""
+    def call(self, method: str, request: Any, service: Callable[[grpc.Channel], Any] = admin_pb2_grpc.AdminStub) -> Any:
+        """Call one rpc, of the Admin service unless another one's stub is given; raises RemoteError."""
         try:
             with self._channel() as channel:
-                return getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=self.timeout_s)
+                return getattr(service(channel), method)(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
             raise self._explained(error) from None
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from kvpool.cli.ctl import command
 from kvpool.model import Namespace
-from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, types_pb2
+from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2, master_pb2_grpc, types_pb2
 
 USED, UNUSED = Namespace(model="used", layers=2), Namespace(model="unused")
 
@@ -23,9 +23,22 @@ def node(name, host, state):
     )
 
 
-class FakeMaster(admin_pb2_grpc.AdminServicer):
-    """Knows three nodes on two live hosts, one engine, two namespaces and a backend."""
+def engine(role, address, devices=(), **more):
+    said = master_pb2.EngineAnnouncement(
+        owner=1, engine=f"e-{role}", role=role, address=address, model="m", tensor_parallel=2, pipeline_parallel=1,
+        host="h", boot_id="x", devices=devices, **more,
+    )  # fmt: skip
+    return master_pb2.EngineStatus(engine=said, last_seen_s=0.5, blocks=7)
 
+
+class FakeMaster(admin_pb2_grpc.AdminServicer, master_pb2_grpc.MasterServicer):
+    """Knows three nodes on two live hosts, engines, two namespaces and a backend."""
+
+    engines = (
+        engine("kv_consumer", "10.0.0.2:8100", ["4,29.0.0.4", "5"]),
+        engine("kv_producer", "10.0.0.1:8100", ["0,29.0.0.1", "1,29.0.0.2"], transfers=True, namespaces=[b"\2" * 16]),
+        engine("kv_both", "", ["7"], residency=True),
+    )
     nodes = (node("b", "10.0.0.8", "live"), node("a", "10.0.0.7", "live"), node("c", "10.0.0.9", "dead"))
 
     def Status(self, request, context):  # noqa: N802  # the generated base class names it
@@ -38,6 +51,9 @@ class FakeMaster(admin_pb2_grpc.AdminServicer):
         return admin_pb2.StatusResponse(
             version="1.2.3", master_epoch=0xFEED, uptime_s=90, engines=2, engine_blocks=40, backends=[backend]
         )
+
+    def Engines(self, request, context):  # noqa: N802
+        return master_pb2.EnginesResponse(engines=self.engines)
 
     def Nodes(self, request, context):  # noqa: N802
         return admin_pb2.NodesResponse(nodes=self.nodes)
@@ -59,6 +75,7 @@ def master():
         server = grpc.server(pool)
         fake = FakeMaster()
         admin_pb2_grpc.add_AdminServicer_to_server(fake, server)
+        master_pb2_grpc.add_MasterServicer_to_server(fake, server)
         fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         yield fake
@@ -70,7 +87,7 @@ def run(*args):
 
 
 def test_topology_is_what_the_master_knows(master):
-    """Nodes with addresses, engines by number, namespaces in use, backends with who serves them."""
+    """Nodes and engines with addresses, namespaces in use, backends with who serves them."""
     result = run("topology", "--master", master.address)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -85,24 +102,61 @@ def test_topology_is_what_the_master_knows(master):
         ("b", "live", "10.0.0.8", 700, "/run/kvpool/b.sock"),
         ("c", "dead", "10.0.0.9", 700, "/run/kvpool/c.sock"),
     ]
-    assert data["engines"] == {"reporting": 2, "blocks": 40}
+    assert [one["address"] for one in data["engines"]] == ["", "10.0.0.1:8100", "10.0.0.2:8100"]
+    assert data["engines"][1] == {
+        "engine_id": "e-kv_producer", "address": "10.0.0.1:8100", "role": "prefill", "model": "m",
+        "tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel_rank": 0, "host": "h", "boot_id": "x",
+        "devices": ["0,29.0.0.1", "1,29.0.0.2"], "namespaces": ["02" * 16], "transfers": True, "layerwise": False,
+        "loads": False, "reports_residency": False, "blocks": 7, "last_seen_s": 0.5,
+    }  # fmt: skip
     assert [item["descriptor"]["model"] for item in data["namespaces"]] == ["used"]
     assert data["backends"] == [{"id": "01" * 16, "url": "/mnt/kv", "state": "read_only", "nodes": ["a", "b"]}]
 
 
-def test_the_pools_rank_table_has_hosts_and_no_devices(master):
-    """What the pool does not know is empty, is not called completed, and is named on stderr."""
+def test_the_rank_table_of_live_engines(master):
+    """Their devices by role; who names none, or does both, is left out and named on stderr."""
     result = run("topology", "--ranktable", "--master", master.address)
     assert result.exit_code == 0, result.output
+    keys = ("server_id", "device_id", "device_ip", "cluster_id")
+    prefill = [("10.0.0.1", "0", "29.0.0.1", "1"), ("10.0.0.1", "1", "29.0.0.2", "2")]
+    decode = [("10.0.0.2", "4", "29.0.0.4", "3"), ("10.0.0.2", "5", "", "4")]
     assert json.loads(result.stdout) == {
         "version": "1.2",
         "server_count": "2",
-        "server_list": [{"server_id": "10.0.0.7"}, {"server_id": "10.0.0.8"}],
-        "prefill_device_list": [],
-        "decode_device_list": [],
-        "status": "initializing",
+        "prefill_device_list": [dict(zip(keys, entry, strict=True)) for entry in prefill],
+        "decode_device_list": [dict(zip(keys, entry, strict=True)) for entry in decode],
+        "status": "completed",
     }
-    assert "devices" in result.stderr
+    assert result.stderr.startswith("left out: e-kv_both:")
+
+
+def test_a_rank_table_without_devices_is_not_completed(master):
+    """Engines on CPUs have none; the host stands for the address where that is not known."""
+    master.engines = (engine("kv_producer", "", ["0"]), engine("kv_consumer", "10.0.0.2:8100"))
+    table = json.loads(run("topology", "--ranktable", "--master", master.address).stdout)
+    assert table["status"] == "initializing"
+    assert table["server_count"] == "1"
+    assert [entry["server_id"] for entry in table["prefill_device_list"]] == ["h"]
+    assert table["decode_device_list"] == []
+
+
+def test_engines_as_a_table(master):
+    """What a person wants to know of each, and whatever is in a name stays text."""
+    result = run("engines", "--master", master.address)
+    assert result.exit_code == 0, result.output
+    for words in ("10.0.0.1:8100", "prefill", "tp 2, pp 1, dp rank 0", "whole", "not known", "not told", "0.5 s ago"):
+        assert words in result.stdout
+    data = json.loads(run("engines", "--json", "--master", master.address).stdout)
+    assert [one["role"] for one in data["engines"]] == ["both", "prefill", "decode"]
+
+
+def test_no_engine_is_exit_code_1(master):
+    """With a word on how one gets there."""
+    master.engines = ()
+    result = run("engines", "--master", master.address)
+    assert result.exit_code == 1
+    assert "connector" in result.stdout
+    assert json.loads(run("engines", "--json", "--master", master.address).stdout) == {"engines": []}
 
 
 @pytest.mark.parametrize("table", [[], ["--ranktable"]])
