@@ -95,7 +95,7 @@ def print_status(reply: admin_pb2.StatusResponse) -> None:
         ("memory", share(reply.used_bytes, reply.capacity_bytes)),
         ("leases", f"{reply.leases} on {reply.leased_blocks} blocks"),
         ("transfers", f"{reply.transfers} under way, {reply.transfer_blocks} blocks held for them"),
-        ("engines", f"{reply.engines_announced}; {reply.engines} report {reply.engine_blocks} blocks of their own (hbm)"),
+        ("engines", f"{reply.engines_announced}; {reply.engines} report {reply.engine_blocks} own blocks (hbm)"),
         ("removals kept", f"{reply.removals} of {reply.removals_max}"),
     ]
     print_table("Pool", ("", ""), rows)
