@@ -311,7 +311,15 @@ class PosixStore:
                 raise
             if make:
                 self._root.check()
-                os.makedirs(directory, exist_ok=True)
+                self._make(directory)
+
+    def _make(self, directory: str) -> None:
+        """Make a directory. Those of a namespace are to lie anywhere on the disk, see ``posix_io.spread``."""
+        parent = os.path.dirname(directory)
+        if os.path.dirname(parent) == self._blocks and not os.path.lexists(parent):
+            os.makedirs(parent, exist_ok=True)
+            posix_io.spread(parent)
+        os.makedirs(directory, exist_ok=True)
 
     def _directories(self) -> Iterator[tuple[str, str]]:
         for namespace in self._entries(self._blocks):

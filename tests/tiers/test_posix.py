@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
+import struct
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -645,3 +647,21 @@ def test_files_are_for_those_whom_the_umask_lets(store, root):
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE((root / "blocks" / str(NAME)).stat().st_mode) == 0o666 & ~umask
+
+
+def filesystem_of(path):
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    return max((len(point), kind) for point, kind in mounts if path.is_relative_to(point))[1]
+
+
+def test_directories_of_blocks_are_spread_over_an_ext4(store, root):
+    """Those below a namespace's lie in different places of the disk: not all among the inodes of deleted files."""
+    if filesystem_of(root) != "ext4":
+        pytest.skip("the temporary directory is not on ext4")
+    store.write(NAME, extent_of(NAME))
+    fd = os.open(root / "blocks" / NAME.namespace.hex(), os.O_RDONLY)
+    try:
+        flags = struct.unpack("@l", fcntl.ioctl(fd, 0x80086601, bytes(8)))[0]
+    finally:
+        os.close(fd)
+    assert flags & 0x20000  # chattr's T
