@@ -19,13 +19,13 @@ from kvpool.core.segment import STORED, Pin, SegmentState, Slot
 from kvpool.core.slots import check_items
 from kvpool.core.waits import Waiter, Waits
 from kvpool.errors import InvalidArgumentError, KVPoolError, OverloadedError, UnknownIdError
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, LAYERS_MAX
+from kvpool.model import CHECKSUM_BYTES, KEY_BYTES, LAYERS_MAX
 from kvpool.rpc.convert import namespace_from_proto
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.server.filetier import FileTier
 from kvpool.server.peers import Guard
-from kvpool.tiers.dram import Segment, SlotHeader, pack_header
+from kvpool.tiers.dram import Segment, write_header
 from kvpool.transport.connection import BlockingIO, Connection
 from kvpool.transport.frames import frame_buffers
 
@@ -212,18 +212,12 @@ class DataPlane:
         self.changed()
 
     def _describe(self, slots: list[Slot]) -> None:
+        view = self._segment.view
         for slot in slots:
-            key = slot.block.key
-            header = SlotHeader(
-                key[:DIGEST_BYTES],
-                key[DIGEST_BYTES:],
-                slot.shard,
-                slot.shard_bytes,
-                slot.layers,
-                slot.generation,
+            write_header(
+                view, slot.offset, slot.block.key, slot.shard, slot.shard_bytes, slot.layers, slot.generation,
                 slot.checksums or b"",
-            )
-            pack_header(self._segment.view, slot.offset, header)
+            )  # fmt: skip
 
     def _abort(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         self._state.abort(conn.id, message.abort.reservation)

@@ -22,6 +22,7 @@ __all__ = [
     "header_area",
     "pack_header",
     "parse_header",
+    "write_header",
 ]
 
 
@@ -75,12 +76,12 @@ class Segment(MappedMemory):
 #
 # It ends where the payload begins, so that it can be read without knowing how many layers there are.
 
-HEADER_FIXED_BYTES = 96  # the size of _FIXED
+HEADER_FIXED_BYTES = 96  # _FIXED and the checksum
 HEADER_ALIGN_BYTES = 512
 SLOT_MAGIC = b"KVPSLOT1"
 
-# magic, format version, layers, namespace digest, key, shard, -, shard bytes, generation, -, own checksum
-_FIXED = struct.Struct("<8sII16s16sI4xQQ16xQ")
+# magic, format version, layers, namespace digest and key, shard, -, shard bytes, generation, -; then its own checksum
+_FIXED = struct.Struct("<8sII32sI4xQQ16x")
 _OWN_CHECKSUM = struct.Struct("<Q")
 
 
@@ -112,24 +113,27 @@ def pack_header(view: memoryview, payload_offset: int, header: SlotHeader) -> No
         problem = f"digest and key have {DIGEST_BYTES} and {KEY_BYTES} bytes"
     if problem:
         raise InvalidArgumentError("slot_header", problem)
-    fixed_at = payload_offset - HEADER_FIXED_BYTES
-    start = fixed_at - len(header.checksums)
-    view[start:fixed_at] = header.checksums
-    _FIXED.pack_into(
-        view,
-        fixed_at,
-        SLOT_MAGIC,
-        FORMAT_VERSION,
-        header.layers,
-        header.namespace,
-        header.key,
-        header.shard,
-        header.shard_bytes,
-        header.generation,
-        0,
-    )
-    own_at = payload_offset - _OWN_CHECKSUM.size
-    _OWN_CHECKSUM.pack_into(view, own_at, xxhash.xxh3_64_intdigest(view[start:own_at]))
+    write_header(
+        view, payload_offset, header.namespace + header.key, header.shard, header.shard_bytes, header.layers,
+        header.generation, header.checksums,
+    )  # fmt: skip
+
+
+def write_header(
+    view: memoryview,
+    payload_offset: int,
+    block_key: bytes,
+    shard: int,
+    shard_bytes: int,
+    layers: int,
+    generation: int,
+    checksums: bytes,
+) -> None:
+    """Write the header of a slot whose fields the segment's own state has made; nothing is checked."""
+    fixed = _FIXED.pack(SLOT_MAGIC, FORMAT_VERSION, layers, block_key, shard, shard_bytes, generation)
+    header = checksums + fixed
+    own = _OWN_CHECKSUM.pack(xxhash.xxh3_64_intdigest(header))
+    view[payload_offset - len(header) - _OWN_CHECKSUM.size : payload_offset] = header + own
 
 
 def parse_header(view: memoryview, payload_offset: int) -> SlotHeader:
@@ -137,7 +141,8 @@ def parse_header(view: memoryview, payload_offset: int) -> SlotHeader:
     fixed_at = payload_offset - HEADER_FIXED_BYTES
     if not 0 <= fixed_at <= len(view) - HEADER_FIXED_BYTES:
         raise InvalidArgumentError("slot_header", f"no header before offset {payload_offset} of {len(view)} bytes")
-    magic, version, layers, namespace, key, shard, shard_bytes, generation, own = _FIXED.unpack_from(view, fixed_at)
+    magic, version, layers, block_key, shard, shard_bytes, generation = _FIXED.unpack_from(view, fixed_at)
+    (own,) = _OWN_CHECKSUM.unpack_from(view, payload_offset - _OWN_CHECKSUM.size)
     if magic != SLOT_MAGIC:
         raise InvalidArgumentError("slot_header", f"magic is {magic!r}, not {SLOT_MAGIC!r}")
     if version != FORMAT_VERSION:
@@ -148,6 +153,7 @@ def parse_header(view: memoryview, payload_offset: int) -> SlotHeader:
     start = fixed_at - CHECKSUM_BYTES * layers
     if xxhash.xxh3_64_intdigest(view[start : payload_offset - _OWN_CHECKSUM.size]) != own:
         raise InvalidArgumentError("slot_header", "checksum of the header is wrong")
+    namespace, key = block_key[:DIGEST_BYTES], block_key[DIGEST_BYTES:]
     return SlotHeader(namespace, key, shard, shard_bytes, layers, generation, bytes(view[start:fixed_at]))
 
 

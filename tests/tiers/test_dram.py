@@ -144,7 +144,7 @@ def sample(layers: int = 3) -> SlotHeader:
 
 def test_header_size_is_as_documented() -> None:
     """96 bytes and 8 per layer, rounded up to 512."""
-    assert dram._FIXED.size == HEADER_FIXED_BYTES
+    assert dram._FIXED.size + dram._OWN_CHECKSUM.size == HEADER_FIXED_BYTES
     assert [header_area(n) for n in (1, 52, 53, 4096)] == [512, 512, 1024, 33280]
 
 
