@@ -496,6 +496,7 @@ class Cluster:
                 problems.append(f"{node_id} uses {node.segment.used_bytes} bytes, not {known.used_bytes}")
         problems += [f"{node_id} is unknown" for node_id in running if node_id not in state.nodes]
         problems += self.storage.problems(state)
+        problems += self.workload.transfers.problems(state)
         real = held_by_nodes((node.node_id, node.segment) for node in self.nodes)
         return problems + differences(held_by_index(state), real)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, rows, segment, transfers
 
-_SMALL: tuple[tuple[ModuleType, str, float], ...] = (
+_SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (index, "ROWS_PER_SLICE", 2),
     (operators, "ROWS_PER_SLICE", 2),
     (backends, "ROWS_PER_SLICE", 2),
@@ -18,6 +18,7 @@ _SMALL: tuple[tuple[ModuleType, str, float], ...] = (
     (backends, "SCAN_RETRY_S", 1.0),
     (nodes, "ROWS_PER_SLICE", 2),
     (transfers, "SLICE_BLOCKS", 2),
+    (transfers, "DROP_AGAIN_S", (0.5, 1.0, 8.0)),
     (recency, "SEGMENT", 16),
     (keytable, "BUCKETS_MIN", 1),
     (keytable, "MOVE_BUCKETS", 16),

@@ -10,6 +10,7 @@ from kvpool.core.lookup import Group, Query
 from kvpool.core.segment import BEING_WRITTEN, NO_ROOM, STORED, Pin, Reservation, Slot
 from kvpool.errors import AllPinnedError, UnknownNamespaceError
 from kvpool.model import CHECKSUM_BYTES, KEY_BYTES, Namespace
+from kvpool.testing.transfers import TransferWorkload
 
 if TYPE_CHECKING:
     from kvpool.testing.cluster import Cluster, NodeProcess
@@ -48,33 +49,39 @@ class Workload:
         self._steps = 0
         self.read_units = 0
         self.hit_blocks = 0
+        self.transfers = TransferWorkload(cluster, self)
 
     @property
     def busy(self) -> bool:
-        """Whether a client still holds a reservation or a pin."""
-        return any(node.holding for node in self._cluster.nodes)
+        """Whether a client still holds a reservation or a pin, or moves a prompt."""
+        return self.transfers.engines > 0 or any(node.holding for node in self._cluster.nodes)
 
     def step(self) -> None:
         """Do one thing."""
         self._steps += 1
         choice = self._random.random()
         nodes = [node for node in self._cluster.nodes if node.stalled_until <= self._cluster.clock()]
-        if choice < 0.45 and nodes:
-            self._put(self._random.choice(nodes))
-        elif choice < 0.65 and nodes:
-            namespace, _ = self._namespace()
-            self._read(self._random.choice(nodes), namespace, self._keys())
-        elif choice < 0.92:
+        if choice < 0.4 and nodes:
+            namespace, shard_bytes = self.namespace()
+            self.put(self._random.choice(nodes), namespace, shard_bytes, self.keys(), self._shards(namespace))
+        elif choice < 0.6 and nodes:
+            namespace, _ = self.namespace()
+            self.read(self._random.choice(nodes), namespace, self.keys())
+        elif choice < 0.87:
             self._lookup()
-        elif choice < 0.97:
+        elif choice < 0.91:
             self._evict()
+        elif choice < 0.97:
+            self.transfers.begin()
         else:
             self._pin()
 
-    def _namespace(self) -> tuple[Namespace, int]:
+    def namespace(self) -> tuple[Namespace, int]:
+        """Return one that is in use by now, with the bytes of a shard."""
         return self._random.choice(NAMESPACES[: 2 + self._steps // 12])
 
-    def _keys(self) -> bytes:
+    def keys(self) -> bytes:
+        """Return some of a prompt's keys."""
         chain = self._random.choice(CHAINS)
         first = self._random.randrange(BLOCKS) if self._random.random() < 0.3 else 0
         return chain[first * KEY_BYTES : self._random.randint(first + 1, BLOCKS) * KEY_BYTES]
@@ -89,9 +96,11 @@ class Workload:
 
     # ---- put -----------------------------------------------------------------------------------
 
-    def _put(self, node: NodeProcess) -> None:
-        namespace, shard_bytes = self._namespace()
-        segment, owner, keys, shards = node.segment, self._owner(), self._keys(), self._shards(namespace)
+    def put(
+        self, node: NodeProcess, namespace: Namespace, shard_bytes: int, keys: bytes, shards: tuple[int, ...]
+    ) -> None:
+        """Store blocks in a node; now and then its client dies instead."""
+        segment, owner = node.segment, self._owner()
         digest = segment.register(namespace)
         try:
             put = segment.reserve(owner, digest, shards, keys, shard_bytes, namespace.shard_layers)
@@ -134,7 +143,8 @@ class Workload:
 
     # ---- get -----------------------------------------------------------------------------------
 
-    def _read(self, node: NodeProcess, namespace: Namespace, keys: bytes) -> None:
+    def read(self, node: NodeProcess, namespace: Namespace, keys: bytes) -> None:
+        """Read what a node has of these blocks, and check it."""
         owner = self._owner()
         shards = self._shards(namespace)
         pin = node.segment.pin(owner, namespace.digest, shards, keys)
@@ -179,8 +189,8 @@ class Workload:
         master = self._cluster.master
         if master.gone or master.stalled_until > self._cluster.clock():
             return
-        namespace, _ = self._namespace()
-        keys = self._keys()
+        namespace, _ = self.namespace()
+        keys = self.keys()
         blocks = len(keys) // KEY_BYTES
         known = self._random.randrange(blocks) if self._random.random() < 0.3 else 0
         answer = master.state.lookup(Query((Group(namespace.digest),), keys, known, lease=True))
@@ -195,7 +205,7 @@ class Workload:
                 known_node = master.state.node_of(owner.incarnation)
                 for node in self._cluster.nodes:
                     if known_node is not None and node.node_id == known_node.address.node_id:
-                        self._cluster.after(0.2 * self._random.random(), node, self._read, node, namespace, part)
+                        self._cluster.after(0.2 * self._random.random(), node, self.read, node, namespace, part)
         if answer.lease and self._random.random() < 0.7:
             self._cluster.after(3 * self._random.random(), master, master.state.release, [answer.lease])
 
@@ -203,11 +213,11 @@ class Workload:
         master = self._cluster.master
         if master.gone or master.stalled_until > self._cluster.clock():
             return
-        digest = self._namespace()[0].digest
+        digest = self.namespace()[0].digest
         choice = self._random.random()
         try:
             if choice < 0.5:
-                self._cluster.perform(master.state.evictions.keys(digest, self._keys())[2])
+                self._cluster.perform(master.state.evictions.keys(digest, self.keys())[2])
             elif choice < 0.7:
                 master.state.evictions.namespace(digest)
                 self._cluster.perform([])
@@ -228,7 +238,7 @@ class Workload:
             return
         ttl_s = self._random.choice((0, 3.0))
         try:
-            _, slices = pins.begin(self._namespace()[0].digest, self._keys(), ttl_s, "", self._cluster.clock())
+            _, slices = pins.begin(self.namespace()[0].digest, self.keys(), ttl_s, "", self._cluster.clock())
         except UnknownNamespaceError:
             return
         for effects in slices:

@@ -47,6 +47,7 @@ def test_accounts_come_down_to_zero(seed):
         cluster.settle()
     backend = state.backends.by_id[BACKEND]
     assert (len(state.index), state.backends.used_bytes(backend), backend.removing_bytes) == (0, 0, 0)
+    assert len(state.index.holds) == 0
     assert not cluster.storage.acknowledged
 
 
@@ -70,6 +71,7 @@ def test_the_simulation_reaches_what_it_is_for():
         *("blocks_added", "blocks_removed", "blocks_asked_to_evict", "inventories_asked", "stalls"),
         *("lookup_hit_blocks", "lookup_end_warming", "lookup_end_owner_suspect", "lookup_end_not_whole"),
         *("files_added", "files_lost", "files_doomed", "files_removed", "scans_asked"),
+        *(f"transfers.{what}" for what in ("opened", "sealed", "claimed", "ended", "expired")),
         *("evictions", "commanded_evictions", "victim_hits", "window_evictions", "quarantined", "read_units"),
     }
     assert {name for name in wanted if not totals.get(name)} == set()
