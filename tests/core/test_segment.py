@@ -27,6 +27,7 @@ MIB = 1 << 20
 SMALL = Namespace(model="small")
 WIDE = Namespace(model="wide", head_groups=3)
 PAIR = Namespace(model="two layers", layers=2)
+WIDE_PAIR = Namespace(model="wide, two layers", layers=2, head_groups=3)
 DEEP = Namespace(model="many layers", layers=64)
 OWNER = 1
 
@@ -46,7 +47,7 @@ def run(digest: bytes, *numbers: int, shard_bytes: int = 512, shards: int = 1) -
 def segment(slots: int, shard_bytes: int = 512) -> SegmentState:
     state = SegmentState(slots * (512 + shard_bytes))
     state.register(SMALL)
-    for namespace in (WIDE, PAIR, DEEP):
+    for namespace in (WIDE, PAIR, WIDE_PAIR, DEEP):
         state.register(namespace)
     return state
 
@@ -250,6 +251,157 @@ def test_process_gone_ends_the_connection_too():
     state.disconnect(OWNER, quarantine=True)
     assert state.used_bytes == 0
     state.check()
+
+
+# ---- transfers -------------------------------------------------------------------------------------
+
+
+def begin(state: SegmentState, *numbers: int, transfer: int = 7, owner: int = OWNER) -> int:
+    """Reserve blocks of two layers for a transfer; returns the reservation."""
+    return state.reserve(owner, PAIR.digest, (0,), keys(*numbers), 512, 2, transfer).id
+
+
+def here(state: SegmentState, *numbers: int, transfer: int = 7, layer: int = 0, reader: int = 2) -> list[bool]:
+    """Return which blocks a reader of the transfer may read from this layer on."""
+    pin = state.pin_ready(reader, PAIR.digest, (0,), keys(*numbers), transfer, layer)
+    state.release(reader, pin.id)
+    return [slot is not None for slot in pin.slots]
+
+
+def test_layers_are_seen_by_readers_of_the_same_transfer_only():
+    """As many as were told; by nobody else, by no other call, and not a moment before."""
+    state = segment(4)
+    held = begin(state, 1, 2)
+    assert here(state, 1, 2) == [False, False]
+    slots = state.progress(OWNER, held, 1, b"a" * 8 + b"b" * 8)
+    assert [slot.partial for slot in slots] == [b"a" * 8, b"b" * 8]
+    assert here(state, 1, 2) == [True, True]
+    assert here(state, 1, 2, layer=1) == [False, False]
+    assert here(state, 1, 2, transfer=8) == here(state, 1, 2, transfer=0) == [False, False]
+    assert state.layers_ready(PAIR.digest + key(1), 0, 7) == 1
+    assert state.layers_ready(PAIR.digest + key(1), 0, 8) == state.layers_ready(PAIR.digest + key(3), 0, 7) == 0
+    assert state.pin(2, PAIR.digest, (0,), keys(1)).id == 0
+    assert state.slot(PAIR.digest + key(1), 0) is None
+    assert state.local_prefix(PAIR.digest, 1, keys(1)) == 0
+    assert not state.has_changes
+    state.progress(OWNER, held, 2, b"c" * 8 + b"d" * 8)
+    assert here(state, 1, 2, layer=1) == [True, True]
+    state.check()
+    slots = state.commit(OWNER, held, b"a" * 8 + b"c" * 8 + b"b" * 8 + b"d" * 8)
+    assert [slot.checksums for slot in slots] == [b"a" * 8 + b"c" * 8, b"b" * 8 + b"d" * 8]
+    assert here(state, 1, 2, transfer=8, layer=1) == [True, True]
+    state.check()
+
+
+def test_only_the_leading_run_of_what_is_there_is_pinned():
+    """What comes after the first item that lacks the layer is of no use to who reads in order."""
+    state = segment(8)
+    state.progress(OWNER, begin(state, 1), 2, bytes(16))
+    state.progress(OWNER, begin(state, 3), 1, bytes(8))
+    assert here(state, 1, 3, 2, 1) == [True, True, False, False]
+    assert here(state, 1, 3, 1, layer=1) == [True, False, False]
+    assert here(state, 2, 1) == [False, False]
+    assert state.pinned == 0
+    wide = state.reserve(OWNER, WIDE_PAIR.digest, (2,), keys(1), 512, 2, 7)
+    state.progress(OWNER, wide.id, 1, bytes(8))
+    pin = state.pin_ready(2, WIDE_PAIR.digest, (2, 1), keys(1), 7, 0)
+    assert [slot is not None for slot in pin.slots] == [True, False]
+    state.check()
+
+
+def test_progress_only_goes_forward():
+    """What cannot be meant is refused by name, and changes nothing."""
+    state = segment(4)
+    held, plain = begin(state, 1, 2), begin(state, 3, transfer=0)
+    state.progress(OWNER, held, 1, bytes(16))
+    for call, field in (
+        ((held, 1, b""), "layers"),
+        ((held, 0, b""), "layers"),
+        ((held, 3, bytes(32)), "layers"),
+        ((held, 2, bytes(8)), "checksums"),
+        ((held, 2, bytes(32)), "checksums"),
+        ((plain, 1, bytes(8)), "reservation"),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            state.progress(OWNER, *call)
+        assert caught.value.field == field
+    for owner, reservation in ((2, held), (OWNER, 99)):
+        with pytest.raises(UnknownIdError):
+            state.progress(owner, reservation, 2, bytes(16))
+    with pytest.raises(InvalidArgumentError) as caught:
+        state.commit(OWNER, held, bytes(8) + b"x" * 8 + b"other..." + b"x" * 8)
+    assert caught.value.field == "checksums"
+    assert here(state, 1, 2) == [True, True]
+    assert here(state, 1, layer=1) == [False]
+    state.check()
+
+
+@pytest.mark.parametrize("end", ["abort", "drop", "die", "quarantine"])
+def test_a_slot_that_a_reader_has_pinned_stays_when_its_writer_is_gone(end):
+    """Its place is given to nobody and its key not written anew until it is released; new readers find nothing."""
+    state = segment(2)
+    held = begin(state, 1, 2)
+    state.progress(OWNER, held, 1, bytes(16))
+    pins = [state.pin_ready(reader, PAIR.digest, (0,), keys(1), 7, 0) for reader in (2, 3)]
+    if end == "abort":
+        state.abort(OWNER, held)
+    elif end == "drop":
+        state.commit(OWNER, held, bytes(32), bytes(2))
+    else:
+        state.disconnect(OWNER, quarantine=end == "quarantine")
+        state.check()
+        assert here(state, 1) == [False]
+        state.process_gone(OWNER)
+    state.check()
+    assert (state.reserved, state.pinned) == (1, 1)
+    assert here(state, 1) == [False]
+    assert state.reserve(4, PAIR.digest, (0,), keys(1), 512, 2, 9).offsets == [BEING_WRITTEN]
+    assert put(state, 5, owner=4)[0] >= 0
+    with pytest.raises(AllPinnedError):
+        put(state, 6, 7, shard_bytes=1024, owner=4)
+    state.release(2, pins[0].id)
+    state.check()
+    assert state.reserved == 1
+    state.disconnect(3)
+    state.check()
+    assert (state.reserved, state.pinned) == (0, 0)
+    assert begin(state, 1, owner=4)
+
+
+def test_a_pin_of_a_slot_outlasts_its_commit():
+    """A reader that began before the commit has an ordinary pin after it."""
+    state = segment(1)
+    held = begin(state, 1)
+    state.progress(OWNER, held, 1, bytes(8))
+    pin = state.pin_ready(2, PAIR.digest, (0,), keys(1), 7, 0)
+    state.commit(OWNER, held, bytes(16))
+    with pytest.raises(AllPinnedError):
+        put(state, 2)
+    state.release(2, pin.id)
+    assert put(state, 2)[0] >= 0
+    state.check()
+
+
+def test_of_two_transfers_that_write_a_block_the_first_is_read_early():
+    """The second is told that it is being written; its readers see it when it is committed."""
+    state = segment(2)
+    held = begin(state, 1)
+    assert state.reserve(3, PAIR.digest, (0,), keys(1), 512, 2, 8).offsets == [BEING_WRITTEN]
+    state.progress(OWNER, held, 2, bytes(16))
+    assert (here(state, 1, transfer=7), here(state, 1, transfer=8)) == ([True], [False])
+    state.commit(OWNER, held, bytes(16))
+    assert (here(state, 1, transfer=7), here(state, 1, transfer=8)) == ([True], [True])
+
+
+def test_whoever_listens_is_told_of_layers_and_commits():
+    """Of the slots in question, after they can be seen."""
+    state = segment(4)
+    told = []
+    state.arrived = lambda slots: told.append([(slot.key, slot.ready(7)) for slot in slots])
+    held = begin(state, 1, 2)
+    state.progress(OWNER, held, 1, bytes(16))
+    state.commit(OWNER, held, bytes(32), b"\x00\x01")
+    assert told == [[(key(1), 1), (key(2), 1)], [(key(2), 2)]]
 
 
 # ---- eviction --------------------------------------------------------------------------------------
@@ -485,7 +637,13 @@ def test_four_sizes_fill_90_percent(by_bytes):
 UNITS = 24
 OWNERS = st.integers(1, 3)
 NUMBERS = st.lists(st.integers(0, 11), min_size=1, max_size=4)
-SIZES = st.sampled_from([1, 512, 1000, 2048, 4096])
+SIZES = st.sampled_from([2, 512, 1000, 2048, 4096])
+TRANSFERS = st.integers(0, 2)
+
+
+def checksums(items: Iterable[tuple[bytes, int]], first: int = 0, end: int = 2) -> bytes:
+    """Return what a writer would say of these layers of these items."""
+    return b"".join(block[-6:] + bytes([shard, layer]) for block, shard in items for layer in range(first, end))
 
 
 class SegmentMachine(RuleBasedStateMachine):
@@ -494,9 +652,11 @@ class SegmentMachine(RuleBasedStateMachine):
     @initialize()
     def start(self):
         self.state = SegmentState(UNITS * 512)
-        for namespace in (SMALL, WIDE):
+        for namespace in (PAIR, WIDE_PAIR):
             self.state.register(namespace)
         self.reserved: dict[tuple[bytes, int], tuple[int, int]] = {}  # item -> offset, bytes
+        self.ready: dict[tuple[bytes, int], tuple[int, int]] = {}  # item of a transfer -> which, layers
+        self.orphans: set[tuple[bytes, int]] = set()  # given up by the writer, but not by a reader
         self.writes: dict[int, tuple[int, list[tuple[bytes, int]]]] = {}  # id -> owner, items
         self.ghosts: dict[int, list[tuple[bytes, int]]] = {}
         self.pins: dict[int, tuple[int, list[tuple[bytes, int, int]]]] = {}  # id -> owner, items with offset
@@ -519,14 +679,31 @@ class SegmentMachine(RuleBasedStateMachine):
                 )
         return taken
 
-    @rule(owner=OWNERS, wide=st.booleans(), shard=st.integers(0, 2), numbers=NUMBERS, size=SIZES)
-    def reserve(self, owner, wide, shard, numbers, size):
-        namespace, shard = (WIDE, shard) if wide else (SMALL, 0)
+    def give_up(self, items):
+        """Note that nobody goes on writing these; what is pinned stays where it is."""
+        pinned = {item[:2] for _, found in self.pins.values() for item in found}
+        for item in items:
+            self.ready.pop(item, None)
+            if item in pinned:
+                self.orphans.add(item)
+            else:
+                self.orphans.discard(item)
+                del self.reserved[item]
+
+    def unpin(self, gone):
+        """Note that these pins have ended."""
+        for pin in gone:
+            del self.pins[pin]
+        self.give_up(set(self.orphans))
+
+    @rule(owner=OWNERS, wide=st.booleans(), shard=st.integers(0, 2), numbers=NUMBERS, size=SIZES, transfer=TRANSFERS)
+    def reserve(self, owner, wide, shard, numbers, size, transfer):
+        namespace, shard = (WIDE_PAIR, shard) if wide else (PAIR, 0)
         units = (512 + size + 511) // 512
         items = [(namespace.digest + key(n), shard) for n in numbers]
         own = {item[0] for item in items}
         try:
-            held = self.state.reserve(owner, namespace.digest, (shard,), keys(*numbers), size, 1)
+            held = self.state.reserve(owner, namespace.digest, (shard,), keys(*numbers), size, 2, transfer)
         except AllPinnedError:
             offsets = [NO_ROOM] * len(items)
         else:
@@ -539,6 +716,8 @@ class SegmentMachine(RuleBasedStateMachine):
                 assert offset % 512 == 0
                 assert 512 <= offset <= UNITS * 512 - size
                 self.reserved[item] = (offset, size)
+                if transfer:
+                    self.ready[item] = (transfer, 0)
         if NO_ROOM in offsets:
             # No window was left, but for one through a block of this very call.
             taken = self.occupied()
@@ -555,12 +734,47 @@ class SegmentMachine(RuleBasedStateMachine):
         reservation = data.draw(st.sampled_from(sorted(self.writes)))
         owner, items = self.writes.pop(reservation)
         bits = bytes(data.draw(st.lists(st.integers(0, 1), min_size=len(items), max_size=len(items)))) if keep else b""
-        slots = self.state.commit(owner, reservation, bytes(8 * len(items)), bits)
+        slots = self.state.commit(owner, reservation, checksums(items), bits)
         wanted = [item for at, item in enumerate(items) if not bits or bits[at]]
         assert [(s.namespace + s.key, s.shard) for s in slots] == wanted
         assert [(s.offset, s.shard_bytes) for s in slots] == [self.reserved[item] for item in wanted]
-        for item in items:
+        for item in wanted:
+            self.ready.pop(item, None)
             del self.reserved[item]
+        self.give_up(set(items) - set(wanted))
+
+    def advance(self, reservation, layers):
+        owner, items = self.writes[reservation]
+        transfer, done = self.ready[items[0]]
+        self.state.progress(owner, reservation, layers, checksums(items, done, layers))
+        self.ready.update(dict.fromkeys(items, (transfer, layers)))
+
+    @rule(writer=OWNERS, reader=OWNERS, numbers=NUMBERS, size=SIZES, layers=st.integers(1, 2))
+    def write_and_read_early(self, writer, reader, numbers, size, layers):
+        self.reserve(writer, False, 0, numbers, size, 1)
+        mine = [held for held, (owner, items) in self.writes.items() if owner == writer and self.ready.get(items[0])]
+        if mine:
+            reservation = max(mine)
+            block, shard = item = self.writes[reservation][1][-1]
+            transfer, done = self.ready[item]
+            if done < layers:
+                self.advance(reservation, layers)
+            pin = self.state.pin_ready(reader, block[:16], (shard,), block[16:], transfer, 0)
+            assert pin.slots[0].partial == checksums([item], 0, max(done, layers))
+            self.pins[pin.id] = (reader, [(*item, self.reserved[item][0])])
+
+    @precondition(lambda self: self.writes)
+    @rule(data=st.data())
+    def progress(self, data):
+        reservation = data.draw(st.sampled_from(sorted(self.writes)))
+        owner, items = self.writes[reservation]
+        transfer, done = self.ready.get(items[0], (0, 0))
+        layers = data.draw(st.integers(1, 2))
+        if transfer and layers > done:
+            self.advance(reservation, layers)
+        else:
+            with pytest.raises(InvalidArgumentError):
+                self.state.progress(owner, reservation, layers, bytes(8 * len(items)))
 
     @precondition(lambda self: self.writes)
     @rule(data=st.data())
@@ -568,12 +782,34 @@ class SegmentMachine(RuleBasedStateMachine):
         reservation = data.draw(st.sampled_from(sorted(self.writes)))
         owner, items = self.writes.pop(reservation)
         self.state.abort(owner, reservation)
-        for item in items:
-            del self.reserved[item]
+        self.give_up(items)
+
+    @rule(owner=OWNERS, wide=st.booleans(), numbers=NUMBERS, transfer=TRANSFERS, layer=st.integers(0, 1))
+    def pin_ready(self, owner, wide, numbers, transfer, layer):
+        namespace, shards = (WIDE_PAIR, (2, 0, 1)) if wide else (PAIR, (0,))
+        asked = [(namespace.digest + key(n), shard) for n in numbers for shard in shards]
+        there = []
+        for item in asked:
+            if item in self.reserved:
+                named, layers = self.ready.get(item, (0, 0))
+                there.append(bool(transfer) and named == transfer and layers > layer)
+            else:
+                there.append(self.state.slot(*item) is not None)
+        run_length = [*there, False].index(False)
+        pin = self.state.pin_ready(owner, namespace.digest, shards, keys(*numbers), transfer, layer)
+        assert [slot is not None for slot in pin.slots] == [at < run_length for at in range(len(asked))]
+        found = [(*item, slot.offset) for item, slot in zip(asked, pin.slots, strict=True) if slot is not None]
+        for item, slot in zip(asked, pin.slots[:run_length], strict=False):
+            known = slot.partial if slot.checksums is None else slot.checksums
+            assert known == checksums([item], 0, len(known) // 8)
+            assert len(known) > 8 * layer
+        assert bool(pin.id) == bool(found)
+        if found:
+            self.pins[pin.id] = (owner, found)
 
     @rule(owner=OWNERS, wide=st.booleans(), numbers=NUMBERS)
     def pin(self, owner, wide, numbers):
-        namespace, shards = (WIDE, (2, 0, 1)) if wide else (SMALL, (0,))
+        namespace, shards = (WIDE_PAIR, (2, 0, 1)) if wide else (PAIR, (0,))
         pin = self.state.pin(owner, namespace.digest, shards, keys(*numbers))
         asked = [(namespace.digest + key(n), shard) for n in numbers for shard in shards]
         assert not any(slot and item in self.reserved for item, slot in zip(asked, pin.slots, strict=True))
@@ -586,48 +822,49 @@ class SegmentMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data):
         pin = data.draw(st.sampled_from(sorted(self.pins)))
-        owner, _ = self.pins.pop(pin)
+        owner, _ = self.pins[pin]
         self.state.release(owner + 1, pin)
         self.state.release(owner, pin)
+        self.unpin([pin])
 
     @rule(owner=OWNERS, quarantine=st.booleans())
     def disconnect(self, owner, quarantine):
         self.state.disconnect(owner, quarantine)
-        self.pins = {pin: held for pin, held in self.pins.items() if held[0] != owner}
+        self.unpin([pin for pin, held in self.pins.items() if held[0] == owner])
         for reservation in [r for r, (o, _) in self.writes.items() if o == owner]:
             items = self.writes.pop(reservation)[1]
             if quarantine:
                 self.ghosts.setdefault(owner, []).extend(items)
-            else:
                 for item in items:
-                    del self.reserved[item]
+                    self.ready.pop(item, None)
+            else:
+                self.give_up(items)
 
     @rule(owner=OWNERS)
     def process_gone(self, owner):
         self.disconnect(owner, quarantine=False)
         self.state.process_gone(owner)
-        for item in self.ghosts.pop(owner, []):
-            del self.reserved[item]
+        self.give_up(self.ghosts.pop(owner, []))
 
     @rule(wide=st.booleans(), numbers=NUMBERS)
     def evict(self, wide, numbers):
         before = self.state.used_bytes
-        freed = self.state.evict([run((WIDE if wide else SMALL).digest, *numbers)])
+        freed = self.state.evict([run((WIDE_PAIR if wide else PAIR).digest, *numbers)])
         assert before - self.state.used_bytes == freed
 
     @rule(wide=st.booleans(), numbers=NUMBERS)
     def set_victims(self, wide, numbers):
-        self.state.set_victims([run((WIDE if wide else SMALL).digest, *numbers)])
+        self.state.set_victims([run((WIDE_PAIR if wide else PAIR).digest, *numbers)])
 
     @rule(wide=st.booleans(), numbers=NUMBERS)
     def keep(self, wide, numbers):
-        digest = (WIDE if wide else SMALL).digest
+        digest = (WIDE_PAIR if wide else PAIR).digest
         self.state.keep([run(digest, *numbers)])
         self.wanted |= {digest + key(n) for n in numbers}
 
     @rule(wide=st.booleans(), numbers=NUMBERS, every=st.booleans())
     def let_go(self, wide, numbers, every):
-        digest = (WIDE if wide else SMALL).digest
+        digest = (WIDE_PAIR if wide else PAIR).digest
         if every:
             self.state.let_all_go()
             self.wanted.clear()
@@ -671,7 +908,7 @@ class SegmentMachine(RuleBasedStateMachine):
                 assert where[block, shard].offset == offset
 
 
-SegmentMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SegmentMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 test_random_calls_agree_with_the_oracle = SegmentMachine.TestCase
 
 
