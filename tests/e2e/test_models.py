@@ -24,8 +24,13 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @contextmanager
-def running(pool: Pool, home: Path, kind: str, **arguments: Any) -> Iterator[EngineProcess]:
-    """Run an engine of this kind of model on the pool; nothing must be left held when it ends."""
+def running(
+    pool: Pool, home: Path, kind: str, more: dict[str, Any] | None = None, **arguments: Any
+) -> Iterator[EngineProcess]:
+    """Run an engine of this kind of model on the pool; nothing must be left held when it ends.
+
+    ``more``: settings of the connector.
+    """
     cores = sorted(os.sched_getaffinity(0))
     ranks = arguments.get("tensor_parallel_size", 1)
     if len(cores) < ranks:
@@ -35,7 +40,7 @@ def running(pool: Pool, home: Path, kind: str, **arguments: Any) -> Iterator[Eng
     if not checkpoint.exists():
         models.make(home / "models", kind)
     settings = {"master": pool.address, "client_factory": "kvpool_vllm.testing:faulty_client", "lookup_timeout": "1s"}
-    engine = EngineProcess(checkpoint, settings, binding, **arguments)
+    engine = EngineProcess(checkpoint, settings | (more or {}), binding, **arguments)
     try:
         yield engine
         engine.ask("settle")
