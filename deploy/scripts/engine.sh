@@ -17,7 +17,7 @@ case ${1:-} in
 esac
 [ -n "${MODEL:-}" ] || fail "MODEL is not set"
 [ -n "${KVPOOL_MASTER:-}" ] || fail "KVPOOL_MASTER is not set"
-export KVPOOL_MASTER
+export KVPOOL_MASTER KVPOOL_ENGINE_ADDRESS="$local_ip:$server_port" # where kvpool-proxy finds it, through the master
 export GLOO_SOCKET_IFNAME="$nic_name" VLLM_HOST_IP="$local_ip"
 
 case ${DEVICE:-cuda} in

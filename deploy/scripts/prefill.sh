@@ -2,9 +2,8 @@
 # Starts one prefill engine: it finds prefixes in the pool, and stores there what it computes.
 set -eu
 name=prefill.sh
-# Its id is the address that it serves at: so kvpool-proxy knows whose cache the pool tells of.
 kv_transfer_config='{
-  "kv_connector": "KVPoolConnector", "kv_role": "kv_producer", "engine_id": "'"${2-}:${4-}"'",
+  "kv_connector": "KVPoolConnector", "kv_role": "kv_producer",
   "kv_connector_extra_config": {"producer_is_to_load": true, "report_residency": true}}'
 # shellcheck source=deploy/scripts/engine.sh
 . "$(dirname "$0")/engine.sh"

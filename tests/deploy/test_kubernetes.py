@@ -1,7 +1,6 @@
 """Manifests without a cluster: the schemas of Kubernetes itself, and what schemas cannot say."""
 
 import copy
-import json
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from kvpool_vllm.announce import address
 from tests.deploy import files
 
 VERSIONS = ("1.29", "1.35")
@@ -119,7 +119,7 @@ def test_names_within_a_manifest_lead_somewhere(item):
 
 
 def test_services_have_pods():
-    """Each Service of ours selects pods of ours, by a port that they name; so do the names that programs are given."""
+    """Each Service of ours selects pods of ours, by a port that they name; masters that are named are Services."""
     pods = [
         (item["spec"]["template"]["metadata"]["labels"], [p["name"] for c in spec["containers"] for p in c["ports"]])
         for _, item in OURS
@@ -130,29 +130,21 @@ def test_services_have_pods():
         chosen = [ports for labels, ports in pods if spec["selector"].items() <= labels.items()]
         assert len(chosen) == 1, name
         assert {port["targetPort"] for port in spec["ports"]} <= set(chosen[0]), name
-    for call in files.calls():
-        for arg in call.argv:
-            flag, _, value = arg.partition("=")
-            if flag in {"--prefiller-hosts", "--decoder-hosts"} and "kubernetes" in call.where:
-                for host in value.split(","):
-                    pod, _, service = host.partition(".")
-                    assert service in services, host
-                    assert pod.rpartition("-")[0] == service, host
     for path in [*files.DEPLOY.glob("kubernetes/**/*.yaml"), *files.DEPLOY.glob("kthena/*.yaml")]:
         for service in re.findall(r"([a-z-]+)(?:\.kvpool)?:50088", path.read_text()):
             assert service in services, path
 
 
-def test_engines_are_called_what_the_proxy_calls_them():
-    """The id of an engine behind the proxy is its pod's name at its Service, and its port."""
-    sets = [item for _, item in OURS if item["kind"] == "StatefulSet"]
-    assert len(sets) == 2
-    for item in sets:
-        (container,) = item["spec"]["template"]["spec"]["containers"]
-        config = json.loads(container["command"][container["command"].index("--kv-transfer-config") + 1])
+def test_engines_are_found_where_they_serve():
+    """The proxy is told the master alone; engines behind it have a command line that says where they serve."""
+    proxies = [call.argv for call in files.calls() if "kubernetes" in call.where and call.argv[0] == "kvpool-proxy"]
+    assert proxies
+    assert all("prefiller" not in arg and "--instances" not in arg for argv in proxies for arg in argv)
+    engines = [c for where, c in files.containers() if "pd.yaml" in where and c["command"][:2] == ["vllm", "serve"]]
+    assert {container["name"] for container in engines} == {"prefill", "decode"}
+    for container in engines:
         port = container["ports"][0]["containerPort"]
-        assert config["engine_id"] == f"$(POD_NAME).{item['spec']['serviceName']}:{port}"
-        assert f"--port={port}" in container["command"]
+        assert address(None, "an id", ["/usr/local/bin/vllm", *container["command"][1:]]) == f":{port}"
 
 
 def test_who_needs_the_pool_is_let_in():

@@ -132,7 +132,7 @@ def test_one_variable_chooses_the_device(engine, script, role, device, variables
     assert env["KVPOOL_MASTER"] == "10.0.0.9:50088"
     config = json.loads(("\n".join(argv)).partition("--kv-transfer-config\n")[2].partition("\n--max")[0])
     assert (config["kv_connector"], config["kv_role"]) == ("KVPoolConnector", role)
-    assert config["engine_id"] == "10.0.0.2:9001"
+    assert env["KVPOOL_ENGINE_ADDRESS"] == "10.0.0.2:9001"
 
 
 def test_the_port_of_a_transfer_connector_is_left_out(engine):

@@ -152,9 +152,10 @@ def proxy(*arguments: str) -> Iterator[int]:
         while True:
             assert process.poll() is None
             with contextlib.suppress(OSError):
-                ask(port, "/health")
-                break
-            assert time.monotonic() < deadline, "the proxy finds no instance up"
+                found = json.loads(ask(port, "/healthcheck"))
+                if (found["prefill_instances"], found["decode_instances"]) == (1, 1):
+                    break
+            assert time.monotonic() < deadline, "the proxy does not find both engines"
             time.sleep(0.1)
         yield port
     finally:
@@ -163,15 +164,14 @@ def proxy(*arguments: str) -> Iterator[int]:
 
 
 def test_the_proxy_brings_them_together(engines: tuple[Script, Script], pool: Pool, prompts: Prompts) -> None:
-    """A request to kvpool-proxy is prefilled here and decoded there; blocks that are stored by then are loaded."""
+    """The proxy finds them; a request is prefilled here and decoded there, and its blocks are there again later."""
     prefill, decode = engines
     prompt = prompts.random(3 * BLOCK + 40)
     before = pool.control("status")["blocks"]
-    sides = ("--prefiller-ports", str(prefill.port), "--decoder-ports", str(decode.port))
-    with proxy("--master", pool.address, *sides) as port:
+    with proxy("--master", pool.address) as port:
         assert complete(port, prompt, 4)
         pool.wait_blocks(before + 3)  # the decode engine stores nothing: they are the prefill engine's
         decode.forget()
         hits = decode.hit_tokens()
         assert complete(port, prompt, 4)
-    assert decode.hit_tokens() - hits == 3 * BLOCK
+    assert decode.hit_tokens() - hits >= 3 * BLOCK

@@ -8,6 +8,7 @@ import random
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,10 @@ START_S = 300.0
 ASK_S = 60.0
 
 DONE = 'kvpool_proxy_prefills_total{outcome="done"}'
+AT_ONCE = 'kvpool_proxy_decode_starts_total{when="with_prefill"}'
+MOVED = "vllm:external_prefix_cache_hits_total"
+ASKED = "vllm:prompt_tokens_total"
+HITS = "vllm:prefix_cache_hits_total"
 FOUND = 'kvpool_proxy_lookups_total{outcome="found"}'
 
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
@@ -56,6 +61,11 @@ class Server:
         except OSError:
             return False
         return True
+
+    def found(self) -> set[str]:
+        """Return the instances that a proxy has found by itself, and that are up."""
+        roles = json.loads(self.get("/instances")).values()
+        return {one["instance"] for role in roles for one in role if one["up"] and one["discovered"]}
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
@@ -121,7 +131,10 @@ def served(
     folder: Path, model: Path, transfers: list[dict[str, Any] | None], flags: dict[str, list[int]], *more: str,
     environment: dict[str, str] | None = None,
 ) -> Iterator[tuple[list[Server], Server]]:  # fmt: skip
-    """Run engines and a proxy in front of them; ``flags``: which engines follow which of the proxy's flags."""
+    """Run engines and a proxy in front of them; ``flags``: which engines follow which of the proxy's flags.
+
+    Engines that none follows are to be found through the master: all but those without a ``transfer``.
+    """
     children = Children()
     ports = [free_port(HOST) for _ in transfers]
     python = engine_python(sys.executable, "python")
@@ -133,7 +146,7 @@ def served(
             own = {"VLLM_NIXL_SIDE_CHANNEL_HOST": HOST, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port(HOST))}
             spec = EngineSpec(
                 f"engine {number}", python, read_model(model), 400, BLOCK_TOKENS, 4096,
-                transfer and transfer | {"engine_id": f"{HOST}:{port}"}, own | (environment or {}),
+                transfer and transfer | {"engine_id": uuid.uuid4().hex}, own | (environment or {}),
             )  # fmt: skip
             children.start(spec.name, "kvpool.bench.ttft_exec", spec.command(port, home))
         engines = [Server(port) for port in ports]
@@ -146,6 +159,9 @@ def served(
             arguments += [flag, *(one if flag == "--instances" else one.rpartition(":")[2] for one in wanted)]
         children.start("proxy", "kvpool.cli.proxy", arguments)
         children.wait_until(proxy.is_healthy, "the proxy was not ready", deadline)
+        if not flags:
+            expected = {f"http://{e.address}" for e, transfer in zip(engines, transfers, strict=True) if transfer}
+            children.wait_until(lambda: proxy.found() == expected, "the proxy does not find the engines", deadline)
         yield engines, proxy
     finally:
         end_groups(children.children)
@@ -172,11 +188,11 @@ def until_found(proxy: Server) -> None:
 
 
 def test_two_engines_on_one_pool(tmp_path: Path, model: Path, pool: Pool) -> None:
-    """Through the proxy come the tokens that an engine says itself, and prompts go where the master says they lie."""
+    """Found through the master, engines get prompts where it says they lie; the tokens are those of an engine."""
     transfer = kvpool_transfer(pool.address, "", {"report_residency": True})
     del transfer["kv_connector_extra_config"]["node"]
     more = ("--master", pool.address, "--lookup_timeout", "5s")
-    with served(tmp_path, model, [transfer, transfer], {"--instances": [0, 1]}, *more) as (engines, proxy):
+    with served(tmp_path, model, [transfer, transfer], {}, *more) as (engines, proxy):
         assert json.loads(proxy.get("/v1/models"))["data"][0]["id"] == "bench"
         check_same_tokens(proxy, Sure(engines[0], 1))
         until_found(proxy)
@@ -216,6 +232,28 @@ def test_prefill_and_decode_meet_in_the_pool(tmp_path: Path, model: Path, pool: 
         assert proxy.metric('kvpool_proxy_prefills_total{outcome="skipped"}') >= 3
 
 
+def test_prefill_and_decode_at_once(tmp_path: Path, model: Path, pool: Pool) -> None:
+    """The decode engine takes the prompt's KV while it is computed: the same tokens, next to nothing computed twice."""
+
+    def transfer(role: str) -> dict[str, Any]:
+        made = kvpool_transfer(pool.address, "", {"use_layerwise": True, "gate": "off", "lookup_timeout": "5s"})
+        del made["kv_connector_extra_config"]["node"]
+        return made | {"kv_role": role}
+
+    transfers = [transfer("kv_producer"), transfer("kv_consumer"), None]
+    with served(tmp_path, model, transfers, {}, "--master", pool.address) as (engines, proxy):
+        proxy.complete([3] * 640)  # the engines' first steps say how they hold KV
+        engines[1].complete([4] * 640)
+        before = {name: engines[1].metric(name) for name in (MOVED, ASKED, HITS)}
+        started = proxy.metric(AT_ONCE)
+        check_same_tokens(proxy, Sure(engines[2], 5))
+        assert proxy.metric(AT_ONCE) - started == 12
+        assert proxy.metric(DONE) == 13
+        moved, asked, hits = (engines[1].metric(name) - old for name, old in before.items())
+        assert moved > 0
+        assert asked - moved - hits <= 12 * BLOCK_TOKENS
+
+
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="needs nixl: make setup-vllm")
 def test_prefill_and_decode_apart(tmp_path: Path, model: Path) -> None:
     """NixlConnector moves the prompt's KV: the decode engine says the same tokens and computes next to nothing."""
@@ -225,8 +263,6 @@ def test_prefill_and_decode_apart(tmp_path: Path, model: Path) -> None:
     with served(tmp_path, model, [NIXL, NIXL, None], flags, environment=environment) as (engines, proxy):
         check_same_tokens(proxy, Sure(engines[2], 3))
         assert proxy.metric(DONE) == 12
-        moved = engines[1].metric("vllm:external_prefix_cache_hits_total")
-        asked = engines[1].metric("vllm:prompt_tokens_total")
-        hits = engines[1].metric("vllm:prefix_cache_hits_total")
+        moved, asked, hits = (engines[1].metric(name) for name in (MOVED, ASKED, HITS))
         assert moved > 0
         assert asked - moved - hits <= 12 * BLOCK_TOKENS
