@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from kvpool import Client, Namespace
-from tests.integration.pool import Pool, chain_of, wait_for
+from tests.integration.pool import Pool, T, chain_of, wait_for
 
 SPACE = Namespace("gaps", layers=2, head_groups=2)
 BLOCKS = 6
@@ -53,6 +55,35 @@ def test_heads_come_back_to_their_places(pool: Pool, putter: str, checksum: str)
             whole = [np.zeros(2 * 16 * 64, np.uint8) for _ in range(BLOCKS)]
             assert two.get(SPACE, chain, whole, shard=1).prefix == BLOCKS
             assert [run.tobytes() for run in whole] == joined(source, 1)
+
+
+def test_heads_come_layer_by_layer(pool: Pool) -> None:
+    """A transfer's layers, too, go from gaps to gaps, through shared memory and TCP, before their commit."""
+    chain, source = chain_of(1, BLOCKS), memory(1)
+    wanted = head(source, 1)
+    with pool.client("a") as one, pool.client("a") as near, pool.client("b") as far:
+        node = one.own_node
+        assert node is not None
+        put = one.put_layers(SPACE, chain, shard=1, shard_bytes=2 * 16 * 64, transfer=7)
+        assert put is not None
+        assert put.wanted == list(range(BLOCKS))
+        put.write(0, 1, [layers[:1] for layers in wanted])
+        targets = [memory() for _ in range(2)]
+        with ThreadPoolExecutor(2) as threads:
+            received = [
+                threads.submit(
+                    client.receive, SPACE, chain, head(target, 1),
+                    shard=1, transfer=7, node=node, alive=lambda: True, timeout_ms=1000 * T,
+                )
+                for client, target in zip((near, far), targets, strict=True)
+            ]  # fmt: skip
+            wait_for(lambda: all(target[:, 0, :, 1].any() for target in targets), "the first layer")
+            put.write(1, 2, [layers[1] for layers in wanted])
+            assert [future.result(T).prefix for future in received] == [BLOCKS, BLOCKS]
+        assert put.commit().stored == BLOCKS
+        for target in targets:
+            assert np.array_equal(target[:, :, :, 1], source[:, :, :, 1])
+            assert not target[:, :, :, 0].any()
 
 
 def test_large_layers(pool: Pool) -> None:
