@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 Call = Callable[[str, object, float], Any]
 """An rpc's name, its request and seconds to the master's answer; raises KVPoolError."""
 
-ALIVE_S = 2.0
+ALIVE_S = 3.0
 """How often an engine says that it is there: more often than the master asks for, since a new one knows nobody."""
 
 ASK_S = 1.0

@@ -85,7 +85,9 @@ class Prefill:
         """End what still runs: nobody waits for it."""
         if self.task is not None:
             self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
+            (defect,) = await asyncio.gather(self.task, return_exceptions=True)
+            if isinstance(defect, Exception):  # the client has its answer, whatever this was
+                log.error("a prefill ended unexpectedly: %r", defect, exc_info=defect)
 
 
 class Exchange:
