@@ -28,6 +28,7 @@ from kvpool.bench.pd_report import PDReport, draw
 from kvpool.bench.pd_results import Result, Row
 from kvpool.bench.pd_sim import ROUTINGS, Cluster, Simulation
 from kvpool.bench.pd_stage import POLICIES, PREFIX, EngineSizes, Shape, Stage, engine_specs, host, learn, proxies
+from kvpool.bench.pd_transfer import measure_transfer
 from kvpool.bench.pd_workload import KINDS, Ask
 from kvpool.bench.pool import bench_pool
 from kvpool.bench.ttft_engines import engine_python, get_model, need_kvpool, running_engines
@@ -208,7 +209,7 @@ def _measure(
 
 def _check(options: dict[str, Any]) -> None:
     """Turn texts into values and raise InvalidArgumentError for flags that exclude each other."""
-    modes = [name for name in ("simulated", "url", "prefill") if options[name]]
+    modes = [name for name in ("simulated", "url", "prefill", "transfer") if options[name]]
     if len(modes) > 1:
         raise InvalidArgumentError(modes[1], f"does not go with --{modes[0]}")
     if bool(options["prefill"]) != bool(options["decode"]):
@@ -228,12 +229,17 @@ def _check(options: dict[str, Any]) -> None:
     if not isinstance(found, dict):
         raise InvalidArgumentError("connector_config", "must be a JSON object")
     options["connector_config"] = found
+    if options["plot"] and options["transfer"]:
+        raise InvalidArgumentError("plot", "does not go with --transfer")
     if options["plot"]:
         check_plot(options["plot"])
 
 
 def _run(options: dict[str, Any], report: PDReport) -> None:
     _check(options)
+    if options["transfer"]:
+        measure_transfer(options, report)
+        return
     works = _works(options, report)
     if options["write"]:
         if len(works) > 1:
@@ -299,6 +305,14 @@ def _run(options: dict[str, Any], report: PDReport) -> None:
 @click.option("--block_size", default=32, type=click.IntRange(1, 4096), show_default=True, help="Tokens of a block.")
 @click.option("--segment_size", default="", metavar="SIZE", help="Memory of each node; twice its engine's cache.")
 @click.option("--timeout", default=300.0, type=click.FloatRange(1), show_default=True, help="Seconds for a request.")
+@click.option("--transfer", is_flag=True, help="How long a prompt's KV takes from a prefilling to a decoding engine.")
+@click.option(
+    "--systems", multiple=True, type=click.Choice(["kvpool", "nixl"]), help="What --transfer measures.  [both]"
+)
+@click.option(
+    "--transfer_tokens", default=4096, type=click.IntRange(1, 1 << 20), show_default=True, help="Of a prompt."
+)
+@click.option("--prompts", default=3, type=click.IntRange(1, 1000), show_default=True, help="For --transfer.")
 @click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
 @click.option("--plot", metavar="FILE", help="Draw hits and times here (PNG; needs matplotlib).")
 def command(json_path: str | None, **options: Any) -> None:
@@ -318,6 +332,7 @@ def command(json_path: str | None, **options: Any) -> None:
       kvpool-bench pd --engine_python .venv-vllm/bin/python --instances 2 --plot pd.png
       kvpool-bench pd --prefill 1 --decode 1 --model tiny
       kvpool-bench pd --workload chat --seed 1 --write chat.jsonl
+      kvpool-bench pd --transfer --systems kvpool --systems nixl
       kvpool-bench pd --read chat.jsonl --url http://10.0.0.1:8100 --url http://10.0.0.2:8100 --master 10.0.0.7:50088
     """
     report = PDReport()

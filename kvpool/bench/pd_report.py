@@ -67,11 +67,7 @@ class PDReport(Report):
         """Return one table for workloads and one for the rest, as far as there are any."""
         found = [self._rows(title)] if self.rows else []
         rest = [figure for figure in self.figures if figure.name != "ttft_mean"]
-        if rest:
-            other = Report(self.bench)
-            other.figures = rest
-            found += other.tables("Transfer" if found else title)
-        return found
+        return [*found, _transfers(rest, "Transfer" if found else title)] if rest else found
 
     def _rows(self, title: str) -> Table:
         table = Table(title=title, title_justify="left")
@@ -90,6 +86,21 @@ class PDReport(Report):
             )  # fmt: skip
         table.caption = "tokens of prompts by where they came from; times to first token, ms; tokens generated a second"
         return table
+
+
+def _transfers(figures: Sequence[Figure], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in ("system", "decode asked", "figure", "ms", "each", "beside", "ms", "ratio"):
+        table.add_column(heading, justify="right" if heading in {"ms", "ratio"} else "left")
+    for figure in figures:
+        detail = figure.detail
+        table.add_row(
+            detail["system"], detail["decode asked"], figure.name, f"{figure.value:,.1f}",
+            ", ".join(f"{value:,.0f}" for value in detail["each_ms"]), figure.limit or "",
+            "" if figure.limit_value is None else f"{figure.limit_value:,.1f}",
+            "" if figure.ratio is None else f"{figure.ratio:.2f}",
+        )  # fmt: skip
+    return table
 
 
 def _share(row: Row, where: Where) -> str:

@@ -184,13 +184,28 @@ class Server:
         return parse_metrics(body.decode(errors="replace")) if status == http.HTTPStatus.OK else Metrics()
 
     def sample(self, name: str) -> float:
-        """Return one figure of the server's metrics by its name and labels as the page has them; 0 without it."""
+        """Return a figure of the server's metrics by its name, or name and labels; 0 where it is not there."""
         try:
             status, body = self._ask("GET", "/metrics", METRICS_BYTES_MAX)
         except (OSError, http.client.HTTPException):
             return 0.0
-        found = re.search(rf"^{re.escape(name)} (\S+)$", body.decode(errors="replace"), re.MULTILINE)
-        return float(found[1]) if status == http.HTTPStatus.OK and found else 0.0
+        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", body.decode(errors="replace"), re.MULTILINE)
+        return sum(map(float, found)) if status == http.HTTPStatus.OK else 0.0
+
+    def ask_whole(self, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Send a request for a completion that is no stream and return the answer. Raises BenchError."""
+        raw = json.dumps({"model": self.model, **body}, separators=(",", ":")).encode()
+        try:
+            with self._connection(timeout_s) as connection:
+                connection.request("POST", self._root + "/v1/completions", raw, self._headers)
+                response = connection.getresponse()
+                text = response.read()
+                answer = json.loads(text)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise BenchError(f"the server at {self.url} does not answer: {error}") from None
+        if response.status != http.HTTPStatus.OK or not isinstance(answer, dict):
+            raise BenchError(f"the server at {self.url} answers {response.status}: {text[:ERROR_BYTES_MAX]!r}")
+        return answer
 
     def complete(self, prompt: Prompt | str, output_tokens: int, timeout_s: float, **more: Any) -> Answer:
         """Send one prompt and read its answer to the end; a failure is an answer with ``error``."""

@@ -1,0 +1,319 @@
+"""How long a prompt's KV takes from an engine that prefills to one that decodes, beside bare copies of the same bytes.
+
+The prompt is one token longer than whole blocks, so that the decoding engine computes one token of it, whether it
+was sent the KV or has it in its own cache: the difference of both times to first token is the transfer's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import shlex
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from kvpool.bench.harness import BenchError, Helper, helpers
+from kvpool.bench.pd_report import PDReport
+from kvpool.bench.pd_stage import EngineSizes, Shape, engine_specs, host
+from kvpool.bench.pool import bench_pool
+from kvpool.bench.report import Figure
+from kvpool.bench.ttft_data import Prompts
+from kvpool.bench.ttft_engines import Engine, engine_python, get_model, need_kvpool, running_engines
+from kvpool.bench.ttft_http import Answer
+from kvpool.errors import InvalidArgumentError
+from kvpool.model import format_size
+from kvpool.proxy.prompts import fetch, for_decode, for_prefill
+
+HITS: Final = 5
+"""Times that a prompt is sent again: the middle one is what a hit in the engine's own cache takes."""
+COPIES: Final = 5
+OUTPUT_TOKENS: Final = 2
+COPY_S: Final = 60.0
+SETTLE_S: Final = 5.0
+"""What was transferred has been counted, and what was to be saved has been, by then."""
+
+SECONDS: Final = {
+    "kvpool": ("vllm:kvpool_save_seconds_total", "vllm:kvpool_load_seconds_total"),
+    "nixl": ("vllm:nixl_none", "vllm:nixl_xfer_time_seconds_sum"),
+}
+"""Counters of the time that the connectors say they took, where KV leaves an engine and where it comes into one."""
+
+
+def _copier(conn: Connection, path: str, size: int, into: bool) -> None:
+    """Copy between memory of its own and the segment each time it is asked to."""
+    own = np.ones(size, np.uint8)
+    with Path(path).open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        segment = np.frombuffer(mapped, np.uint8)
+        source, target = (own, segment) if into else (segment, own)
+        if into:
+            segment[:] = 1  # every page is there before anything is timed
+        conn.send("ready")
+        try:
+            while conn.recv():
+                start = time.monotonic()
+                np.copyto(target, source)
+                conn.send(time.monotonic() - start)
+        finally:
+            del segment, source, target
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Two processes and a segment between them: the way that KV takes through a node, with nothing else on it."""
+
+    into: Helper
+    out: Helper
+
+    def measure(self) -> tuple[float, float]:
+        """Return ms of the copy into the segment and of the one out of it, the middle of some."""
+        pairs = [(self.into.ask(True, COPY_S), self.out.ask(True, COPY_S)) for _ in range(COPIES)]
+        return statistics.median(a for a, _ in pairs) * 1000, statistics.median(b for _, b in pairs) * 1000
+
+
+@contextmanager
+def copies(size: int) -> Iterator[Copies]:
+    """Yield bare copies of so many bytes."""
+    descriptor = os.memfd_create("kvpool-bench")
+    try:
+        os.ftruncate(descriptor, size)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        with helpers(_copier, [(path, size, True), (path, size, False)]) as (into, out):
+            yield Copies(into, out)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(slots=True)
+class Times:
+    """Of one system and way; ms, an entry for each prompt."""
+
+    prefill: list[float] = field(default_factory=list)
+    """From the request to the prefilling engine to its answer."""
+    first: list[float] = field(default_factory=list)
+    """From the request to the decoding engine to its first token."""
+    hit: list[float] = field(default_factory=list)
+    """The same for the same prompt when that engine has it in its own cache."""
+    whole: list[float] = field(default_factory=list)
+    """From the first request of both to the first token."""
+    copied: list[float] = field(default_factory=list)
+    """The bare copies of the same bytes, both of them, close by in time."""
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+    """What the connectors say that they took, as KV left an engine, and as it came into one."""
+    computed: list[int] = field(default_factory=list)
+    """Tokens of the prompt that the decoding engine says it has computed."""
+
+    @property
+    def transfer(self) -> list[float]:
+        """What the transfer took."""
+        return [first - hit for first, hit in zip(self.first, self.hit, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A prefilling engine and a decoding one. ``at_once``: the decoding one may be asked while the other computes."""
+
+    name: str
+    prefill: Engine
+    decode: Engine
+    at_once: bool = False
+
+
+class TransferRun:
+    """Measures systems one after the other, each beside bare copies."""
+
+    def __init__(self, tokens: int, prompts: int, source: Prompts, report: PDReport, timeout_s: float) -> None:
+        self._tokens = tokens
+        self._prompts = prompts
+        self._source = source
+        self._report = report
+        self._timeout_s = timeout_s
+
+    def measure(self, system: System, bare: Copies) -> None:
+        """Measure one system. Raises BenchError when a request failed."""
+        ways: dict[str, Callable[[System, list[int]], tuple[float, Answer, float]]] = {"after the prefill": self._after}
+        if system.at_once:
+            ways["with the prefill"] = self._with
+        self._report.step(f"{system.name}: warming up")
+        for way in ways.values():  # connections, agents, first steps
+            way(system, self._source.tokens(min(257, self._tokens + 1)))
+        times = {name: Times() for name in ways}
+        for number in range(self._prompts):
+            for name, way in ways.items():
+                self._report.step(f"{system.name}, {name}: prompt {number + 1}")
+                self._one(system, way, times[name], bare)
+        for name, found in times.items():
+            self._tell(system, name, found)
+
+    def _one(
+        self,
+        system: System,
+        way: Callable[[System, list[int]], tuple[float, Answer, float]],
+        times: Times,
+        bare: Copies,
+    ) -> None:
+        prompt = self._source.tokens(self._tokens + 1)
+        before = _seconds(system)
+        into, out = bare.measure()
+        prefill_s, answer, whole_s = way(system, prompt)
+        hits = [self._stream(system.decode, prompt) for _ in range(HITS)]
+        into_again, out_again = bare.measure()
+        if any(hit.text != answer.text for hit in hits):
+            self._report.note(
+                f"{system.name}: a hit said something else than the transferred prompt: a near tie, or wrong KV"
+            )
+        times.prefill.append(prefill_s * 1000)
+        times.first.append(answer.ttft_s * 1000)
+        times.hit.append(statistics.median(hit.ttft_s for hit in hits) * 1000)
+        times.whole.append(whole_s * 1000)
+        times.copied.append(min(into + out, into_again + out_again))
+        after = _seconds_once_counted(system, before)
+        times.seconds.append((after[0] - before[0], after[1] - before[1]))
+        if answer.cached_tokens is not None:
+            times.computed.append(self._tokens + 1 - answer.cached_tokens)
+
+    def _after(self, system: System, prompt: list[int]) -> tuple[float, Answer, float]:
+        """Ask the decoding engine when the other has answered, as proxies do."""
+        start = time.monotonic()
+        params = self._prefill(system, for_prefill(_body(prompt)))
+        prefilled = time.monotonic()
+        answer = self._stream(system.decode, prompt, for_decode({}, params))
+        return prefilled - start, answer, prefilled - start + answer.ttft_s
+
+    def _with(self, system: System, prompt: list[int]) -> tuple[float, Answer, float]:
+        """Ask both at the same time."""
+        transfer = f"{secrets.randbits(63) + 1:016x}"
+        took: list[float] = []
+        problem: list[BenchError] = []
+
+        def prefill() -> None:
+            start = time.monotonic()
+            try:
+                self._prefill(system, for_prefill(_body(prompt), transfer))
+            except BenchError as error:
+                problem.append(error)
+            took.append(time.monotonic() - start)
+
+        beside = threading.Thread(target=prefill, name="prefill", daemon=True)
+        beside.start()
+        answer = self._stream(system.decode, prompt, for_decode({}, fetch(transfer)))
+        beside.join(self._timeout_s)
+        if problem or not took:
+            raise problem[0] if problem else BenchError("the prefill did not end")
+        return took[0], answer, answer.ttft_s
+
+    def _prefill(self, system: System, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        params = system.prefill.ask_whole(body, self._timeout_s).get("kv_transfer_params")
+        if not isinstance(params, dict):
+            raise BenchError(f"{system.name}: the prefilling engine does not say where the prompt's KV is")
+        return params
+
+    def _stream(self, engine: Engine, prompt: Sequence[int], more: Mapping[str, Any] | None = None) -> Answer:
+        answer = engine.complete(prompt, OUTPUT_TOKENS, self._timeout_s, **(more or {}))
+        if answer.error:
+            raise BenchError(f"a request to {engine.url} failed: {answer.error}")
+        return answer
+
+    # ---- figures -----------------------------------------------------------------------------------
+
+    def _tell(self, system: System, way: str, times: Times) -> None:
+        base = {"system": system.name, "decode asked": way, "tokens": self._tokens}
+        detail = base | {
+            "prompts": self._prompts,
+            "computed_tokens": times.computed,
+            "each_ms": _rounded(times.transfer if way.startswith("after") else times.whole),
+            "first_token_ms": _rounded(times.first),
+            "own_hit_ms": _rounded(times.hit),
+            "prefill_ms": _rounded(times.prefill),
+            "copy_ms": _rounded(times.copied),
+        }
+        copied = statistics.median(times.copied)
+        if way.startswith("after"):
+            took = statistics.median(times.transfer)
+            self._report.add(Figure("transfer", took, "ms", "both copies", took / copied, detail, copied))
+            said = [(a + b) * 1000 for a, b in times.seconds]
+            if any(said):
+                took = statistics.median(said)
+                each = {"each_ms": _rounded(said), "in_ms": _rounded([b * 1000 for _, b in times.seconds])}
+                self._report.add(
+                    Figure("connector's own time", took, "ms", "both copies", took / copied, base | each, copied)
+                )
+        prefill = statistics.median(times.prefill)
+        whole = statistics.median(times.whole)
+        self._report.add(Figure("ttft", whole, "ms", "prefill alone", whole / prefill, detail, prefill))
+        if times.computed and max(times.computed) > 1:
+            self._report.note(
+                f"WARNING: {system.name}, decode asked {way}: the decoding engine computed up to "
+                f"{max(times.computed)} tokens of a prompt"
+            )
+
+
+def _body(prompt: Sequence[int]) -> dict[str, Any]:
+    return {"prompt": list(prompt), "temperature": 0.0}
+
+
+def _seconds(system: System) -> tuple[float, float]:
+    out_of, into = SECONDS[system.name]
+    return system.prefill.sample(out_of), system.decode.sample(into)
+
+
+def _seconds_once_counted(system: System, before: tuple[float, float]) -> tuple[float, float]:
+    deadline = time.monotonic() + SETTLE_S
+    while (found := _seconds(system))[1] == before[1] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+def measure_transfer(options: Mapping[str, Any], report: PDReport) -> None:
+    """Measure the systems that were asked for, each with two engines of its own, one after the other."""
+    python = engine_python(options["engine_python"], "engine_python")
+    need_kvpool(python, "engine_python")
+    tokens, block, prompts = options["transfer_tokens"], options["block_size"], options["prompts"]
+    if tokens % block:
+        raise InvalidArgumentError("transfer_tokens", f"must be whole blocks of {block} tokens")
+    # Room for a few prompts: what was sent is hit again, and then forgotten.
+    sizes = EngineSizes(
+        4 * (tokens // block + 2), block, tokens + 2 * block, tuple(shlex.split(options["engine_args"]))
+    )
+    names = options["systems"] or ("kvpool", "nixl")
+    steps = 1 + len(names) * (2 + 2 * prompts)
+    with tempfile.TemporaryDirectory(prefix="kvpool-pd-", ignore_cleanup_errors=True) as folder, report.running(steps):
+        report.step("getting the model")
+        model = get_model(options["model"], python, Path(folder))
+        if not model.token_bytes:
+            raise InvalidArgumentError("model", "its configuration does not tell how much KV a token takes")
+        seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
+        report.note(f"prompts: --seed {seed}; {format_size(tokens * model.token_bytes)} of KV each")
+        run = TransferRun(tokens, prompts, Prompts(seed, 3, 4096), report, options["timeout"])
+        with copies(tokens * model.token_bytes) as bare:
+            for name in names:
+                report.step(f"starting two engines, {name}")
+                with ExitStack() as stack:
+                    pool = None
+                    if name == "kvpool":
+                        segment = options["segment_size"] or max(256 << 20, 8 * tokens * model.token_bytes)
+                        pool = stack.enter_context(
+                            bench_pool(None, nodes=2, segment_size=segment, hosts=[host(0), host(1)])
+                        )
+                    engines = stack.enter_context(running_engines(Path(folder)))
+                    config = {"use_layerwise": True, **options["connector_config"]}
+                    specs = engine_specs(Shape(1, 1, name), sizes, python, model, pool, config)
+                    prefill, decode = engines.start(specs)
+                    at_once = name == "kvpool" and bool(config["use_layerwise"])
+                    run.measure(System(name, prefill, decode, at_once), bare)
+                    engines.check()
+    report.note(f"vLLM {python.vllm}, model {options['model']} ({format_size(model.token_bytes)} a token)")
