@@ -145,7 +145,8 @@ class Transfers:
     def renew(self, transfers: Sequence[int]) -> list[int]:
         """Say that they are still wanted; returns those that are over or unknown, all while the master is away.
 
-        For the ones that were opened by this client it speaks as their producer, for all others as their consumer.
+        It speaks as the producer of those that this client has opened and not sealed, as the consumer of others, who
+        must have claimed them.
         """
         for transfer in transfers:
             _check_id(transfer)

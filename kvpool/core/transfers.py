@@ -253,9 +253,9 @@ class Transfers:
             if (known := self.by_id.get(transfer)) is not None and not known.sealed:
                 known.until = up + self.ttl_s
         for transfer in consumed:
-            if (known := self.by_id.get(transfer)) is not None:
+            known = self.by_id.get(transfer)
+            if known is not None and known.consumer_until is not None:  # or its producer's last word comes too late
                 known.consumer_until = up + self.ttl_s
-                self._await(known)
         return [transfer for transfer in (*produced, *consumed) if transfer not in self.by_id]
 
     def end(self, transfers: Sequence[int], up: float) -> list[int]:
