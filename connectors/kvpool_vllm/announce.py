@@ -65,7 +65,7 @@ def _served(argv: Sequence[str]) -> str:
     if not serves or any(word.partition("=")[0] in _UNREACHABLE for word in argv):
         return ""
     host, port = _option(argv, "--host") or "", _option(argv, "--port") or str(SERVE_PORT)
-    if not port.isdigit():
+    if not (port.isdigit() and 0 < int(port) < 1 << 16):
         return ""
     host = "" if host in _EVERYWHERE else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

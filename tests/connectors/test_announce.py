@@ -36,6 +36,7 @@ UUID = "0f6c4a8e-7f0c-4f0f-9a54-1c2b3d4e5f60"
         (None, UUID, [VLLM, "serve", "m", "--uds=/run/vllm"], ""),
         (None, UUID, [VLLM, "serve", "m", "--ssl-keyfile", "k"], ""),
         (None, UUID, [VLLM, "serve", "m", "--port", "$PORT"], ""),
+        (None, UUID, [VLLM, "serve", "m", "--port", "0"], ""),
         (None, UUID, [VLLM, "serve", "m", "--port"], ":8000"),
         (None, UUID, [VLLM, "bench", "serve", "--port", "8100"], ""),
         (None, UUID, ["offline.py", "serve", "--port", "8100"], ""),
