@@ -55,8 +55,8 @@ class MemoryPool:
     transfers: dict[int, MemoryTransfer] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     """What was said of transfers, but for claims and renewals."""
-    writing: dict[tuple[bytes, bytes, int, int], list[bytes]] = field(default_factory=dict)
-    """Layers of blocks that are not whole yet, also by transfer."""
+    layers: dict[int, int] = field(default_factory=dict)
+    """How many layers of its latest blocks a transfer has before their commit."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -141,6 +141,34 @@ class MemoryTransfers:
                     del self._pool.shards[shard]
 
 
+class MemoryLayers:
+    """A put that gives one layer after the other."""
+
+    def __init__(self, pool: MemoryPool, digest: bytes, keys: list[bytes], shard: int, transfer: int) -> None:
+        self._pool = pool
+        self._transfer = transfer
+        self._names = [(digest, key, shard) for key in keys]
+        with pool.lock:
+            self.wanted = [number for number, name in enumerate(self._names) if name not in pool.shards]
+        self._layers: list[list[bytes]] = [[] for _ in self.wanted]
+
+    def write(self, first_layer: int, end_layer: int, blocks: Blocks) -> None:
+        """Keep these layers."""
+        for layers, block in zip(self._layers, blocks, strict=True):
+            assert len(layers) == first_layer  # noqa: S101 -- part of a test
+            layers += [bytes(part) for part in _parts(block)]
+            assert len(layers) == end_layer  # noqa: S101 -- as above
+        with self._pool.lock:
+            self._pool.layers[self._transfer] = end_layer
+
+    def commit(self) -> PutResult:
+        """Show the blocks to everybody."""
+        with self._pool.lock:
+            for number, layers in zip(self.wanted, self._layers, strict=True):
+                self._pool.shards.setdefault(self._names[number], layers)
+        return PutResult(len(self.wanted), len(self._names) - len(self.wanted), 0, {})
+
+
 class MemoryClient:
     """A client whose pool is a dict."""
 
@@ -210,6 +238,19 @@ class MemoryClient:
                 stored += self._pool.shards.setdefault((digest, key, shard), copy) is copy
         return PutResult(stored, len(keys) - stored, 0, {})
 
+    def put_layers(
+        self,
+        namespace: Namespace | bytes,
+        hashes: bytes | Sequence[bytes],
+        *,
+        shard: int,
+        shard_bytes: int,  # noqa: ARG002 -- Client's signature
+        transfer: int,
+        timeout_ms: float | None = None,  # noqa: ARG002 -- as above
+    ) -> MemoryLayers:
+        """Keep copies, layer by layer."""
+        return MemoryLayers(self._pool, _digest(namespace), split_keys(pack_keys(hashes)), shard, transfer)
+
     def get(
         self,
         namespace: Namespace | bytes,
@@ -229,7 +270,10 @@ class MemoryClient:
                 kept = self._pool.shards.get((digest, key, shard))
             wanted = kept[slice(*layers)] if kept is not None and layers is not None else kept
             for part, data in zip(_parts(block), wanted or (), strict=kept is not None):
-                memoryview(part).cast("B")[:] = data
+                if isinstance(part, np.ndarray) and not part.flags.c_contiguous:
+                    np.copyto(part, np.frombuffer(data, np.uint8).reshape(part.shape))
+                else:
+                    memoryview(part).cast("B")[:] = data
             ok.append(kept is not None)
         prefix = ok.index(False) if False in ok else len(ok)
         return GetResult(prefix, ok, {} if all(ok) else {"not_stored": ok.count(False)}, {})

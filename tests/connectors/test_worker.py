@@ -36,6 +36,20 @@ class Memory:
     def views(self, block_ids: list[int], layers: tuple[int, int] | None = None) -> list[list[np.ndarray]]:
         return [list(self.bytes[block])[slice(*layers or (None,))] for block in block_ids]
 
+    def split(self, parts: int) -> list[Half]:
+        assert parts == 2
+        return [Half(self, number) for number in range(parts)]
+
+
+class Half:
+    """Half of the bytes of every token, four tokens to a layer."""
+
+    def __init__(self, whole: Memory, number: int) -> None:
+        self._bytes = whole.bytes.reshape(8, 2, 4, 4)[..., 2 * number : 2 * number + 2]
+
+    def views(self, block_ids: list[int], layers: tuple[int, int] | None = None) -> list[list[np.ndarray]]:
+        return [list(self._bytes[block])[slice(*layers or (None,))] for block in block_ids]
+
 
 def keys(*names: int) -> bytes:
     return b"".join(bytes([name]) * KEY_BYTES for name in names)
@@ -161,6 +175,42 @@ def test_block_counts_only_with_the_shards_of_all_stages() -> None:
         assert pool.lookup(space, keys(1, 2)).prefix == found
         rank.side.close()
     pool.close()
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_rank_with_several_shards_needs_all_of_a_block(layerwise: bool) -> None:
+    """Each is stored by itself; what lacks one has not arrived, however much of it came."""
+    space = Namespace(model="demo", layers=2, head_groups=4)
+    harness = Harness(Place(2, shards=2))
+    side, memory = harness.side, harness.memory
+    if layerwise:
+        side._settings = replace(side._settings, use_layerwise=True)
+    kept = memory.bytes[:3].copy()
+    side.start_saves(StepMeta(saves=[SaveJob(1, [Part(space, keys(1, 2, 3), [0, 1, 2])])]))
+    harness.collect(saves=1)
+    assert side.counters["save.stored"] == 3
+    assert sorted((key[0], shard) for _, key, shard in harness.pool.shards) == [
+        (block, shard) for block in (1, 2, 3) for shard in (2, 3)
+    ]
+    part = Part(space, keys(1, 2, 3), [5, 6, 7])
+    side.start_loads(StepMeta(loads=[LoadJob("a", [part], sync=layerwise)]))
+    side.wait_for_layer("second")
+    assert side.finished_loads(())[1] == set() if layerwise else harness.collect(loads=1)[0] == {"a"}
+    assert side.counters["load.blocks"] == 3
+    assert np.array_equal(memory.bytes[5:], kept)
+    for missing, (block, shard) in {2: (3, 2), 1: (2, 3), 0: (1, 3)}.items():
+        del harness.pool.shards[space.digest, keys(block), shard]
+        before = side.counters["load.blocks"]
+        side.start_loads(StepMeta(loads=[LoadJob("b", [part], sync=layerwise)]))
+        if layerwise:
+            side.finished_loads(())
+            side.finished_loads(())
+            failed = side.failed_blocks()
+        else:
+            failed = harness.collect(loads=1)[1]
+        assert side.counters["load.blocks"] - before == missing
+        assert failed == {5 + block for block in range(missing, 3)}
+    side.close()
 
 
 def test_groups_have_memories_of_their_own() -> None:
