@@ -388,3 +388,37 @@ def test_an_npu_copies_through_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [as_stored(caches, block) for block in (8, 7, 6, 5)] == before
     assert +device.counters == {"save.buffered": 8, "load.buffered": 8}
     device.close()
+
+
+@pytest.mark.parametrize(("shape", "dim"), SPLIT)
+def test_heads_go_through_buffers_from_one_rank_to_two(shape: Any, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And from two to one, whichever of them holds heads that lie apart."""
+    monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+    from kvpool_vllm.device_npu import npu_device
+
+    space, keys, ids = Namespace(model="demo", layers=3, head_groups=2), bytes(range(2 * KEY_BYTES)), [3, 8]
+    for one_stores in (True, False):
+        client: Any = MemoryClient(MemoryPool())
+        caches = filled(shape("cpu"), 1)
+        halves = ranks(shape, caches, dim, 2)
+        if one_stores:
+            halves = [shape("cpu", 2) for _ in halves]
+        else:
+            caches = shape("cpu")
+        both = KVBlocks(caches, BLOCKS, 4)
+        alone = [KVBlocks(half, BLOCKS, 2) for half in halves]
+        sources, targets = (both.split(2), alone) if one_stores else (alone, both.split(2))
+        for shard, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            for kv, store in ((source, True), (target, False)):
+                device = npu_device([both if kv not in alone else kv])
+                move: Any = device.save if store else device.load
+                result = move(client, Part(space, keys, ids), kv, shard=shard, after=device.fence())
+                assert (result.stored if store else result.prefix) == 2
+                device.close()
+        for number, half in enumerate(halves):
+            for name, tensor in half.items():
+                mine = caches[name].narrow(dim, 2 * number, 2)
+                for block in range(BLOCKS):
+                    rows = tensor.shape[0] // BLOCKS
+                    there, here = (t[block * rows :][:rows].contiguous().view(torch.uint8) for t in (tensor, mine))
+                    assert torch.equal(there, here) == (block in ids)

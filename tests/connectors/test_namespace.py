@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from kvpool.config import ConnectorSettings
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import Namespace
 from kvpool_vllm.groups import FULL, SLIDING_WINDOW, Group, Groups
@@ -22,6 +23,7 @@ from kvpool_vllm.namespace import (
     head_groups,
     model_label,
     place_of,
+    stored_head_groups,
     total_kv_heads,
     whole_layers,
 )
@@ -98,6 +100,23 @@ def test_parts_that_others_say() -> None:
     }.items():
         with pytest.raises(InvalidArgumentError, match=said):
             head_groups(heads, tp, {"decode_tp_size": others} if others else {}, asked)
+
+
+def test_engines_that_are_told_the_same_store_alike() -> None:
+    """Whatever their own TP is, as far as it divides what they are told."""
+
+    def stored(tp: int, *, heads: int = 8, mla: bool = False, **settings: int) -> int:
+        model = SimpleNamespace(use_mla=mla, get_total_num_kv_heads=lambda: heads)
+        config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=tp))
+        return stored_head_groups(config, ConnectorSettings(**settings))
+
+    assert [stored(tp) for tp in (1, 2, 4)] == [1, 2, 4]
+    assert {stored(tp, prefill_tp_size=4, decode_tp_size=2) for tp in (1, 2, 4)} == {4}
+    assert {stored(tp, head_groups=4) for tp in (1, 2, 4)} == {4}
+    assert {stored(tp, heads=2, prefill_tp_size=16) for tp in (1, 2, 4)} == {2}
+    assert {stored(tp, mla=True, prefill_tp_size=3) for tp in (1, 2, 4)} == {1}
+    with pytest.raises(InvalidArgumentError, match="prefill_tp_size: 3 does not divide 8 KV heads"):
+        stored(1, prefill_tp_size=3)
 
 
 def test_latent_attention_has_one_head() -> None:
