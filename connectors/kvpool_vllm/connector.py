@@ -339,6 +339,11 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         isa = _isa(self._vllm_config, self._block_tokens)
         self.worker.attach(memory, RankFacts(tuple(facts), isa), open_device(memory))
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Begin a step, before its forward."""
+        super().bind_connector_metadata(connector_metadata)
+        self.worker.begin_step(self._step())
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002 -- vLLM's
         """Start this step's loads; those that its forward needs are there, or failed, when their layer begins."""
         self.worker.start_loads(self._step())
@@ -347,8 +352,15 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         """Wait for the layer where blocks of the running forward are loaded layer by layer."""
         self.worker.wait_for_layer(layer_name)
 
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Return at once: blocks are saved whole, after the step."""
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,  # noqa: ARG002 -- vLLM's
+        attn_metadata: Any,  # noqa: ARG002 -- vLLM's
+        **kwargs: Any,  # noqa: ARG002 -- vLLM's
+    ) -> None:
+        """Return at once; the layer is saved meanwhile where another engine waits for it, with ``use_layerwise``."""
+        self.worker.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
         """Start this step's saves, whose KV is in memory now; wait for none."""

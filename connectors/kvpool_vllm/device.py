@@ -226,6 +226,9 @@ class Device(Protocol):
     or raises, nothing of it is under way any more.
     """
 
+    saves_layers: bool
+    """Whether a layer can be saved as soon as the engine's thread has been through it."""
+
     def fence(self) -> Any:
         """Return what stands for the work that the engine's current stream has been given; None where nothing does."""
         ...
@@ -271,6 +274,8 @@ class Device(Protocol):
 
 class HostDevice:
     """Blocks in host memory: the client copies them in place."""
+
+    saves_layers = True
 
     def fence(self) -> None:
         """Return None: what the engine has computed is in memory."""

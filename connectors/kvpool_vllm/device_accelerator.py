@@ -75,6 +75,8 @@ class Copying(Protocol):
 class Accelerator:
     """A device whose blocks are out of the host's reach."""
 
+    saves_layers = False  # it may be far behind the engine's thread
+
     def __init__(
         self, copies: Copying, pinning: Pinning, block_bytes_max: int, *, half_bytes: int = HALF_BYTES
     ) -> None:

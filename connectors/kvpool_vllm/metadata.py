@@ -58,6 +58,8 @@ class SaveJob:
     parts: list[Part]
     transfer: int = 0
     """Another engine waits for these blocks, in this transfer."""
+    computing: bool = False
+    """Some are computed in the very step that brings this job."""
 
     @property
     def blocks(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +232,7 @@ class SchedulerSide:
                 computed = state.request.num_computed_tokens + tokens
                 job = self._plan_save(state, computed, partial(block_ids_of, request_id))
                 if job is not None:
-                    meta.saves.append(job)
+                    meta.saves.append(replace(job, computing=True))
         return meta
 
     def worker_report(self, meta: WorkerMeta | None, finished_loads: Iterable[str]) -> None:

@@ -161,6 +161,9 @@ class MemoryLayers:
         with self._pool.lock:
             self._pool.layers[self._transfer] = end_layer
 
+    def abort(self) -> None:
+        """Do nothing: there is nothing to give back."""
+
     def commit(self) -> PutResult:
         """Show the blocks to everybody."""
         with self._pool.lock:

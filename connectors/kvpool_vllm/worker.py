@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.device import HostDevice, Way
+from kvpool_vllm.layer_saves import Forward, LayerSaves
 from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.receives import Receives
@@ -61,6 +62,8 @@ class WorkerSide:
         self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
         self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
         self._receives = Receives(client)
+        self._layer_saves = LayerSaves(client)
+        self._forward: Forward | None = None  # of the running step, where layers of it are saved
         self._progress = threading.Condition()
         self._loading: dict[str, tuple[LoadJob, Future[None]]] = {}
         self._layer_loads: LayerLoads | None = None
@@ -90,6 +93,7 @@ class WorkerSide:
         if device is not None:
             self._device = device
         self._layer_numbers = {name: number for number, name in enumerate(kv[0].names)}
+        self._layer_places = {name: (g, n) for g, blocks in enumerate(kv) for n, name in enumerate(blocks.names)}
         self._report.facts = frozenset({facts})
 
     # ---- loads ----
@@ -212,13 +216,39 @@ class WorkerSide:
 
     # ---- saves ----
 
+    def begin_step(self, meta: StepMeta) -> None:
+        """Prepare saves whose layers go out while the step computes them; call before its forward."""
+        if not self._settings.use_layerwise or not self._device.saves_layers or self._place.copy:
+            return
+        jobs = [job for job in meta.saves if job.transfer and job.computing]
+        if jobs:
+            self._forward = Forward([len(kv) for kv in self._kv])
+            self._layer_saves.start(self._forward, jobs, self._shards, self._layers_saved)
+
+    def layer_done(self, name: str) -> None:
+        """The running forward has a layer's KV in memory."""
+        if self._forward is not None and name in self._layer_places:  # else it is in another one's
+            self._forward.layer_done(*self._layer_places[name])
+
+    def _layers_saved(self, job: SaveJob, results: list[PutResult] | None) -> None:
+        if results is None:
+            self._save_pool.submit(self._save, job)
+            return
+        self.counters["save.layerwise"] += 1
+        self.counters["save.stored"] += max((result.stored for result in results), default=0)
+        self._end_save(job, stored=not any(result.failed for result in results))
+
     def start_saves(self, meta: StepMeta) -> None:
         """Hand this step's saves to the save threads; call when the step's KV is in memory."""
         if meta.saves:
             self._fence = self._device.fence()
+        by_layers, self._forward = self._forward, None
         for job in meta.saves:
             self._unreported_saves += 1
-            self._save_pool.submit(self._save, job)
+            if by_layers is None or not (job.transfer and job.computing):
+                self._save_pool.submit(self._save, job)
+        if by_layers is not None:
+            by_layers.end()
 
     def _save(self, job: SaveJob) -> None:
         stored, started = False, time.monotonic()
@@ -275,6 +305,9 @@ class WorkerSide:
         """Stop the threads after the jobs that run; drop those that do not."""
         self._device.close()  # first, as it ends waits
         self._receives.close()
+        if self._forward is not None:
+            self._forward.end()
+        self._layer_saves.close()
         self._load_pool.shutdown(cancel_futures=True)
         self._save_pool.shutdown(cancel_futures=True)
         self._client.close()

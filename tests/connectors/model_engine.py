@@ -7,7 +7,7 @@ bytes shows in every token that is generated behind it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +154,7 @@ class Memory:
     """The KV of all blocks, as ``KVBlocks`` shows it."""
 
     names = tuple(f"layer.{i}" for i in range(LAYERS))
+    layer_block_bytes = TOKENS * ENTRY
 
     def __init__(self, blocks: int) -> None:
         self.bytes = np.zeros((LAYERS, blocks, TOKENS * ENTRY), np.uint8)
@@ -203,6 +204,7 @@ class ModelEngine:
         self.failed: set[str] = set()
         self.just_finished: set[str] = set()
         self.loaded_tokens = self.preemptions = 0
+        self.on_layer: Callable[[int], None] = lambda layer: None  # when a forward has computed one
 
     # ---- what a test does ----
 
@@ -368,6 +370,7 @@ class ModelEngine:
     # ---- computing ----
 
     def _execute(self, scheduled: dict[str, int], meta: StepMeta, needs_load: bool) -> dict[str, int]:
+        self.worker.begin_step(meta)
         if needs_load:
             self.worker.start_loads(meta)
         below = {
@@ -381,6 +384,8 @@ class ModelEngine:
             self.worker.wait_for_layer(layer_name)
             for name in scheduled:
                 last[name] = self._compute(self.requests[name], layer, below[name])
+            self.worker.layer_done(layer_name)
+            self.on_layer(layer)
         if not needs_load:
             self.worker.start_loads(meta)
         self.worker.start_saves(meta)

@@ -23,6 +23,8 @@ MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunks": {"budget": 7},
     "tails_are_kept": {"discard_partial_chunks": False},
+    "layers": {"use_layerwise": True},
+    "layers_of_chunks": {"use_layerwise": True, "budget": 7},
 }
 
 
@@ -186,6 +188,27 @@ def test_own_cache_is_not_loaded_again(pair: Pair) -> None:
     pair.decode(consumer, longer, pair.prefill(producer, longer).returned, producer)
     assert consumer.loaded_tokens == 30 + 37 - 28
     assert not pair.pool.open_transfers
+
+
+def test_layers_are_stored_while_the_next_is_computed(pair: Pair) -> None:
+    """Before the forward goes on to its last layer, the ones before are with the pool."""
+    producer, consumer = pair.both(use_layerwise=True)
+    seen: list[int] = []
+
+    def wait(layer: int) -> None:
+        if producer.requests and layer < 2:
+            deadline = time.monotonic() + DEADLINE_S
+            while pair.pool.layers.get(5, 0) <= layer:
+                assert time.monotonic() < deadline
+            seen.append(layer)
+
+    producer.on_layer = wait
+    prompt = list(range(14))
+    params = pair.prefill(producer, prompt, transfer_id="5").returned
+    assert seen == [0, 1]
+    pair.decode(consumer, prompt, params, producer)
+    assert consumer.loaded_tokens == 14
+    assert producer.worker.counters["save.layerwise"] == 1
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ class Answer:
     """Prompt tokens that were not computed."""
     margins: list[float] = field(default_factory=list)
     """Of each token."""
+    params: dict[str, Any] | None = None
+    """What another engine has to be told."""
 
     def sure_tokens(self, margin: float) -> list[int]:
         """Return the tokens before the first one that another came this close to."""
@@ -101,13 +103,28 @@ class Engine:
             return preempt(*arguments, **named)
 
         self.vllm_scheduler._preempt_request = counted
+        self.scheduled_tokens = 0
+        schedule = self.vllm_scheduler.schedule
 
-    def submit(self, prompt: list[int], tokens: int = 8, salt: str | None = None) -> str:
-        """Add a request; nothing runs until somebody steps. A salt of its own makes it share no block."""
+        def scheduled(*arguments: Any, **named: Any) -> Any:
+            planned = schedule(*arguments, **named)
+            self.scheduled_tokens += planned.total_num_scheduled_tokens
+            return planned
+
+        self.vllm_scheduler.schedule = scheduled
+
+    def submit(
+        self, prompt: list[int], tokens: int = 8, salt: str | None = None, params: dict[str, Any] | None = None
+    ) -> str:
+        """Add a request; nothing runs until somebody steps. A salt of its own makes it share no block.
+
+        ``params``: its ``kv_transfer_params``.
+        """
         from vllm import SamplingParams
 
         self._count += 1
-        parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True)
+        more = {"extra_args": {"kv_transfer_params": params}} if params else {}
+        parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True, **more)
         request_id = f"test-{self._count}"
         salted = {"cache_salt": salt} if salt else {}
         self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt, **salted}, parameters)
@@ -153,15 +170,18 @@ class Engine:
                 self.abort(request_id)
         return [self._answer(outputs[request_id]) if request_id in outputs else None for request_id in ids]
 
-    def generate_all(self, prompts: list[list[int]], tokens: int = 8) -> list[Answer]:
-        """Answer several prompts at once, and drain."""
-        ids = [self.submit(prompt, tokens) for prompt in prompts]
+    def generate_all(
+        self, prompts: list[list[int]], tokens: int = 8, params: list[dict[str, Any] | None] | None = None
+    ) -> list[Answer]:
+        """Answer several prompts at once, and drain. ``params``: ``kv_transfer_params`` of each."""
+        given = params or [None] * len(prompts)
+        ids = [self.submit(prompt, tokens, params=own) for prompt, own in zip(prompts, given, strict=True)]
         outputs = self.drain()
         return [self._answer(outputs[request_id]) for request_id in ids]
 
-    def generate(self, prompt: list[int], tokens: int = 8) -> Answer:
+    def generate(self, prompt: list[int], tokens: int = 8, params: dict[str, Any] | None = None) -> Answer:
         """Answer one prompt, and drain."""
-        return self.generate_all([prompt], tokens)[0]
+        return self.generate_all([prompt], tokens, [params])[0]
 
     @staticmethod
     def _answer(output: Any) -> Answer:
@@ -170,7 +190,8 @@ class Engine:
         for chosen, step in zip(best.token_ids, best.logprobs, strict=True):
             others = [logprob.logprob for token, logprob in step.items() if token != chosen]
             margins.append(step[chosen].logprob - max(others))
-        return Answer(list(best.token_ids), min(margins), output.num_cached_tokens or 0, margins)
+        params = output.kv_transfer_params
+        return Answer(list(best.token_ids), min(margins), output.num_cached_tokens or 0, margins, params)
 
     def abort(self, request_id: str) -> None:
         """Abort as a client that hangs up does."""
@@ -258,13 +279,13 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
     prompt = request.get("prompt", [])
     match request["do"]:
         case "generate":
-            return engine.generate(prompt, request["tokens"]).__dict__
+            return engine.generate(prompt, request["tokens"], request.get("params")).__dict__
         case "generate_killing":
             return _generate_killing(engine, prompt, request["pid"]).__dict__
         case "generate_partly":
             return _generate_partly(engine, prompt, request["blocks"]).__dict__
         case "generate_all":
-            return [answer.__dict__ for answer in engine.generate_all(request["prompts"], request["tokens"])]
+            return [answer.__dict__ for answer in engine.generate_all(**request["several"])]
         case "mixed":
             return [answer and answer.__dict__ for answer in engine.mixed(request["requests"], request["at_once"])]
         case "abort_during_load":
@@ -291,6 +312,7 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
                 "tracked": sum(len(side._requests) for side in engine.schedulers),
                 "held_for_saving": sum(side._saves.blocks for side in engine.schedulers),
                 "preemptions": engine.preemptions,
+                "scheduled_tokens": engine.scheduled_tokens,
                 "client": {name: side._client.stats() for name, side in sides.items() if side},
             }
     raise ValueError(request["do"])
