@@ -24,13 +24,15 @@ from typing import Any, Final
 import numpy as np
 
 from kvpool.bench.harness import BenchError, Helper, helpers
+from kvpool.bench.pd_counts import Counters
 from kvpool.bench.pd_report import PDReport
+from kvpool.bench.pd_results import Where
 from kvpool.bench.pd_stage import EngineSizes, Shape, engine_specs, host
 from kvpool.bench.pool import bench_pool
 from kvpool.bench.report import Figure
 from kvpool.bench.ttft_data import Prompts
-from kvpool.bench.ttft_engines import Engine, engine_python, get_model, need_kvpool, running_engines
-from kvpool.bench.ttft_http import Answer
+from kvpool.bench.ttft_engines import engine_python, get_model, need_kvpool, running_engines
+from kvpool.bench.ttft_http import Answer, Server
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import format_size
 from kvpool.proxy.prompts import fetch, for_decode, for_prefill
@@ -42,6 +44,9 @@ OUTPUT_TOKENS: Final = 2
 COPY_S: Final = 60.0
 SETTLE_S: Final = 5.0
 """What was transferred has been counted, and what was to be saved has been, by then."""
+
+AFTER: Final = "after the prefill"
+WITH: Final = "with the prefill"
 
 SECONDS: Final = {
     "kvpool": ("vllm:kvpool_save_seconds_total", "vllm:kvpool_load_seconds_total"),
@@ -111,7 +116,7 @@ class Times:
     seconds: list[tuple[float, float]] = field(default_factory=list)
     """What the connectors say that they took, as KV left an engine, and as it came into one."""
     computed: list[int] = field(default_factory=list)
-    """Tokens of the prompt that the decoding engine says it has computed."""
+    """Tokens of the prompt that the decoding engine has computed, by its counters."""
 
     @property
     def transfer(self) -> list[float]:
@@ -124,8 +129,8 @@ class System:
     """A prefilling engine and a decoding one. ``at_once``: the decoding one may be asked while the other computes."""
 
     name: str
-    prefill: Engine
-    decode: Engine
+    prefill: Server
+    decode: Server
     at_once: bool = False
 
 
@@ -141,9 +146,9 @@ class TransferRun:
 
     def measure(self, system: System, bare: Copies) -> None:
         """Measure one system. Raises BenchError when a request failed."""
-        ways: dict[str, Callable[[System, list[int]], tuple[float, Answer, float]]] = {"after the prefill": self._after}
+        ways: dict[str, Callable[[System, list[int]], tuple[float, Answer, float]]] = {AFTER: self._after}
         if system.at_once:
-            ways["with the prefill"] = self._with
+            ways[WITH] = self._with
         self._report.step(f"{system.name}: warming up")
         for way in ways.values():  # connections, agents, first steps
             way(system, self._source.tokens(min(257, self._tokens + 1)))
@@ -163,7 +168,8 @@ class TransferRun:
         bare: Copies,
     ) -> None:
         prompt = self._source.tokens(self._tokens + 1)
-        before = _seconds(system)
+        before, counted = _seconds(system), Counters([system.decode])
+        start = counted.read()
         into, out = bare.measure()
         prefill_s, answer, whole_s = way(system, prompt)
         hits = [self._stream(system.decode, prompt) for _ in range(HITS)]
@@ -179,8 +185,9 @@ class TransferRun:
         times.copied.append(min(into + out, into_again + out_again))
         after = _seconds_once_counted(system, before)
         times.seconds.append((after[0] - before[0], after[1] - before[1]))
-        if answer.cached_tokens is not None:
-            times.computed.append(self._tokens + 1 - answer.cached_tokens)
+        found = counted.since(start)
+        if found is not None:  # a hit computes one token
+            times.computed.append(found.tokens[Where.NONE] - HITS)
 
     def _after(self, system: System, prompt: list[int]) -> tuple[float, Answer, float]:
         """Ask the decoding engine when the other has answered, as proxies do."""
@@ -218,7 +225,7 @@ class TransferRun:
             raise BenchError(f"{system.name}: the prefilling engine does not say where the prompt's KV is")
         return params
 
-    def _stream(self, engine: Engine, prompt: Sequence[int], more: Mapping[str, Any] | None = None) -> Answer:
+    def _stream(self, engine: Server, prompt: Sequence[int], more: Mapping[str, Any] | None = None) -> Answer:
         answer = engine.complete(prompt, OUTPUT_TOKENS, self._timeout_s, **(more or {}))
         if answer.error:
             raise BenchError(f"a request to {engine.url} failed: {answer.error}")
@@ -227,35 +234,32 @@ class TransferRun:
     # ---- figures -----------------------------------------------------------------------------------
 
     def _tell(self, system: System, way: str, times: Times) -> None:
-        base = {"system": system.name, "decode asked": way, "tokens": self._tokens}
+        base = {"system": system.name, "decode asked": way, "tokens": self._tokens, "prompts": self._prompts}
         detail = base | {
-            "prompts": self._prompts,
             "computed_tokens": times.computed,
-            "each_ms": _rounded(times.transfer if way.startswith("after") else times.whole),
             "first_token_ms": _rounded(times.first),
             "own_hit_ms": _rounded(times.hit),
             "prefill_ms": _rounded(times.prefill),
             "copy_ms": _rounded(times.copied),
         }
-        copied = statistics.median(times.copied)
-        if way.startswith("after"):
-            took = statistics.median(times.transfer)
-            self._report.add(Figure("transfer", took, "ms", "both copies", took / copied, detail, copied))
-            said = [(a + b) * 1000 for a, b in times.seconds]
-            if any(said):
-                took = statistics.median(said)
-                each = {"each_ms": _rounded(said), "in_ms": _rounded([b * 1000 for _, b in times.seconds])}
-                self._report.add(
-                    Figure("connector's own time", took, "ms", "both copies", took / copied, base | each, copied)
-                )
-        prefill = statistics.median(times.prefill)
-        whole = statistics.median(times.whole)
-        self._report.add(Figure("ttft", whole, "ms", "prefill alone", whole / prefill, detail, prefill))
+        if way == AFTER:
+            self._add("transfer", times.transfer, "both copies", times.copied, detail)
+            out_of, into = ([pair[n] * 1000 for pair in times.seconds] for n in range(2))
+            if any(into):
+                each = [a + b for a, b in zip(out_of, into, strict=True)]
+                self._add("connector's own time", each, "both copies", times.copied, base | {"in_ms": _rounded(into)})
+        self._add("ttft", times.whole, "its prefill", times.prefill, detail)
         if times.computed and max(times.computed) > 1:
             self._report.note(
                 f"WARNING: {system.name}, decode asked {way}: the decoding engine computed up to "
                 f"{max(times.computed)} tokens of a prompt"
             )
+
+    def _add(
+        self, name: str, each: Sequence[float], limit: str, limits: Sequence[float], detail: dict[str, Any]
+    ) -> None:
+        value, beside = statistics.median(each), statistics.median(limits)
+        self._report.add(Figure(name, value, "ms", limit, value / beside, detail | {"each_ms": _rounded(each)}, beside))
 
 
 def _body(prompt: Sequence[int]) -> dict[str, Any]:

@@ -78,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
         engine = self.server
         if self.path == "/v1/models":
             self._body(200, json.dumps({"data": [{"id": "fake"}]}))
+        elif self.path == "/health":
+            self._body(200, "")
         elif self.path == "/metrics" and engine.has_metrics:
             self._body(
                 200,
