@@ -119,6 +119,11 @@ class Groups:
         """
         return [(min(end, max(first, g.first_needed(end))), end) for g in self.all]
 
+    def receive_ranges(self, first: int, tokens: int) -> list[tuple[int, int]]:
+        """Return the same for a request that goes on behind so many tokens, whose last block need not be full."""
+        end = -(-tokens // self.block_tokens)
+        return [(min(end, max(first, g.first_needed_at(tokens))), end) for g in self.all]
+
 
 def read_groups(kv_cache_groups: Sequence[Any], hash_tokens: int, *, draft: bool = False) -> Groups:
     """Return vLLM's KV cache groups in our words; raise InvalidArgumentError, in a sentence, for what cannot work.

@@ -215,6 +215,8 @@ class SchedulerSide:
     def build_meta(self, scheduled: dict[str, int], block_ids_of: Callable[[str], GroupBlocks]) -> StepMeta:
         """Return this step's work, given the tokens it schedules per request."""
         self._lookups.begin_step(idle=not scheduled)
+        if not scheduled and not self._loads:
+            self._transfers.wait_a_moment()
         meta = StepMeta(self._loads, self._last_saves, empty=not scheduled)
         self._loads, self._last_saves = [], []
         running = [(state.request, n) for name, n in scheduled.items() if (state := self._requests.get(name))]
@@ -337,13 +339,12 @@ class SchedulerSide:
         request, bt = state.request, self._block_tokens
         tokens += state.first * bt
         end = state.end = -(-tokens // bt)
-        names, _ = self._names.of_transfer(request, incoming.transfer)
+        names = self._names.of_transfer(request, incoming.transfer)[0][state.first : end]
         state.tail_known = end > request.num_prompt_tokens // bt
-        ranges = [(min(end, max(state.first, g.first_needed_at(tokens))), end) for g in self._groups.all]
-        parts = self._parts(names[state.first : end], block_ids, state.first, ranges)
+        parts = self._parts(names, block_ids, state.first, self._groups.receive_ranges(state.first, tokens))
         nodes = incoming.found.nodes if incoming.found is not None else ()
-        whole = not self._groups.prefixes_help
-        self._begin_load(state, LoadJob(request.request_id, parts, False, whole, incoming.transfer, nodes))
+        job = LoadJob(request.request_id, parts, False, not self._groups.prefixes_help, incoming.transfer, nodes)
+        self._begin_load(state, job)
         request.kv_transfer_params["do_remote_prefill"] = False  # a preempted request must not wait again
 
     def _drop_incoming(self, state: _Tracked, reason: str = "") -> None:

@@ -35,6 +35,9 @@ POLL_FIRST_S = 0.004
 POLL_MAX_S = 0.064
 """How often a transfer that has not been opened is asked for."""
 
+IDLE_WAIT_S = 0.001
+"""What an engine without work waits in a step for a transfer to be opened."""
+
 SILENCES_MAX = 2
 """Without an answer of the master in a row: nobody knows of the transfer then."""
 
@@ -77,7 +80,7 @@ class Outgoing:
 
 @dataclass(eq=False, slots=True)
 class Incoming:
-    """A prompt that another engine computes, or has computed, for this one."""
+    """A prompt that another engine computes, or has computed, for this one; for several requests, if samples of one."""
 
     transfer: int
     found: Claimed | None = None
@@ -87,6 +90,14 @@ class Incoming:
     give_up_at: float | None = None
     gone: str = ""
     """Why it will not come; set by the keeper's thread."""
+    silences: int = 0
+    """Questions in a row to which the master gave no answer."""
+    requests: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self.found is not None or bool(self.gone)
 
 
 class Keeper:
@@ -97,6 +108,7 @@ class Keeper:
         self._client = client
         self._name = name
         self._changed = threading.Condition()
+        self._news = threading.Event()
         self._calls: deque[Callable[[], object]] = deque()
         self._busy = False
         self._held: set[int] = set()
@@ -152,6 +164,11 @@ class Keeper:
             self._changed.notify()
         self._thread.join(timeout=5)
 
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until something is known of some transfer that is being claimed."""
+        if self._news.wait(timeout_s):
+            self._news.clear()
+
     def _call(self, call: Callable[[], object]) -> None:
         self._calls.append(call)
         self._changed.notify()
@@ -189,12 +206,15 @@ class Keeper:
     def _claim(self, incoming: Incoming, pause_s: float) -> None:
         found = self._client.transfers.claim(incoming.transfer, self._name)
         there = found.state in {TransferState.OPEN, TransferState.SEALED}
+        incoming.silences = incoming.silences + 1 if found.state is TransferState.NO_MASTER else 0
         if there and incoming.found is None:
             incoming.found = found
         elif found.state is TransferState.ENDED:
             incoming.gone = "ended"
-        elif found.state is TransferState.NO_MASTER and pause_s > SILENCES_MAX * POLL_FIRST_S:
+        elif incoming.silences >= SILENCES_MAX and incoming.found is None:
             incoming.gone = "no_master"
+        if incoming.settled:
+            self._news.set()
         with self._changed:
             if incoming.transfer not in self._claiming:
                 return  # ended meanwhile; what was claimed just now is ended by the call that waits
@@ -216,7 +236,7 @@ class Transfers:
         self._counters = counters
         self._keeper = Keeper(client, engine.engine_id) if engine.produces or engine.consumes else None
         self._jobs: dict[int, Outgoing] = {}
-        self._claims: Counter[int] = Counter()  # requests by transfer: of one prompt there may be several
+        self._incoming: dict[int, Incoming] = {}
         self._nodes: dict[int, NodeAddress] = {}
         self._told: set[str] = set()
 
@@ -316,14 +336,22 @@ class Transfers:
         if not transfer:
             self._miss("foreign", "its kv_transfer_params have no transfer_id")
             return None
-        try:
-            incoming = Incoming(transfer, _told(params), params.get("remote_tokens"))
-        except (TypeError, ValueError, AttributeError) as error:
-            self._miss("foreign", f"its kv_transfer_params are not understood: {error!r}")
-            return None
-        self._claims[transfer] += 1
-        self._keeper.claim(incoming)
+        incoming = self._incoming.get(transfer)
+        if incoming is None:
+            try:
+                incoming = Incoming(transfer, _told(params), params.get("remote_tokens"))
+            except (TypeError, ValueError, AttributeError) as error:
+                self._miss("foreign", f"its kv_transfer_params are not understood: {error!r}")
+                return None
+            self._incoming[transfer] = incoming
+            self._keeper.claim(incoming)
+        incoming.requests += 1
         return incoming
+
+    def wait_a_moment(self) -> None:
+        """Wait for the master's word, if requests do: for an engine that has nothing to compute, and would spin."""
+        if self._keeper is not None and any(not incoming.settled for incoming in self._incoming.values()):
+            self._keeper.wait_for_news(IDLE_WAIT_S)
 
     def found(self, incoming: Incoming, request: Any, namespaces: Sequence[Namespace]) -> bool:
         """Return whether it is known where the prompt's blocks are; ``incoming.gone`` says why they will not come."""
@@ -348,9 +376,9 @@ class Transfers:
         """Forget a transfer: it is loaded, not wanted any more, or, with a ``reason``, cannot be had."""
         if reason:
             self._miss(reason)
-        self._claims[incoming.transfer] -= 1
-        if self._claims[incoming.transfer] <= 0:
-            del self._claims[incoming.transfer]
+        incoming.requests -= 1
+        if not incoming.requests:
+            self._incoming.pop(incoming.transfer, None)
             if self._keeper is not None:
                 self._keeper.end(incoming.transfer)
 

@@ -16,7 +16,7 @@ from kvpool.config import MOONCAKE_IGNORED, MOONCAKE_TO_KVPOOL
 from kvpool.config_foreign import UCM_KEYS
 from kvpool.errors import ConfigError
 from kvpool_vllm import LOGGER_NAME, seeds
-from kvpool_vllm.settings import ConnectorSettings, Role, connect, read_settings, role_of
+from kvpool_vllm.settings import ConnectorSettings, Role, connect, read_settings, role_of, transfer_roles
 
 FLAGS = ("producer_is_to_load", "consumer_is_to_load", "consumer_is_to_put")
 
@@ -68,6 +68,39 @@ def test_roles(kv_role: str, told: tuple[str, ...], loads: bool, saves: bool) ->
 def test_kv_both_heeds_no_flag() -> None:
     """The flags are for the other roles."""
     assert role_of("kv_both", ConnectorSettings(**dict.fromkeys(FLAGS, False))) == Role(loads=True, saves=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_role", "number", "transfer", "moves"),
+    [
+        ("KVPoolConnector", "kv_both", None, "auto", (True, True)),
+        ("KVPoolConnector", "kv_producer", None, "auto", (True, False)),
+        ("KVPoolConnector", "kv_consumer", None, "auto", (False, True)),
+        ("KVPoolConnector", "kv_both", 0, "auto", (False, False)),
+        ("KVPoolConnector", "kv_producer", 0, "auto", (True, False)),
+        ("KVPoolConnector", "kv_consumer", 0, "auto", (False, True)),
+        ("KVPoolConnector", "kv_producer", 1, "auto", (False, False)),
+        ("MooncakeConnectorV1", "kv_producer", None, "auto", (True, False)),
+        ("MooncakeConnectorV1", "kv_both", 1, "auto", (True, True)),
+        ("LLMDataDistCMgrConnector", "kv_consumer", None, "auto", (False, True)),
+        *((name, "kv_both", None, "auto", (False, False)) for name in seeds.STORES),
+        ("UCMConnector", "kv_both", 1, True, (True, True)),
+        ("KVPoolConnector", "kv_both", None, False, (False, False)),
+        ("MooncakeConnectorV1", "kv_producer", None, "false", (False, False)),
+    ],
+)
+def test_who_moves_prompts(
+    name: str, kv_role: str, number: int | None, transfer: Any, moves: tuple[bool, bool]
+) -> None:
+    """By its name and its place, unless it is told; only ever what its role allows."""
+    config = TransferConfig(kv_connector=name, kv_role=kv_role)
+    assert transfer_roles(config, ConnectorSettings(transfer=transfer), number) == moves
+
+
+def test_an_engine_that_moves_prompts_has_something_to_do(said: Callable[[], list[str]]) -> None:
+    """A consumer of transfers need not be told how to load."""
+    read_settings(TransferConfig(kv_connector="MooncakeConnectorV1", kv_role="kv_consumer"))
+    assert said() == []
 
 
 @pytest.mark.parametrize("kv_role", [None, "", "both"])

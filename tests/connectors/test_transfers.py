@@ -63,7 +63,7 @@ class Pair:
             assert len(engine.pool.free) == engine.pool.num_gpu_blocks
             assert not engine.side._requests
             assert not engine.worker._loading
-            assert not engine.side._transfers._claims
+            assert not engine.side._transfers._incoming
             assert not engine.side._transfers._jobs
 
     def prefill(self, engine: ModelEngine, prompt: list[int], tokens: int = 1, **params: Any) -> Request:
@@ -175,6 +175,20 @@ def test_two_samples_of_one_request(pair: Pair) -> None:
     assert consumer.loaded_tokens >= 32
     assert consumer.side.counters["transfer.incomplete"] == 0
     assert pair.pool.calls == ["open", "seal", "end"]
+
+
+def test_two_samples_that_wait_for_the_prefill(pair: Pair) -> None:
+    """Both hear of it when it begins."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    samples = [pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": "9"}) for _ in range(2)]
+    for _ in range(3):
+        consumer.step()
+    pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "9"})
+    pair.drain(producer, consumer)
+    assert [sample.answer for sample in samples] == [expected(prompt, 3)] * 2
+    assert consumer.loaded_tokens >= 32
+    assert not consumer.side.counters["transfer.miss.not_opened"]
 
 
 def test_own_cache_is_not_loaded_again(pair: Pair) -> None:

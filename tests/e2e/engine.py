@@ -243,6 +243,34 @@ def _abort_after_load(engine: Engine, prompt: list[int]) -> None:
     engine.drain()
 
 
+def _hold_first_layer(engine: Engine, path: str) -> None:
+    """Have each forward that saves layers wait, after its first one, until the other engine has received that."""
+    done = engine.worker.layer_done
+
+    def held(name: str) -> None:
+        done(name)
+        deadline = time.monotonic() + DEADLINE_S
+        while engine.worker._forward is not None and not Path(path).exists():
+            assert time.monotonic() < deadline, "nobody received the first layer"
+            time.sleep(0.005)
+
+    engine.worker.layer_done = held
+
+
+def _tell_first_layer(path: str) -> None:
+    """Leave a file when this engine has received some layers of blocks, and not the last."""
+    from kvpool.client_receive import _Receive
+
+    take = _Receive._take
+
+    def told(self: Any, asked: Any, part: Any, layers: int) -> None:
+        take(self, asked, part, layers)
+        if part.layers < self._call.blocks.layers:
+            Path(path).touch()
+
+    _Receive._take = told  # type: ignore[method-assign]
+
+
 def _set_faults(values: dict[str, Any]) -> int:
     """Do nothing wrong but what is given; return how many blocks the pool in this process holds."""
     from kvpool_vllm.testing import FAULTS, POOL
@@ -294,6 +322,10 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
             return _abort_after_load(engine, prompt)
         case "faults":
             return _set_faults(request["values"])
+        case "hold_first_layer":
+            return _hold_first_layer(engine, request["path"])
+        case "tell_first_layer":
+            return _tell_first_layer(request["path"])
         case "settle":
             engine.drain()
             engine.step_until(lambda: not any(side.leases for side in engine.schedulers))

@@ -48,7 +48,7 @@ def start(model: Path, request: dict[str, Any]) -> Engine:
     """Start an engine with a configuration and other systems' variables."""
     os.environ.update(request["environment"])
     try:
-        engine = Engine(model, {}, kv_transfer_config=transfer_config(request["config"]))
+        engine = Engine(model, {}, kv_transfer_config=transfer_config(request["config"]), **request["arguments"])
         for side in (engine.scheduler, engine.worker):
             wait_joined(side._client)
         return engine

@@ -62,9 +62,11 @@ class Engines(EngineProcess):
         self.answered += 1
         return super().generate(prompt, tokens)
 
-    def start(self, config: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    def start(self, config: dict[str, Any], environment: dict[str, str], **arguments: Any) -> dict[str, Any]:
         """Start one; return what it said."""
-        answer: dict[str, Any] = self.ask("start", config=json.dumps(config), environment=environment)
+        answer: dict[str, Any] = self.ask(
+            "start", config=json.dumps(config), environment=environment, arguments=arguments
+        )
         return answer
 
     def stop(self) -> None:
@@ -86,9 +88,9 @@ class Stage:
     blocks: int
     """In the pool."""
 
-    def check(self, config: dict[str, Any], *, loads: bool, saves: bool) -> dict[str, Any]:
+    def check(self, config: dict[str, Any], *, loads: bool, saves: bool, **arguments: Any) -> dict[str, Any]:
         """Start an engine; see what it does with a prompt that the pool knows, and with one that it does not."""
-        said = self.engines.start(config, self.environment)
+        said = self.engines.start(config, self.environment, **arguments)
         try:
             answer = self.engines.generate(self.known)
             assert answer.tokens == self.answer.tokens
@@ -218,6 +220,68 @@ def test_ucm_in_multi_connector(stage: Stage, tmp_path: Path) -> None:
     assert said["recomputes"]
     assert {"ucm_connector_name", "enable_event_sync"} <= ignored(said)
     assert sum("for kvpool-node, which this engine does not start" in line for line in said["heard"]) == 1
+
+
+def mover(role: str, **more: Any) -> dict[str, Any]:
+    """Return MooncakeConnectorV1 as the guides have it."""
+    sides = {"prefill": {"dp_size": 1, "tp_size": 1}, "decode": {"dp_size": 1, "tp_size": 1}}
+    extra = {"use_ascend_direct": True, **sides} if role == "kv_producer" else sides
+    config = {"kv_connector": "MooncakeConnectorV1", "kv_role": role, "kv_port": "20001"}
+    return config | {"kv_connector_extra_config": extra} | more
+
+
+@pytest.mark.parametrize(
+    ("role", "extra", "loads"),
+    [("kv_producer", {}, False), ("kv_consumer", {"consumer_is_to_load": True}, True)],
+)
+def test_store_guide_as_it_is(stage: Stage, role: str, extra: dict[str, Any], loads: bool) -> None:
+    """Both connectors of its MultiConnector are ours: the first moves prompts, the second is the store."""
+    child = {"kv_connector": "AscendStoreConnector", "kv_role": role,
+             "kv_connector_extra_config": {"lookup_rpc_port": "0", "backend": "mooncake", **extra}}  # fmt: skip
+    config = {"kv_connector": "MultiConnector", "kv_role": role,
+              "kv_connector_extra_config": {"connectors": [mover(role), child]}}  # fmt: skip
+    said = stage.check(config, loads=loads, saves=role == "kv_producer")
+    assert said["connector"] == "MultiConnector"
+    assert said["recomputes"]
+    assert {"kv_port", "prefill.dp_size", "lookup_rpc_port"} <= {
+        line.partition(" is not used: ")[0].split()[-1] for line in said["heard"]
+    }
+
+
+def test_ucm_guide_decodes_as_it_is(stage: Stage) -> None:
+    """A connector that moves prompts alone: it neither looks anything up nor stores what is nobody's transfer."""
+    said = stage.check(mover("kv_consumer"), loads=False, saves=False)
+    assert said["connector"] == "KVPoolConnector"
+    assert not any("neither loads nor saves" in line for line in said["heard"])
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+def test_kthena_as_it_is(stage: Stage, role: str) -> None:
+    """With a module path of a package that is not installed, and the engine's own cache off: hashes are there."""
+    path = {"kv_connector_module_path": "vllm_ascend.distributed.mooncake_connector", "engine_id": "group_0"}
+    saves = role == "kv_producer"
+    said = stage.check(mover(role, **path), loads=False, saves=saves, enable_prefix_caching=False)
+    assert said["connector"] == "KVPoolConnector"
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+def test_rank_table_guide_as_it_is(stage: Stage, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    """LLMDataDist's command line; the rank table is named as something that nobody needs."""
+    config = {
+        "kv_connector": "LLMDataDistCMgrConnector",
+        "kv_buffer_device": "npu",
+        "kv_role": role,
+        "kv_parallel_size": 1,
+        "kv_port": "20001",
+        "engine_id": "0",
+        "kv_connector_module_path": "vllm_ascend.distributed.llmdatadist_c_mgr_connector",
+    }
+    monkeypatch.setitem(stage.environment, "DISAGGREGATED_PREFILL_RANK_TABLE_PATH", "/ranktable.json")
+    said = stage.check(config, loads=False, saves=role == "kv_producer", enable_prefix_caching=False)
+    assert ignored(said) == {
+        "ASCEND_BUFFER_POOL", "DISAGGREGATED_PREFILL_RANK_TABLE_PATH", "kv_buffer_device", "kv_parallel_size",
+        "kv_port",
+    }  # fmt: skip
 
 
 def test_own_module_path_gives_every_name(stage: Stage) -> None:
