@@ -262,7 +262,6 @@ Call = Callable[[Client], Any]
         (lambda c: c.put(SPACE, KEYS[:2], [bytes(64), bytes(128)]), "blocks"),
         (lambda c: c.put(SPACE, KEYS[:1], [[bytes(16)] * 3]), "blocks"),
         (lambda c: c.put(SPACE, KEYS[:1], [["text"]]), "blocks"),
-        (lambda c: c.put(SPACE, KEYS[:1], [np.zeros((8, 8), np.uint8)[:, ::2]]), "blocks"),
         (lambda c: c.put(SPACE, KEYS[:1], [bytes(64)], shard=1), "shard"),
         (lambda c: c.put(SPACE, KEYS[:1], [bytes(64)], shard=-1), "shard"),
         (lambda c: c.put(SPACE, KEYS[:1], [bytes(64)], shard=1 << 63), "shard"),
