@@ -301,7 +301,8 @@ def test_documented_commands(stage: Stage, tmp_path: Path, text: str) -> None:
     config = json.loads(text.replace("/mnt/example", str(tmp_path)).replace("10.0.0.1:50088", stage.pool.address))
     children = config["kv_connector_extra_config"].get("connectors", [config])
     mine = next(child for child in children if child["kv_connector"] == "KVPoolConnector")
-    stage.check(config, loads=True, saves=mine["kv_role"] != "kv_consumer")
+    told = any(mine["kv_connector_extra_config"].get(f"{side}_is_to_load") for side in ("producer", "consumer"))
+    stage.check(config, loads=told or mine["kv_role"] == "kv_both", saves=mine["kv_role"] != "kv_consumer")
 
 
 def test_keys_of_older_versions(stage: Stage) -> None:

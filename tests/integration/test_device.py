@@ -18,6 +18,7 @@ from kvpool import Client
 from kvpool.client_views import lend_blocks
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import device_accelerator
+from kvpool_vllm.device import Way
 from kvpool_vllm.device_accelerator import Accelerator
 from kvpool_vllm.device_pinning import Pinning
 from kvpool_vllm.metadata import Part
@@ -203,6 +204,34 @@ def test_a_load_ends_where_the_pool_does(rank: Rank):
     assert result.reasons
     assert np.array_equal(rank.kv.bytes[10:14], rank.kv.bytes[0:4])
     assert np.array_equal(rank.kv.bytes[14:16], before)
+
+
+def test_blocks_are_received_as_they_are_stored(rank: Rank, bare_pool: Pool):
+    """Through the buffer, half after half, each waited for while somebody may yet store it."""
+    keys, ids = new_keys(8), [3, 1, 4, 15, 9, 2, 6, 5]
+    saved = rank.kv.bytes[ids].copy()
+    here = rank.client.own_node
+    assert here is not None
+    asked = threading.Event()
+
+    def alive() -> bool:
+        asked.set()
+        return True
+
+    def receive(wanted: bytes, block_ids: list[int], way: Way) -> Any:
+        return rank.device.receive(rank.client, Part(SPACE, wanted, block_ids), rank.kv, way, timeout_ms=1e3 * WAIT_S)
+
+    with ThreadPoolExecutor(1) as threads:
+        receiving = threads.submit(receive, keys, list(range(20, 28)), Way(7, here, alive))
+        assert asked.wait(WAIT_S)
+        assert rank.save(keys, ids, transfer=7).stored == 8
+        result = receiving.result(WAIT_S)
+    assert (result.prefix, result.ok, result.tiers) == (8, [True] * 8, {"local": 8})
+    assert np.array_equal(rank.kv.bytes[20:28], saved)
+    gone = receive(keys[: 4 * KEY_BYTES] + new_keys(2), list(range(30, 36)), Way(7, here, lambda: False))
+    assert (gone.prefix, gone.reasons) == (4, {"not_here": 2})
+    assert np.array_equal(rank.kv.bytes[30:34], saved[:4])
+    bare_pool.wait_idle("a")
 
 
 def test_layers_are_loaded_alone(rank: Rank):
