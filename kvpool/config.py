@@ -159,6 +159,9 @@ class NodeSettings(Settings):
     )
     storage_queue_size: int = setting("1GB", SIZE, "Bytes that may wait to be written; what comes more is not written.")
     storage_threads: int = setting(4, count(1, 64), "Threads that read and write files, for each backend.")
+    storage_processes: int = setting(
+        4, count(0, 64), "Of these threads, those with a process beside the node for small files in a directory."
+    )
     storage_direct: str = setting("auto", choice("auto", "off"), "O_DIRECT where the filesystem can, or never.")
     storage_fsync: str = setting(
         "off", choice("off", "data", "full"), "Await the disk for nothing, for each file's data, or for its name too."
@@ -210,8 +213,8 @@ def default_pipeline(backends: Iterable[str]) -> str:
 
 AUTOSTARTED = (
     "cache_buffer_capacity_gb", "pipeline", "storage_backends", "storage_options", "storage_capacity",
-    "storage_write_policy", "storage_queue_size", "storage_threads", "storage_direct", "storage_fsync",
-    "storage_timeout",
+    "storage_write_policy", "storage_queue_size", "storage_threads", "storage_processes", "storage_direct",
+    "storage_fsync", "storage_timeout",
 )  # fmt: skip
 """Settings that a client passes on to a node which it starts."""
 
@@ -249,6 +252,7 @@ class ClientSettings(Settings):
     storage_write_policy: str = _as_node("storage_write_policy")
     storage_queue_size: int = _as_node("storage_queue_size")
     storage_threads: int = _as_node("storage_threads")
+    storage_processes: int = _as_node("storage_processes")
     storage_direct: str = _as_node("storage_direct")
     storage_fsync: str = _as_node("storage_fsync")
     storage_timeout: int = _as_node("storage_timeout")

@@ -15,10 +15,10 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel send SIGTERM when the parent ends; exit at once if it already has."""
+def die_with_parent(parent_pid: int, number: int = signal.SIGTERM) -> None:
+    """Have the kernel send a signal when the parent's thread that made us ends; exit at once if the parent has."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         sys.exit("the parent is gone")

@@ -16,32 +16,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from kvpool.core.file_jobs import LOOKS_MAX, Failure, File, Job, Learn, Miss, Read, Remove, Trouble, Wait, Write
+from kvpool.core.file_jobs import LOOKS_MAX, Failure, File, Miss, Read, Remove, Trouble, Wait, Write
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
-from kvpool.errors import InvalidArgumentError
-from kvpool.model import DIGEST_BYTES, Backend, BackendState, Namespace
+from kvpool.model import Backend, BackendState
+from kvpool.server.filehelper import Opening
 from kvpool.server.filescan import FileScan
-from kvpool.tiers import blockfile
-from kvpool.tiers.dram import HEADER_ALIGN_BYTES, Segment, header_area, parse_header
-from kvpool.tiers.store import (
-    BlockStore,
-    FileName,
-    StoreBrokenError,
-    StoreError,
-    StoreFullError,
-    StoreMissingError,
-    StoreReadOnlyError,
-    StoreSizeError,
-)
+from kvpool.server.filework import failure_of
+from kvpool.server.fileworker import Batch, Desk, Result, Worker
+from kvpool.tiers.dram import Segment
+from kvpool.tiers.store import BlockStore, StoreError
 
 log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.05
 """How often deadlines of operations and probes are looked at."""
-
-POST_S: Final = 0.001
-"""A thread that works on small files tells the loop what it has done this often, not after each."""
 
 BATCHES_AHEAD: Final = 2
 """Batches given out for each thread: it finds the next one when it has ended one."""
@@ -66,72 +55,7 @@ FINISH_S: Final = 5.0
 LAST_S: Final = 2.0
 """How long what is under way then may take, if the store is not down earlier."""
 
-_TROUBLES: Final = (
-    (StoreMissingError, Trouble.MISSING),
-    (StoreBrokenError, Trouble.BROKEN),
-    (StoreFullError, Trouble.FULL),
-    (StoreReadOnlyError, Trouble.READ_ONLY),
-)
-
 Done = Callable[[dict[File, Miss]], None]
-_Value = tuple[int, bytes] | list[Namespace] | None
-_Result = tuple["_Batch", Job | None, Failure | None, _Value]
-
-
-_GIVEN_BACK: Final = Failure(Trouble.GIVEN_BACK, "the backend is down")
-
-
-class _Batch:
-    """Jobs that a thread does one after the other; ``abandoned`` when nobody counts on it any more."""
-
-    def __init__(self, number: int, jobs: list[Job]) -> None:
-        self.number = number
-        self.abandoned = False
-        self._jobs = deque(jobs)
-
-    def next(self) -> Job | None:
-        """Take a job that nobody has begun, None when there is none; from any thread."""
-        try:
-            return self._jobs.popleft()
-        except IndexError:
-            return None
-
-    def give_back(self, results: deque[_Result]) -> None:
-        """Have what nobody has begun done elsewhere."""
-        while (job := self.next()) is not None:
-            results.append((self, job, _GIVEN_BACK, None))
-
-
-class _Worker(threading.Thread):
-    """One I/O thread of a backend; ``started`` is when what it does now has begun."""
-
-    def __init__(self, tier: FileTier, number: int) -> None:
-        super().__init__(name=f"kvpool-files-{number}", daemon=True)
-        self.started: float | None = None
-        self.batch: _Batch | None = None
-        self.retired = threading.Event()
-        self._tier = tier
-        self._number = number
-
-    def run(self) -> None:
-        """Do batch after batch."""
-        tier, number = self._tier, self._number
-        batches, store = tier.batches[number], tier.stores[number]
-        while not self.retired.is_set() and (batch := batches.get()) is not None:
-            self.batch = batch
-            posted = time.monotonic()
-            while not self.retired.is_set() and (job := batch.next()) is not None:
-                self.started = now = time.monotonic()
-                if now - posted > POST_S:
-                    posted = now
-                    tier.wake()
-                failure, value = _perform(store, tier.view, job)
-                tier.results.append((batch, job, failure, value))
-                self.started = None
-            self.batch = None
-            batch.give_back(tier.results)
-            tier.results.append((batch, None, None, None))
-            tier.wake()
 
 
 class FileTier:
@@ -141,19 +65,22 @@ class FileTier:
     returns whether it could be sent.
     """
 
-    def __init__(self, state: FileTierState, segment: Segment, *, threads: int, timeout_s: float) -> None:
-        """Take a state without backends: they are given with ``add``."""
+    def __init__(
+        self, state: FileTierState, segment: Segment, *, threads: int, timeout_s: float, processes: int = 0
+    ) -> None:
+        """Take a state without backends: they are given with ``add``. ``processes``: threads that have one each."""
         self.state = state
-        self.stores: list[BlockStore] = []
-        self.view = segment.view[:]  # a view of its own: threads may still write when the node lets go of the segment
-        self.results: deque[_Result] = deque()
-        self.batches: list[queue.SimpleQueue[_Batch | None]] = []
+        self._segment = segment
+        self._view = segment.view[:]  # a view of its own: threads may still write when the node lets go of the segment
+        self._results: deque[Result] = deque()
+        self._desks: list[Desk] = []
         self.changed: Callable[[], None] = lambda: None
         self.tell: Callable[[Scanned], bool] = lambda _: False
         self.listening: Callable[[], bool] = lambda: True  # whether there is a master to be told
         self._threads = threads
+        self._processes = processes
         self._timeout_s = timeout_s
-        self._workers: list[list[_Worker]] = []
+        self._workers: list[list[Worker]] = []
         self._out: list[int] = []  # batches that have not ended, by backend
         self._logged: list[BackendState] = []
         self._background: set[asyncio.Task[None]] = set()
@@ -168,10 +95,14 @@ class FileTier:
         self._clean_at = time.monotonic() + CLEAN_EVERY_S
         self._timer = self._loop.call_soon(self._tick)
 
-    def add(self, store: BlockStore) -> None:
-        """Serve one more backend."""
-        self.stores.append(store)
-        self.batches.append(queue.SimpleQueue())
+    @property
+    def stores(self) -> list[BlockStore]:
+        """The backends, in the order in which they were added."""
+        return [desk.store for desk in self._desks]
+
+    def add(self, store: BlockStore, opening: Opening | None = None) -> None:
+        """Serve one more backend; ``opening``: how a process beside this one opens it, too."""
+        self._desks.append(Desk(store, self._segment, self._view, self._results, self.wake, opening))
         self._workers.append([])
         self._out.append(0)
         self._logged.append(BackendState.UP)
@@ -209,14 +140,14 @@ class FileTier:
         state = self.state
         state.reads.expire(time.monotonic())
         self._answer()
-        for number, batches in enumerate(self.batches if self._giving_out else ()):
+        for number, desk in enumerate(self._desks if self._giving_out else ()):
             while self._out[number] < BATCHES_AHEAD * self._threads:
-                if not (jobs := state.take(number)):
+                if not (jobs := state.take(number, self._threads)):
                     if state.backends[number].looked >= LOOKS_MAX:
                         self.wake()  # go on when others have had their turn
                     break
                 self._out[number] += 1
-                batches.put(_Batch(number, jobs))
+                desk.batches.put(Batch(number, jobs))
         self._answer()  # what found no room
         if state.storage_changed:
             self._log_states()
@@ -238,7 +169,7 @@ class FileTier:
         self.session_ended()
         await self._until(lambda: not state.queue_bytes and not any(self._out), FINISH_S)
         self._giving_out = False
-        for number in range(len(self.batches)):
+        for number in range(len(self._desks)):
             self._empty(number)
         await self._until(lambda: not any(self._out), min(self._timeout_s, LAST_S))
         dropped = state.counters["dropped_no_backend"] - dropped + sum(len(b.writes) for b in state.backends)
@@ -258,10 +189,10 @@ class FileTier:
         self._timer.cancel()
         for task in self._background:
             task.cancel()
-        for number, batches in enumerate(self.batches):
+        for number, desk in enumerate(self._desks):
             self._empty(number)
             for _ in self._workers[number]:
-                batches.put(None)
+                desk.batches.put(None)
         for scan in self._scans.values():
             scan.stop()
 
@@ -293,7 +224,7 @@ class FileTier:
 
     def _drain(self) -> None:
         self._woken = False
-        results, state, now = self.results, self.state, time.monotonic()
+        results, state, now = self._results, self.state, time.monotonic()
         for _ in range(min(len(results), RESULTS_MAX)):
             batch, job, failure, value = results.popleft()
             if job is None:
@@ -341,7 +272,7 @@ class FileTier:
         self._scan()
         self.pump()
 
-    def _look_after(self, number: int, workers: list[_Worker], now: float) -> None:
+    def _look_after(self, number: int, workers: list[Worker], now: float) -> None:
         """Give up threads that do not come back, and replace them when the backend does."""
         backend = self.state.backends[number]
         probing = self._probes.get(number)
@@ -353,10 +284,10 @@ class FileTier:
         for worker in workers:
             started = worker.started
             if not worker.retired.is_set() and started is not None and now - started > self._timeout_s:
-                worker.retired.set()
+                worker.retire()
                 if worker.batch is not None and not worker.batch.abandoned:
                     worker.batch.abandoned = True
-                    worker.batch.give_back(self.results)
+                    worker.batch.give_back(self._results)
                     self._out[number] -= 1
                 self.state.stuck(number, now - started, now)
         if not backend.readable:
@@ -365,28 +296,29 @@ class FileTier:
         active = sum(not worker.retired.is_set() for worker in workers)
         if backend.readable and len(workers) - active < STUCK_FACTOR * self._threads:
             for _ in range(self._threads - active):
-                workers.append(_Worker(self, number))
+                helped = sum(worker.helped and not worker.retired.is_set() for worker in workers) < self._processes
+                workers.append(Worker(self._desks[number], number, helped=helped))
                 workers[-1].start()
 
     def _empty(self, number: int) -> None:
         """Take back what no thread has begun."""
         with contextlib.suppress(queue.Empty):
-            while batch := self.batches[number].get_nowait():
-                batch.give_back(self.results)
-                self.results.append((batch, None, None, None))
+            while batch := self._desks[number].batches.get_nowait():
+                batch.give_back(self._results)
+                self._results.append((batch, None, None, None))
 
     def _begin_probe(self, number: int, now: float) -> None:
         self._probes[number] = now
         _start(self._probe, number, now)
 
     def _probe(self, number: int, since: float) -> None:
-        store = self.stores[number]
+        store = self._desks[number].store
         failure, free_bytes = None, None
         try:
             store.probe()
             free_bytes = store.free_bytes()
         except Exception as exc:  # a thread's last resort: whatever it is, the backend does not work
-            failure = _failure(exc)
+            failure = failure_of(exc)
         with contextlib.suppress(RuntimeError):  # the loop is gone
             self._loop.call_soon_threadsafe(self._probed, number, since, failure, free_bytes)
 
@@ -437,64 +369,3 @@ def _start(work: Callable[..., None], *arguments: object) -> None:
 def _clean(store: BlockStore) -> None:
     with contextlib.suppress(StoreError):
         store.clean(CLEAN_EVERY_S)
-
-
-def _name(file: File) -> FileName:
-    return FileName(file[0][:DIGEST_BYTES], file[0][DIGEST_BYTES:], file[1])
-
-
-def _perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | None, _Value]:
-    """Do a job; returns what went wrong, and what it brought: a block's (shard_bytes, checksums), namespaces."""
-    try:
-        if isinstance(job, Read):
-            return None, _read(store, view, job)
-        if isinstance(job, Write):
-            if job.namespace is not None:
-                store.keep_namespace(job.namespace)
-            store.write(_name(job.file), view[job.start : job.start + job.size])
-        elif isinstance(job, Remove):
-            store.remove([_name(file) for file in job.files])
-        elif isinstance(job, Learn):
-            return None, store.namespaces()
-    except Exception as exc:  # a thread's last resort: a defect of a store must not end it
-        return _failure(exc), None
-    return None, None
-
-
-def _failure(exc: Exception) -> Failure:
-    if isinstance(exc, StoreSizeError):
-        return Failure(Trouble.SIZE, str(exc), exc.actual)
-    if not isinstance(exc, StoreError):
-        log.error("a store failed in a way of its own", exc_info=exc)
-        return Failure(Trouble.ERROR, repr(exc))
-    trouble = next((trouble for kind, trouble in _TROUBLES if isinstance(exc, kind)), Trouble.ERROR)
-    return Failure(trouble, str(exc))
-
-
-def _read(store: BlockStore, view: memoryview, read: Read) -> tuple[int, bytes]:
-    """Fill a slot from its file; returns the payload's size and checksums. A file that is wrong twice is set aside."""
-    name = _name(read.file)
-    target = view[read.start : read.start + read.size]
-    for last in (False, True):
-        try:
-            return _read_verified(store, name, target, read)
-        except StoreBrokenError:
-            if last:
-                with contextlib.suppress(StoreError):  # it stays where it is, and is broken for the next one, too
-                    store.set_aside(name)
-                raise
-    raise AssertionError("not reached")
-
-
-def _read_verified(store: BlockStore, name: FileName, target: memoryview, read: Read) -> tuple[int, bytes]:
-    try:
-        store.read_into(name, target)
-    except StoreSizeError as exc:
-        area = header_area(read.layers)
-        if read.sized or exc.actual % HEADER_ALIGN_BYTES or exc.actual <= area:
-            raise StoreBrokenError(str(exc)) from exc
-        raise
-    shard_bytes = read.shard_bytes
-    with contextlib.suppress(InvalidArgumentError):  # verify says it better
-        shard_bytes = parse_header(target, header_area(read.layers)).shard_bytes
-    return shard_bytes, blockfile.verify(target, name, shard_bytes, read.layers)

@@ -13,7 +13,8 @@ from kvpool.config import NodeSettings
 from kvpool.core.filetier import FileTierState
 from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, KVPoolError
-from kvpool.model import format_size
+from kvpool.model import directory_of, format_size
+from kvpool.server.filehelper import Opening
 from kvpool.server.filetier import FileTier
 from kvpool.server.metrics import Value
 from kvpool.tiers.dram import Segment
@@ -58,9 +59,12 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
         state, [], queue_bytes_max=settings.storage_queue_size,
         write_through=settings.storage_write_policy == "write_through",
     )  # fmt: skip
-    files = FileTier(tier, segment, threads=settings.storage_threads, timeout_s=settings.storage_timeout / 1000)
-    for store in opened.values():
-        _add(files, store)
+    files = FileTier(
+        tier, segment, threads=settings.storage_threads, timeout_s=settings.storage_timeout / 1000,
+        processes=settings.storage_processes,
+    )  # fmt: skip
+    for url, store in opened.items():
+        _add(files, store, _opening(settings, url, store, owner))
     for url, error in failed.items():
         before = f" (it was one before: is it mounted? to begin anew, remove {known.path})" if url in known.ids else ""
         log.warning("%s%s; trying again", error.problem, before)
@@ -68,9 +72,16 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
     return files
 
 
-def _add(files: FileTier, store: MeasuredStore) -> None:
+def _add(files: FileTier, store: MeasuredStore, opening: Opening | None) -> None:
     log.info("storage %s: backend %s of %s", store.url, store.id.hex(), format_size(store.capacity_bytes))
-    files.add(store)
+    files.add(store, opening)
+
+
+def _opening(settings: NodeSettings, url: str, store: BlockStore, owner: str) -> Opening | None:
+    """Return how a process beside the node opens a directory; None for what is none."""
+    if directory_of(url) is None:
+        return None
+    return Opening(store.url, owner, settings.storage_direct == "auto", settings.storage_fsync)
 
 
 class Known:
@@ -126,7 +137,7 @@ async def _open_later(settings: NodeSettings, url: str, owner: str, known: Known
         if any(store.id == other.id for other in files.stores):
             log.error("%s is the same backend as another one: not used", url)
         else:
-            _add(files, store)
+            _add(files, store, _opening(settings, url, store, owner))
         return
 
 

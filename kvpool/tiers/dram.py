@@ -19,6 +19,7 @@ __all__ = [
     "AttachedSegment",
     "Segment",
     "SlotHeader",
+    "fixed_part",
     "header_area",
     "pack_header",
     "parse_header",
@@ -134,6 +135,12 @@ def write_header(
     header = checksums + fixed
     own = _OWN_CHECKSUM.pack(xxhash.xxh3_64_intdigest(header))
     view[payload_offset - len(header) - _OWN_CHECKSUM.size : payload_offset] = header + own
+
+
+def fixed_part(view: memoryview, payload_offset: int) -> tuple[tuple[bytes, int, int, bytes, bytes, int], int, int]:
+    """Return what stands in a header's place, not judged: magic to shard, shard_bytes, own checksum."""
+    found = _FIXED.unpack_from(view, payload_offset - HEADER_FIXED_BYTES)
+    return found[:6], found[6], found[8]
 
 
 def parse_header(view: memoryview, payload_offset: int) -> SlotHeader:

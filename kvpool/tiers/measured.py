@@ -51,20 +51,24 @@ class MeasuredStore(StoreWrapper):
     def around(self, operation: str, size: int, call: Callable[[], T]) -> T:
         """Make the call and count it."""
         started = self._clock()
-        failed = missing = 0
+        failed = missing = False
         try:
             return call()
         except StoreMissingError:
-            failed = missing = 1
+            failed = missing = True
             raise
         except StoreError:
-            failed = 1
+            failed = True
             raise
         finally:
             took = self._clock() - started
-            with self._lock:
-                self._calls[operation] += 1
-                self._errors[operation] += failed
-                self._missing[operation] += missing
-                self._bytes[operation] += 0 if failed else size
-                self._seconds[operation] += took
+            self.note(operation, 0 if failed else size, took, failed=failed, missing=missing)
+
+    def note(self, operation: str, size: int, seconds: float, *, failed: bool, missing: bool) -> None:
+        """Count a call, also one that was made elsewhere."""
+        with self._lock:
+            self._calls[operation] += 1
+            self._errors[operation] += failed
+            self._missing[operation] += missing
+            self._bytes[operation] += size
+            self._seconds[operation] += seconds

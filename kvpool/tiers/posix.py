@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
@@ -18,7 +17,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from kvpool.model import Namespace
 from kvpool.tiers import posix_io
@@ -96,7 +95,7 @@ class PosixStore:
         """Read a file of exactly the target's length. Raises StoreMissingError, StoreSizeError, StoreError."""
         path = f"{self._blocks}/{name}"
         try:
-            self._retried(path, lambda: posix_io.fill(path, target, unit=self.direct_unit))
+            self._retried(path, posix_io.fill, path, target, self.direct_unit)
         except posix_io.LengthError as exc:
             raise StoreSizeError(name, exc.actual) from None
         except posix_io.NotAFileError:
@@ -112,7 +111,7 @@ class PosixStore:
         for name in names:
             path = f"{self._blocks}/{name}"
             try:
-                self._retried(path, functools.partial(_unlink, path))
+                self._retried(path, _unlink, path)
             except OSError as exc:
                 failed = failed or self._error(exc, path, writing=True)
         if failed:
@@ -256,12 +255,13 @@ class PosixStore:
 
     def _replace(self, path: str, data: memoryview) -> None:
         try:
-            self._retried(path, lambda: self._replace_once(path, data), make=True)
+            self._retried(path, self._replace_once, path, data, make=True)
         except OSError as exc:
             raise self._error(exc, path, writing=True) from exc
 
     def _replace_once(self, path: str, data: memoryview) -> None:
-        with self._temporary(path) as temporary:
+        temporary = self._temporary_name(path)
+        try:
             posix_io.create(temporary, data, unit=self.direct_unit, sync=self._sync)
             try:
                 os.rename(temporary, path)
@@ -270,15 +270,26 @@ class PosixStore:
                     raise
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        finally:
+            _writing.discard(temporary)
         if self._sync_directory:
             _sync_directory(os.path.dirname(path))
 
-    @contextlib.contextmanager
-    def _temporary(self, path: str) -> Iterator[str]:
-        """Yield a name beside a path that nobody else uses; what fails leaves nothing there."""
-        directory, file = os.path.split(path)
+    def _temporary_name(self, path: str) -> str:
+        """Return a name beside a path that nobody else uses; it has to be taken out of ``_writing``."""
+        directory, _, file = path.rpartition("/")
         temporary = f"{directory}/.{file}.{self._owner}.{next(_counter)}.tmp"
         _writing.add(temporary)
+        return temporary
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str) -> Iterator[str]:
+        """Yield such a name; what fails leaves nothing there."""
+        temporary = self._temporary_name(path)
         try:
             yield temporary
         except BaseException:
@@ -288,11 +299,11 @@ class PosixStore:
         finally:
             _writing.discard(temporary)
 
-    def _retried(self, path: str, action: Callable[[], None], *, make: bool = False) -> None:
+    def _retried(self, path: str, action: Callable[..., None], *arguments: Any, make: bool = False) -> None:
         """Do something with a file, again if what we know of the directory was old, or there is none yet."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                action()
+                action(*arguments)
             except OSError as exc:
                 if exc.errno not in _AGAIN or attempt == _ATTEMPTS:
                     raise

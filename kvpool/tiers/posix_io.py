@@ -82,7 +82,7 @@ def create(path: str, data: memoryview, *, unit: int, sync: bool) -> None:
     os.close(fd)  # network filesystems say only here that there was no room
 
 
-def fill(path: str, target: memoryview, *, unit: int) -> None:
+def fill(path: str, target: memoryview, unit: int) -> None:
     """Read a whole file of exactly the target's length. Raises OSError, NotAFileError, LengthError."""
     fd = _open(path, _OLD, unit)
     try:
@@ -130,7 +130,7 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         try:
-            done += os.pwrite(fd, data[done:], offset + done)
+            done += os.pwrite(fd, data[done:] if done else data, offset + done)
         except OSError as exc:
             if not _buffered_from_now_on(fd, exc):
                 raise
@@ -141,7 +141,7 @@ def _read(fd: int, target: memoryview, offset: int, enough: int) -> int:
     done = 0
     while done < enough:
         try:
-            got = os.preadv(fd, [target[done:]], offset + done)
+            got = os.preadv(fd, [target[done:] if done else target], offset + done)
         except OSError as exc:
             if not _buffered_from_now_on(fd, exc):
                 raise
@@ -187,8 +187,12 @@ def _read_bounced(fd: int, target: memoryview, unit: int) -> int:
 
 
 def _aligned(view: memoryview, unit: int) -> bool:
+    if len(view) % unit:
+        return False
+    if unit == min(DIRECT_UNITS):
+        return True  # as are all extents; asking would take as long as opening the file, and the kernel says it, too
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-    return not (address % unit or len(view) % unit)
+    return not address % unit
 
 
 def _bounce() -> tuple[memoryview, np.ndarray[tuple[int], np.dtype[np.uint8]]]:

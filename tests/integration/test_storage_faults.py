@@ -146,6 +146,46 @@ def test_storage_that_hangs(faulty_mount: FaultyMount, storage_on: Any, ops: str
     storage.files_are_written(4)
 
 
+def helpers_of(pid: int) -> list[int]:
+    """Return the processes beside a node that have written files."""
+    children = (task.joinpath("children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir())
+    return [int(child) for some in children for child in some if _written(int(child)) > SIZE]
+
+
+def _written(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/io").read_text().split("wchar: ")[1].split()[0])
+    except (OSError, IndexError):
+        return 0
+
+
+def test_processes_beside_the_node_that_hang_are_left_behind(faulty_mount: FaultyMount, storage_on: Any):
+    """Others take their place, and they end as soon as they can."""
+    storage = storage_on(faulty_mount.path / "pool")
+    node = storage.pool.nodes["a"]
+    chains = iter(range(100, 200))
+
+    def busy() -> list[int]:
+        there = storage.backend().blocks
+        put_chain(storage.client, SPACE, chain_of(next(chains), 32), SIZE)
+        wait_for(lambda: storage.backend().blocks == there + 32, "they are in files")
+        return helpers_of(node.pid)
+
+    wait_for(busy, "a process writes files")
+    put_chain(storage.client, SPACE, IN_MEMORY, SIZE)  # others may have taken their place
+    before = set(helpers_of(node.pid))
+    faulty_mount.hang("read")
+    result = get_chain(storage.client, SPACE, IN_FILES, SIZE)
+    assert result.reasons.keys() <= AWAY, result
+    storage.is_said_to_be(DOWN, "no answer")
+    storage.memory_goes_on(3)
+    faulty_mount.heal()
+    storage.is_said_to_be(UP)
+    storage.files_are_read()
+    storage.files_are_written(4)
+    wait_for(lambda: before - set(helpers_of(node.pid)), "one that hung is no more")
+
+
 def test_a_node_ends_while_its_storage_hangs(faulty_mount: FaultyMount, storage_on: Any):
     """SIGTERM is obeyed, with reads, writes and probes under way that will never return."""
     storage = storage_on(faulty_mount.path / "pool")

@@ -1,0 +1,208 @@
+"""A process beside the node that reads and writes small files for one of its threads, in the node's own segment.
+
+Python runs one thread of a process at a time, and a small file is mostly Python: four threads of the node with their
+loop are hardly faster than one. A process of its own for each thread is. It is sent a batch of jobs and answers in
+their order. Whatever happens to it, the thread does the rest of the batch itself; killed, it does nothing more once
+its socket is closed, so that its slots can be given to others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import marshal
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
+from kvpool.server.child import die_with_parent
+from kvpool.server.filework import perform
+from kvpool.tiers.opening import open_store
+from kvpool.transport.shm import AttachedSegment
+
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES_MAX: Final = 160 << 10
+"""Of one packet; the kernel's default for what a socket may hold is more."""
+
+REPLY_BYTES: Final = 64 << 10
+"""Answers of about so many bytes do not wait for more."""
+
+POST_S: Final = 0.001
+"""Answers wait for more no longer than until the first job that ends after this."""
+
+TEXT_CHARS_MAX: Final = 500
+
+Answer = tuple[float, Failure | None, tuple[int, bytes] | None]
+"""Seconds that a job took, and what ``filework.perform`` returns for it."""
+
+
+class HelperEndedError(Exception):
+    """The process is no more, and touches nothing any longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a process opens a directory that the node has opened, too."""
+
+    directory: str
+    owner: str
+    direct: bool
+    fsync: str
+
+
+class FileHelper:
+    """The node's end of one process. All but ``kill`` belongs to the thread that made it, with which it ends."""
+
+    def __init__(self, opening: Opening, backend: bytes, segment_fd: int, segment_bytes: int) -> None:
+        """Start it. Raises OSError."""
+        self._backend = backend
+        self._ready = False
+        self._buffer = memoryview(bytearray(MESSAGE_BYTES_MAX))
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                numbers = (os.getpid(), theirs.fileno(), segment_fd, segment_bytes)
+                # Arrays are only looked at there: no threads for arithmetic, of which there would be one a core.
+                command = ["env", "OPENBLAS_NUM_THREADS=1", sys.executable, "-m", "kvpool.server.filehelper"]
+                self._process = subprocess.Popen(
+                    [*command, json.dumps(asdict(opening)), *map(str, numbers)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), segment_fd),
+                )
+            except BaseException:
+                self._sock.close()
+                raise
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def ready(self) -> bool:
+        """Return whether it takes jobs by now. Raises HelperEndedError."""
+        if not self._ready:
+            try:
+                self._ready = self._receive(socket.MSG_DONTWAIT) == self._backend
+            except BlockingIOError:
+                return False
+            if not self._ready:
+                self._end("found another backend")
+        return True
+
+    def send(self, jobs: Sequence[Read | Write]) -> None:
+        """Have jobs done, whose answers then have to be received. Raises HelperEndedError."""
+        try:
+            self._sock.send(marshal.dumps([_packed(job) for job in jobs]))
+        except OSError as exc:
+            self._end(str(exc))
+
+    def receive(self) -> list[Answer]:
+        """Wait for the next answers, one or more. Raises HelperEndedError."""
+        return [
+            (seconds, Failure(Trouble(trouble), text, actual) if trouble else None, brought)
+            for seconds, trouble, text, actual, brought in self._receive()
+        ]
+
+    def kill(self) -> None:
+        """Kill it; from any thread. Its own thread is told by HelperEndedError when it is no more."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Have it end, and wait until it has."""
+        self._sock.close()
+        self._process.wait()
+
+    def _receive(self, flags: int = 0) -> Any:
+        try:
+            got = self._sock.recv_into(self._buffer, 0, flags)
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            self._end(str(exc))
+        if not got:
+            self._end("")
+        try:
+            return marshal.loads(self._buffer[:got])  # noqa: S302 - of a process that we have started
+        except (ValueError, EOFError, TypeError) as exc:
+            self._end(str(exc))
+
+    def _end(self, why: str) -> Any:
+        """Make sure that it is no more, and say so."""
+        self._process.kill()
+        self.close()
+        raise HelperEndedError(why or f"the process for files has ended with {self._process.returncode}")
+
+
+def portable(job: Job) -> bool:
+    """Whether a job is one for a process beside the node."""
+    return isinstance(job, Read) or (isinstance(job, Write) and job.namespace is None)
+
+
+def _packed(job: Read | Write) -> tuple[Any, ...]:
+    if isinstance(job, Write):
+        return job.file, job.start, job.size, job.shard_bytes, 0, False
+    return job.file, job.start, job.size, job.shard_bytes, job.layers, job.sized
+
+
+def _unpacked(packed: tuple[Any, ...]) -> Read | Write:
+    file, start, size, shard_bytes, layers, sized = packed
+    if not layers:
+        return Write(0, file, start, size, shard_bytes, 0, None)
+    return Read(file, [], False, start=start, size=size, shard_bytes=shard_bytes, layers=layers, sized=sized)
+
+
+# ---- the process ---------------------------------------------------------------------------------------
+
+
+def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> None:
+    """Do batch after batch until the node closes the socket."""
+    store = open_store(
+        opening.directory, owner=f"{opening.owner}-{os.getpid()}", direct=opening.direct, fsync=opening.fsync,
+        create=False,
+    )  # fmt: skip
+    segment.prefault()  # or the first file in each slot takes twice as long
+    sock.send(marshal.dumps(store.id))
+    clock = time.monotonic
+    while request := sock.recv(MESSAGE_BYTES_MAX):
+        answers: list[tuple[Any, ...]] = []
+        size, posted = 0, clock()
+        for packed in marshal.loads(request):  # noqa: S302 - of the node
+            started = clock()
+            failure, brought = perform(store, segment.view, _unpacked(packed))
+            now = clock()
+            if failure is None:
+                answers.append((now - started, "", "", 0, brought))
+            else:
+                text = failure.text[:TEXT_CHARS_MAX]
+                answers.append((now - started, failure.trouble.value, text, failure.actual_bytes, None))
+            size += 512 + (len(brought[1]) if isinstance(brought, tuple) else 0)
+            if now - posted > POST_S or size > REPLY_BYTES:
+                sock.send(marshal.dumps(answers))
+                answers, size, posted = [], 0, now
+        if answers:
+            sock.send(marshal.dumps(answers))
+
+
+def main() -> None:
+    """Serve the node that has started this process."""
+    parent, number, segment_fd, segment_bytes = map(int, sys.argv[2:])
+    die_with_parent(parent, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's: the node's to act on
+    with socket.socket(fileno=number) as sock:
+        try:
+            segment = AttachedSegment.from_fd(segment_fd, segment_bytes)
+            _serve(sock, Opening(**json.loads(sys.argv[1])), segment)
+        except ConnectionError:
+            pass  # the node is gone, or has done without
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What is done to files, by a thread of the node or in a process beside it: one job at a time, verified."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Final
+
+from kvpool.core.file_jobs import Failure, File, Job, Learn, Read, Remove, Trouble, Write
+from kvpool.model import DIGEST_BYTES, Namespace
+from kvpool.tiers import blockfile
+from kvpool.tiers.dram import HEADER_ALIGN_BYTES, header_area
+from kvpool.tiers.store import (
+    BlockStore,
+    FileName,
+    StoreBrokenError,
+    StoreError,
+    StoreFullError,
+    StoreMissingError,
+    StoreReadOnlyError,
+    StoreSizeError,
+)
+
+log = logging.getLogger(__name__)
+
+_TROUBLES: Final = (
+    (StoreMissingError, Trouble.MISSING),
+    (StoreBrokenError, Trouble.BROKEN),
+    (StoreFullError, Trouble.FULL),
+    (StoreReadOnlyError, Trouble.READ_ONLY),
+)
+
+Brought = tuple[int, bytes] | list[Namespace] | None
+
+
+def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | None, Brought]:
+    """Do a job; returns what went wrong, and what it brought: a block's (shard_bytes, checksums), namespaces."""
+    try:
+        if isinstance(job, Read):
+            return None, _read(store, view, job)
+        if isinstance(job, Write):
+            if job.namespace is not None:
+                store.keep_namespace(job.namespace)
+            store.write(_name(job.file), view[job.start : job.start + job.size])
+        elif isinstance(job, Remove):
+            store.remove([_name(file) for file in job.files])
+        elif isinstance(job, Learn):
+            return None, store.namespaces()
+    except Exception as exc:  # a thread's last resort: a defect of a store must not end it
+        return failure_of(exc), None
+    return None, None
+
+
+def failure_of(exc: Exception) -> Failure:
+    """Return what an exception of a store says; one of another kind is logged."""
+    if isinstance(exc, StoreSizeError):
+        return Failure(Trouble.SIZE, str(exc), exc.actual)
+    if not isinstance(exc, StoreError):
+        log.error("a store failed in a way of its own", exc_info=exc)
+        return Failure(Trouble.ERROR, repr(exc))
+    trouble = next((trouble for kind, trouble in _TROUBLES if isinstance(exc, kind)), Trouble.ERROR)
+    return Failure(trouble, str(exc))
+
+
+def _name(file: File) -> FileName:
+    return FileName(file[0][:DIGEST_BYTES], file[0][DIGEST_BYTES:], file[1])
+
+
+def _read(store: BlockStore, view: memoryview, read: Read) -> tuple[int, bytes]:
+    """Fill a slot from its file; returns the payload's size and checksums. A file that is wrong twice is set aside."""
+    name = _name(read.file)
+    target = view[read.start : read.start + read.size]
+    for last in (False, True):
+        try:
+            return _read_verified(store, name, target, read)
+        except StoreBrokenError:
+            if last:
+                with contextlib.suppress(StoreError):  # it stays where it is, and is broken for the next one, too
+                    store.set_aside(name)
+                raise
+    raise AssertionError("not reached")
+
+
+def _read_verified(store: BlockStore, name: FileName, target: memoryview, read: Read) -> tuple[int, bytes]:
+    try:
+        store.read_into(name, target)
+    except StoreSizeError as exc:
+        area = header_area(read.layers)
+        if read.sized or exc.actual % HEADER_ALIGN_BYTES or exc.actual <= area:
+            raise StoreBrokenError(str(exc)) from exc
+        raise
+    return blockfile.content(target, name, read.layers)

@@ -1,0 +1,180 @@
+"""The threads that read and write a backend's files, alone or, many small ones at a time, with a process each."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
+from kvpool.server.filehelper import FileHelper, HelperEndedError, Opening, portable
+from kvpool.server.filework import Brought, perform
+from kvpool.tiers.dram import Segment
+from kvpool.tiers.measured import MeasuredStore
+from kvpool.tiers.store import BlockStore
+
+log = logging.getLogger(__name__)
+
+POST_S: Final = 0.001
+"""A thread that works on small files tells the loop what it has done this often, not after each."""
+
+HELPER_AGAIN_S: Final = 5.0
+"""How long a thread works alone after its process has ended, or could not be started."""
+
+_GIVEN_BACK: Final = Failure(Trouble.GIVEN_BACK, "the backend is down")
+
+
+class Batch:
+    """Jobs that a thread does one after the other; ``abandoned`` when nobody counts on it any more."""
+
+    def __init__(self, number: int, jobs: list[Job]) -> None:
+        self.number = number
+        self.abandoned = False
+        self.portable = len(jobs) > 1 and all(map(portable, jobs))
+        """Whether a process is worth asking: one file is read sooner by whoever has it in hand."""
+        self._jobs = deque(jobs)
+
+    def next(self) -> Job | None:
+        """Take a job that nobody has begun, None when there is none; from any thread."""
+        try:
+            return self._jobs.popleft()
+        except IndexError:
+            return None
+
+    def rest(self) -> list[Job]:
+        """Take all jobs that nobody has begun."""
+        jobs = []
+        while (job := self.next()) is not None:
+            jobs.append(job)
+        return jobs
+
+    def put_back(self, jobs: list[Job]) -> None:
+        """Count jobs as not begun."""
+        self._jobs.extend(jobs)
+
+    def give_back(self, results: deque[Result]) -> None:
+        """Have what nobody has begun done elsewhere."""
+        while (job := self.next()) is not None:
+            results.append((self, job, _GIVEN_BACK, None))
+
+
+Result = tuple[Batch, Job | None, Failure | None, Brought]
+"""A job, why it failed, and what it brought; without a job: the batch has ended."""
+
+
+@dataclass(slots=True)
+class Desk:
+    """What the loop and the threads of one backend share. ``wake`` has the loop look at ``results``."""
+
+    store: BlockStore
+    segment: Segment
+    view: memoryview
+    results: deque[Result]
+    wake: Callable[[], None]
+    opening: Opening | None = None
+    """How a process opens the backend, None where none can."""
+    batches: queue.SimpleQueue[Batch | None] = field(default_factory=queue.SimpleQueue)
+
+
+class Worker(threading.Thread):
+    """One I/O thread of a backend; ``started`` is when what it does now has begun."""
+
+    def __init__(self, desk: Desk, number: int, *, helped: bool) -> None:
+        """``number``: the backend's; ``helped``: it may have a process."""
+        super().__init__(name=f"kvpool-files-{number}", daemon=True)
+        self.started: float | None = None
+        self.batch: Batch | None = None
+        self.helped = helped and desk.opening is not None
+        self.helper: FileHelper | None = None
+        self.retired = threading.Event()
+        self._desk = desk
+        self._help_at = 0.0
+
+    def retire(self) -> None:
+        """Count on it no more; from the loop. A process that hangs is killed, which may take as long as it hangs."""
+        self.retired.set()
+        helper = self.helper
+        if helper is not None:
+            helper.kill()
+
+    def run(self) -> None:
+        """Do batch after batch."""
+        desk = self._desk
+        while not self.retired.is_set() and (batch := desk.batches.get()) is not None:
+            self.batch = batch
+            helper = self._ready_helper() if self.helped and batch.portable else None
+            if helper is not None:
+                self._delegate(helper, batch)
+            self._do(batch)
+            self.batch = None
+            batch.give_back(desk.results)
+            desk.results.append((batch, None, None, None))
+            desk.wake()
+        if self.helper is not None:
+            self.helper.close()
+
+    def _do(self, batch: Batch) -> None:
+        """Do a batch, or what is left of it."""
+        desk = self._desk
+        posted = time.monotonic()
+        while not self.retired.is_set() and (job := batch.next()) is not None:
+            self.started = now = time.monotonic()
+            if now - posted > POST_S:
+                posted = now
+                desk.wake()
+            desk.results.append((batch, job, *perform(desk.store, desk.view, job)))
+            self.started = None
+
+    # ---- with a process --------------------------------------------------------------------------------
+
+    def _ready_helper(self) -> FileHelper | None:
+        """Return the process of this thread, None while there is none; it takes its time to start."""
+        desk = self._desk
+        try:
+            if self.helper is None and time.monotonic() >= self._help_at and desk.opening is not None:
+                self.helper = FileHelper(desk.opening, desk.store.id, desk.segment.fd, desk.segment.size)
+            return self.helper if self.helper is not None and self.helper.ready() else None
+        except (HelperEndedError, OSError, ValueError) as exc:  # ValueError: the segment is closed
+            self._lose_helper(exc)
+            return None
+
+    def _lose_helper(self, exc: Exception) -> None:
+        self.helper = None
+        self._help_at = time.monotonic() + HELPER_AGAIN_S
+        if not self.retired.is_set():
+            log.warning("%s: a thread goes on alone: %s", self._desk.store.url, exc)
+
+    def _delegate(self, helper: FileHelper, batch: Batch) -> None:
+        """Have a batch done by the process; what it leaves when it ends goes back into the batch."""
+        desk, jobs, done = self._desk, batch.rest(), 0
+        self.started = time.monotonic()
+        try:
+            helper.send([job for job in jobs if isinstance(job, Read | Write)])
+            while done < len(jobs):
+                answers = helper.receive()
+                self.started = time.monotonic()
+                for seconds, failure, brought in answers:
+                    job = jobs[done]
+                    desk.results.append((batch, job, failure, brought))
+                    done += 1
+                    if isinstance(desk.store, MeasuredStore):
+                        _note(desk.store, job, seconds, failure)
+                if done < len(jobs):
+                    desk.wake()
+        except HelperEndedError as exc:
+            batch.put_back(jobs[done:])
+            self._lose_helper(exc)
+        finally:
+            self.started = None
+
+
+def _note(store: MeasuredStore, job: Job, seconds: float, failure: Failure | None) -> None:
+    if isinstance(job, Read | Write):
+        missing = failure is not None and failure.trouble is Trouble.MISSING
+        operation = "read" if isinstance(job, Read) else "write"
+        store.note(operation, 0 if failure else job.size, seconds, failed=failure is not None, missing=missing)
