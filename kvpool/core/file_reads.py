@@ -211,12 +211,13 @@ class FileReads:
 
     # ---- jobs for threads ----------------------------------------------------------------------------
 
-    def take(self, number: int, queue: OrderedDict[File, Read]) -> list[Job]:
-        """Return the next reads of a backend's queue, with slots reserved for them."""
+    def take(self, number: int, queue: OrderedDict[File, Read], among: int = 1) -> list[Job]:
+        """Return the next reads of a backend's queue, with slots reserved for them: a share of the few there are."""
         backend = self._backends[number]
+        files_max = min(BATCH_FILES, -(-len(queue) // among))
         jobs: list[Job] = []
         size = 0
-        while queue and backend.looked < LOOKS_MAX and len(jobs) < BATCH_FILES and size < self._batch_bytes:
+        while queue and backend.looked < LOOKS_MAX and len(jobs) < files_max and size < self._batch_bytes:
             backend.looked += 1
             read = queue.popitem(last=False)[1]
             read.queue = None

@@ -138,8 +138,8 @@ class FileTierState:
 
     # ---- jobs for threads ----------------------------------------------------------------------------
 
-    def take(self, number: int) -> list[Job]:
-        """Return the next jobs for one thread of this backend, none when there is nothing to do.
+    def take(self, number: int, among: int = 1) -> list[Job]:
+        """Return the next jobs for one of ``among`` threads of this backend, none when there is nothing to do.
 
         There may be more to do though when it has ``looked`` LOOKS_MAX times.
         """
@@ -147,29 +147,29 @@ class FileTierState:
         backend.looked = 0
         if not backend.readable:
             return []
-        jobs = [] if backend.learn_asked else self._take_in_turn(number)
+        jobs = [] if backend.learn_asked else self._take_in_turn(number, among)
         if not jobs and backend.learn_asked:
             backend.learn_asked = False
             return [Learn(number)]
         return jobs
 
-    def _take_in_turn(self, number: int) -> list[Job]:
+    def _take_in_turn(self, number: int, among: int) -> list[Job]:
         backend, take_reads = self.backends[number], self.reads.take
         if backend.removes and not backend.reads:
             return [backend.removes.popleft()]
         backend.turn += 1
         if backend.reads and backend.turn % WRITE_TURN:
-            return take_reads(number, backend.reads) or self._take_rest(number)
+            return take_reads(number, backend.reads, among) or self._take_rest(number, among)
         if backend.ahead and backend.turn % 2:  # nobody waits for what is read ahead, and nobody for writes: by turns
-            return take_reads(number, backend.ahead) or self._take_rest(number)
-        return self._take_rest(number)
+            return take_reads(number, backend.ahead, among) or self._take_rest(number, among)
+        return self._take_rest(number, among)
 
-    def _take_rest(self, number: int) -> list[Job]:
+    def _take_rest(self, number: int, among: int) -> list[Job]:
         backend = self.backends[number]
         return (
             self._take_writes(number)
-            or self.reads.take(number, backend.reads)
-            or self.reads.take(number, backend.ahead)
+            or self.reads.take(number, backend.reads, among)
+            or self.reads.take(number, backend.ahead, among)
             or ([backend.removes.popleft()] if backend.removes else [])
         )
 

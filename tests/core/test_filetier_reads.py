@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvpool.core.file_jobs import LOOKS_MAX, Read
-from kvpool.core.file_reads import AHEAD_MAX
+from kvpool.core.file_reads import AHEAD_MAX, BATCH_FILES
 from tests.core.file_world import CLIENT, PAYLOAD, SPACE, World, file
 
 
@@ -97,3 +97,13 @@ def test_a_search_for_jobs_looks_at_so_many_files_only():
             world.end(job)
     assert len(wait.misses) == 1000
     world.segment.check()
+
+
+def test_a_few_reads_are_shared_among_the_threads():
+    """Nobody waits for files one after the other while threads have nothing to do; many still come in batches."""
+    world = World(slots=4000)
+    world.end(world.tier.take(0)[0])  # the namespaces it keeps
+    world.fetch(*range(6))
+    assert [len(world.tier.take(0, 4)) for _ in range(5)] == [2, 1, 1, 1, 1]
+    world.fetch(*range(100, 600))
+    assert len(world.tier.take(0, 4)) == BATCH_FILES
