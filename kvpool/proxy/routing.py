@@ -22,8 +22,8 @@ REQUEST_TOKENS: Final = 128
 LOAD_SHARE: Final = 0.1
 """Cost of a token loaded from the instance's own node, or sent by a prefill instance, beside a computed one."""
 
-FAR_SHARE: Final = 0.2
-"""Cost of a token loaded from elsewhere in the pool."""
+FAR_SHARE: Final = 0.4
+"""Cost of a token loaded from elsewhere in the pool: more than the load itself, since it lies in two caches then."""
 
 
 RECENT_CHOICES: Final = 64

@@ -164,6 +164,15 @@ def test_routing_by_prefixes_hits_more_where_there_is_something_to_hit(seed):
     assert sum(routed.ttft_ms) <= 1.05 * sum(plain.ttft_ms)
 
 
+def test_twice_the_near_hits_of_round_robin():
+    """Questions about documents on four instances: in the engine's own cache or its own node's memory."""
+    work = Work("documents", make(KINDS["documents"], 1))
+    held = work.under_way // 4
+    plain, routed, told = (simulated(work.asks, routing, Cluster(4, held, 4 * held), 8) for routing in ROUTINGS)
+    assert routed.near_tokens >= 2 * plain.near_tokens
+    assert told.near_tokens >= 2 * plain.near_tokens
+
+
 def test_requests_with_times_wait_for_them():
     """And for the turn before, which may take longer than thinking does."""
     asks = [
