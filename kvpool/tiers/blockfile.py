@@ -71,7 +71,7 @@ def content(extent: memoryview, name: FileName, layers: int) -> tuple[int, bytes
         found, shard_bytes, own = fixed_part(extent, area)
         step = shard_bytes // layers
         if (
-            found == (SLOT_MAGIC, FORMAT_VERSION, layers, *name)
+            found == (SLOT_MAGIC, FORMAT_VERSION, layers, name.namespace + name.key, name.shard)
             and len(extent) == extent_bytes(shard_bytes, layers)
             and step * layers == shard_bytes > 0
             and xxhash.xxh3_64_intdigest(extent[header_at : area - CHECKSUM_BYTES]) == own

@@ -137,10 +137,11 @@ def write_header(
     view[payload_offset - len(header) - _OWN_CHECKSUM.size : payload_offset] = header + own
 
 
-def fixed_part(view: memoryview, payload_offset: int) -> tuple[tuple[bytes, int, int, bytes, bytes, int], int, int]:
+def fixed_part(view: memoryview, payload_offset: int) -> tuple[tuple[bytes, int, int, bytes, int], int, int]:
     """Return what stands in a header's place, not judged: magic to shard, shard_bytes, own checksum."""
     found = _FIXED.unpack_from(view, payload_offset - HEADER_FIXED_BYTES)
-    return found[:6], found[6], found[8]
+    (own,) = _OWN_CHECKSUM.unpack_from(view, payload_offset - _OWN_CHECKSUM.size)
+    return found[:5], found[5], own
 
 
 def parse_header(view: memoryview, payload_offset: int) -> SlotHeader:
