@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
+from kvpool.errors import KVPoolError
 from kvpool.server.child import die_with_parent
 from kvpool.server.filework import perform
 from kvpool.tiers.opening import open_store
@@ -200,6 +201,8 @@ def main() -> None:
         try:
             segment = AttachedSegment.from_fd(segment_fd, segment_bytes)
             _serve(sock, Opening(**json.loads(sys.argv[1])), segment)
+        except KVPoolError as exc:
+            log.warning("the process for files cannot begin: %s", exc)  # while the node listens: then it is killed
         except ConnectionError:
             pass  # the node is gone, or has done without
 

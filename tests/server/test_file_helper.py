@@ -239,7 +239,7 @@ def test_a_process_that_stands_still_is_killed_and_followed_by_another(with_node
         assert await node.fetch(*MANY) == {}
         await until(lambda: not {helper.pid for helper in node.helpers} & set(stopped), "they are not used any more")
 
-    with_node(test, timeout_s=0.3)
+    with_node(test, timeout_s=2.0)
 
 
 def test_without_processes_threads_do_it_all(with_node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
