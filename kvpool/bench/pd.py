@@ -36,6 +36,7 @@ from kvpool.bench.ttft_http import Server
 from kvpool.bench.ttft_report import check_plot
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import format_size, parse_size
+from kvpool.proxy.routing import Policy
 
 CHARS_A_TOKEN = 3
 """At the least, of the texts that are made here: an engine's room is reckoned by it."""
@@ -97,8 +98,12 @@ def simulate(works: Sequence[Work], options: Mapping[str, Any], report: PDReport
             done = Simulation(cluster, policy, master=master).run(work.asks, options["concurrency"])
             rows.append(Row(work.name, name, [done], f"{count} simulated"))
         report.add_rows(rows)
+        endless = Cluster(1, 1 << 40, 0)
+        most = Simulation(endless, Policy.PREFIX, master=False).run(work.asks, options["concurrency"]).near_tokens
+        most_over = f", {most / rows[0].near_tokens:.2f} x round robin's" if rows[0].near_tokens else ""
         report.note(
-            f"{work.name}: {len(work.asks)} requests; an instance holds {hbm:,} tokens, its node "
+            f"{work.name}: {most:,} tokens were asked before: more nobody can hit{most_over}; "
+            f"{len(work.asks)} requests; an instance holds {hbm:,} tokens, its node "
             f"{cluster.node_tokens:,}; all sessions under way hold {work.under_way:,}"
         )
 
@@ -249,7 +254,7 @@ def _run(options: dict[str, Any], report: PDReport) -> None:
         return
     if options["simulated"]:
         options["instances"] = options["instances"] or 4
-        options["concurrency"] = options["concurrency"] or 4 * options["instances"]
+        options["concurrency"] = options["concurrency"] or 2 * options["instances"]
         with report.running(len(works) * len(ROUTINGS)):
             simulate(works, options, report)
         return
@@ -291,7 +296,7 @@ def _run(options: dict[str, Any], report: PDReport) -> None:
 @click.option("--seed", type=int, help="Of the workload; another one each time.")
 @click.option("--write", metavar="FILE", help="Write the workload, one JSON object a line, and measure nothing.")
 @click.option("--read", metavar="FILE", help="Take the workload from such a file.")
-@click.option("--concurrency", default=0, type=click.IntRange(0, 256), help="Requests at once.  [2; simulated: 4 each]")
+@click.option("--concurrency", default=0, type=click.IntRange(0, 256), help="Requests at once.  [2; simulated: 2 each]")
 @click.option("--rounds", default=2, type=click.IntRange(1, 100), show_default=True, help="Of each routing, in turns.")
 @click.option(
     "--hbm_tokens", default=0, type=click.IntRange(0), help="Of an engine's cache.  [all together: all sessions]"
