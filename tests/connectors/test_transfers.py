@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -433,3 +434,106 @@ def test_reset_leaves_what_is_on_its_way_behind(pair: Pair) -> None:
     assert request.status == "finished"
     assert request.returned is None
     assert not pair.pool.open_transfers
+
+
+# ---- everything at once --------------------------------------------------------------------------------
+
+
+class Storm:
+    """Requests that are prefilled and decoded, serially or at once, some aborted at any moment."""
+
+    def __init__(self, pair: Pair, seed: int, **options: Any) -> None:
+        self.pair, self.rng = pair, random.Random(seed)
+        own = {"blocks": 26, "budget": 9} | options
+        self.prefiller, self.decoder = pair.engine(PRODUCER, **own), pair.engine(CONSUMER, **own)
+        self.left: list[tuple[list[int], Request]] = []
+        """Prompts whose prefill is under way, and not yet asked to be decoded."""
+        self.decoding: list[Request] = []
+        self.aborted: set[str] = set()
+        self.faults = False
+        self.number = 0
+
+    def begin(self) -> None:
+        self.number += 1
+        shared = list(range(self.rng.choice((0, 9, 17))))
+        prompt = shared + [self.rng.randrange(9) for _ in range(self.rng.randrange(1, 14))]
+        at_once = self.rng.random() < 0.5
+        given = {"transfer_id": f"{self.number:x}"} if at_once else {}
+        prefilling = self.pair.submit(
+            self.prefiller, prompt, self.rng.choice((1, 1, 3)), {"do_remote_decode": True} | given
+        )
+        if at_once:
+            self._decode(prompt, {"do_remote_prefill": True} | given)
+        else:
+            self.left.append((prompt, prefilling))
+
+    def _decode(self, prompt: list[int], params: dict[str, Any] | None) -> None:
+        self.decoding.append(self.pair.submit(self.decoder, prompt, self.rng.choice((1, 4, 12)), params))
+
+    def go_on(self) -> None:
+        """Have decoded what is prefilled, and abort some."""
+        for prompt, prefilling in list(self.left):
+            if prefilling.status == "finished" and self.is_known(prefilling.returned):
+                self.left.remove((prompt, prefilling))
+                self._decode(prompt, prefilling.returned)
+        for engine in (self.prefiller, self.decoder):
+            for request in list(engine.requests.values()):
+                if self.rng.random() < 0.01 and self.is_known(request.kv_transfer_params):
+                    self.aborted.add(request.request_id)
+                    engine.abort(request)
+
+    def is_known(self, params: dict[str, Any] | None) -> bool:
+        """Whether the master has heard of a transfer: one that is opened after its end would be kept for its TTL."""
+        if self.faults or not params or "transfer_id" not in params:
+            return True  # with faults many are never known, and nobody counts what is kept
+        return int(params["transfer_id"], 16) in self.pair.pool.transfers
+
+    def spoil(self) -> None:
+        faults = self.pair.faults
+        faults.spoil_rest = True
+        faults.get_blocks_max = self.rng.choice((None, None, None, 0, 2))
+        faults.raises = self.rng.choice(
+            ({}, {}, {}, {"put": RuntimeError("injected")}, {"receive": OSError("injected")})
+        )
+        for engine in (self.prefiller, self.decoder):
+            engine.side._client.transfers.master_is_away = self.rng.random() < 0.2
+
+    def run(self, requests: int, *, faults: bool) -> None:
+        self.faults = faults
+        deadline = time.monotonic() + DEADLINE_S
+        while self.number < requests or self.left or self.prefiller.busy or self.decoder.busy:
+            assert time.monotonic() < deadline, [vars(r) for r in self.decoder.requests.values()]
+            if self.number < requests and self.rng.random() < 0.3:
+                self.begin()
+            if faults and self.rng.random() < 0.1:
+                self.spoil()
+            self.prefiller.step()
+            self.decoder.step()
+            self.go_on()
+        self.pair.faults.reset()
+        for engine in (self.prefiller, self.decoder):
+            engine.side._client.transfers.master_is_away = False
+        self.pair.drain(self.prefiller, self.decoder)
+        for request in self.decoding:
+            if request.request_id not in self.aborted:
+                assert request.answer == expected(request.prompt, request.max_tokens)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mode", ["plain", "layers", "tails_are_kept"])
+def test_storm(pair: Pair, mode: str, seed: int) -> None:
+    """Aborts and preemptions at every moment: tokens are right, and every transfer ends."""
+    storm = Storm(pair, seed, transfer_open_timeout="100ms", **MODES[mode])
+    storm.run(60, faults=False)
+    assert storm.decoder.side.counters["transfer.received"] > 10
+    assert storm.aborted
+    assert not pair.pool.open_transfers
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mode", ["plain", "layers"])
+def test_storm_with_faults(pair: Pair, mode: str, seed: int) -> None:
+    """Puts and receives that fail, and a master that is away now and then: tokens are right all the same."""
+    storm = Storm(pair, seed, transfer_open_timeout="100ms", **MODES[mode])
+    storm.run(60, faults=True)
+    assert storm.decoder.side.counters["transfer.received"] > 0
