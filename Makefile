@@ -22,7 +22,7 @@ PYTEST_ARGS ?=
 TRACE ?=
 DIR ?=
 
-.PHONY: help serve test lint e2e bench ttft proto setup setup-vllm setup-mooncake clean check-python
+.PHONY: help serve test lint e2e bench ttft pd proto setup setup-vllm setup-mooncake clean check-python
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,9 @@ bench: setup ## Measure: store, lookup, files if DIR=DIRECTORY is given, and a t
 
 ttft: setup-vllm ## Measure the time to first token with a real vLLM (ARGS="--model tiny")
 	$(VENV_VLLM)/bin/kvpool-bench ttft $(ARGS)
+
+pd: setup-vllm ## Measure conversations through the proxy with a real vLLM (ARGS="--transfer")
+	$(VENV_VLLM)/bin/kvpool-bench pd $(ARGS)
 
 proto: check-python ## Regenerate kvpool/rpc/v1 from proto/
 	PYTHON="$(PYTHON)" sh proto/generate.sh
