@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from kvpool.core.allocator import require
+from kvpool.core.slot_table import shown
 from kvpool.core.slots import header_bytes
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def check_segment(state: SegmentState) -> None:
         require(not block.kept or key in state._keep, "only what is to be kept is")
         require(block.bytes == sum(slot.extent_bytes for slot in held), "a block's bytes are its slots'")
         require(block.committed == sum(1 << s.shard for s in held if not s.reserved), "committed shards are known")
+    if state.table is not None:
+        listed = {slot.entry: slot for slot in slots if slot.entry >= 0}
+        require(not any(slot.reserved for slot in listed.values()), "only committed slots are listed")
+        require(state.table.listed() == {entry: shown(slot) for entry, slot in listed.items()}, "the table is right")
     stamps = [block.stamp for block in blocks.values() if not block.busy]
     require(stamps == sorted(stamps), "the eviction order is that of the stamps")
     require(state._kept_bytes == sum(b.bytes for b in blocks.values() if b.kept), "kept bytes are counted")

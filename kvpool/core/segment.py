@@ -17,6 +17,7 @@ from kvpool.core import messages
 from kvpool.core.allocator import UNIT_BYTES, ExtentAllocator, round_up
 from kvpool.core.invariants import check_segment
 from kvpool.core.messages import BlockRun
+from kvpool.core.slot_table import UNLISTED, SlotTable
 from kvpool.core.slots import (
     BEING_WRITTEN,
     COUNTERS,
@@ -61,6 +62,7 @@ class SegmentState:
         self.pinned = 0  # slots
         self.reserved = 0  # slots
         self.counters = dict.fromkeys(COUNTERS, 0)
+        self.table: SlotTable | None = None  # where local clients find slots by themselves
         self._namespaces: dict[bytes, Namespace] = {}
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # coldest first
         self._slot_at: dict[int, Slot] = {}
@@ -349,6 +351,23 @@ class SegmentState:
         self._last_id = pin_id = self._last_id + 1
         self._owner(owner).pins[pin_id] = found
         return Pin(pin_id, slots)
+
+    def touch(self, namespace: bytes, shards: Sequence[int], keys: bytes) -> list[Slot]:
+        """Count a use of the committed slots among the items, as ``pin`` does; returns them."""
+        check_items(namespace, shards, keys)
+        get = self._blocks.get
+        found: list[Slot] = []
+        for at in range(0, len(keys), KEY_BYTES):
+            block = get(namespace + keys[at : at + KEY_BYTES])
+            if block is None:
+                continue
+            for shard in shards:
+                slot = block.shards.get(shard)
+                if slot is not None and slot.checksums is not None:
+                    found.append(slot)
+        for slot in reversed(found):  # so that a chain's tail ages before its head
+            self._touch(slot.block)
+        return found
 
     def slot(self, block_key: bytes, shard: int) -> Slot | None:
         """Return a committed slot (``block_key``: namespace digest and key), None if there is none."""
@@ -648,7 +667,9 @@ class SegmentState:
         counters["evicted_bytes"] += block.bytes
 
     def _forget(self, slot: Slot, removed: list[tuple[bytes, int, int]]) -> None:
-        """Note that a committed slot is gone."""
+        """Note that a committed slot is gone, or about to be another's."""
+        if self.table is not None and slot.entry != UNLISTED:
+            self.table.strike(slot)
         self.payload_bytes -= slot.shard_bytes
         if slot in self._added:
             del self._added[slot]

@@ -79,6 +79,7 @@ class Slot:
     __slots__ = (
         "block",
         "checksums",
+        "entry",
         "extent_bytes",
         "filed",
         "generation",
@@ -108,6 +109,7 @@ class Slot:
         self.partial = b""  # checksums of the layers that are written already, while a transfer writes the others
         self.transfer = 0  # who names it may read those layers
         self.pins = 0
+        self.entry = -1  # in the slot table
         self.filed = False  # is in a file, or about to be
 
     def __repr__(self) -> str:

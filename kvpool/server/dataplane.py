@@ -252,6 +252,8 @@ class DataPlane:
                 b"".join((places.tobytes(), *checksums)),
             )
             conn.release()
+            if self._state.table is not None and not request.wait_ms:  # what was read once will be read again
+                self._state.table.add(pin.slots)
 
         if request.first_layer and not request.wait_ms:
             raise InvalidArgumentError("first_layer", "must be 0 without wait_ms")
@@ -352,6 +354,13 @@ class DataPlane:
 
     def _release(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         self._state.release(conn.id, message.release.pin)
+
+    def _touch(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
+        request = message.touch
+        slots = self._state.touch(request.namespace, request.shards, bytes(payload))
+        if self.tier is not None:
+            self.tier.state.used(slots)
+            self.tier.pump()
 
     def _local_prefix(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.local_prefix
@@ -458,6 +467,7 @@ class DataPlane:
         "local_prefix": _local_prefix,
         "abandon": _abandon,
         "prefetch": _prefetch,
+        "touch": _touch,
     }
 
 

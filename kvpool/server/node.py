@@ -18,6 +18,7 @@ from kvpool.config import NodeSettings, boot_id, split_address
 from kvpool.core.messages import NodeMessage, Scanned
 from kvpool.core.reporter import Reporter
 from kvpool.core.segment import SegmentState
+from kvpool.core.slot_table import SlotTable, table_bytes
 from kvpool.errors import ConfigError, InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import NodeAddress, format_size
 from kvpool.rpc.v1 import node_pb2, node_pb2_grpc
@@ -254,7 +255,10 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
     except InvalidArgumentError as exc:
         raise ConfigError("segment_size", exc.problem) from exc
     log.info("populating a segment of %s", format_size(settings.segment_size))
-    segment = await asyncio.to_thread(Segment.create, settings.segment_size, lock=settings.lock_memory)
+    segment = await asyncio.to_thread(
+        Segment.create, settings.segment_size, tail_bytes=table_bytes(state.capacity_bytes), lock=settings.lock_memory
+    )
+    state.table = SlotTable(segment.view, state.capacity_bytes)
     if not segment.locked:
         log.warning("the segment is not locked in memory: %s", segment.lock_error)
     name = node_id(settings)

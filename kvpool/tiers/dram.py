@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -35,22 +36,28 @@ class Segment(MappedMemory):
         cls,
         size_bytes: int,
         *,
+        tail_bytes: int = 0,
         lock: bool = True,
         limit_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> Segment:
         """Return a segment that is sealed, populated and, where the limits allow it, locked.
 
+        ``tail_bytes`` more, whole pages of zeros, lie at its end, behind the page in which ``size_bytes`` end.
         ``limit_bytes`` lowers what the cgroup and the host allow; ``progress(done, total)`` is called
         while it is populated. Raises InvalidArgumentError("segment_size") for more than is allowed.
         """
         allowed, why = allowed_bytes()
         if limit_bytes is not None and limit_bytes < allowed:
             allowed, why = limit_bytes, "the limit given"
+        if size_bytes > 0:
+            allowed = allowed * size_bytes // (size_bytes + tail_bytes)
         if not 0 < size_bytes <= allowed:
             raise InvalidArgumentError(
                 "segment_size", f"must be from 1 to {allowed} bytes ({format_size(allowed)}, {why}), not {size_bytes}"
             )
+        if tail_bytes:
+            size_bytes += -size_bytes % mmap.PAGESIZE + tail_bytes
         fd = create_memfd("kvpool-segment", size_bytes)
         try:
             segment = cls(fd, size_bytes)

@@ -217,6 +217,18 @@ def test_pins_nest_and_die_with_their_owner():
     state.check()
 
 
+def test_a_touch_is_a_use_and_protects_nothing():
+    """Blocks that were read without a pin go last, their chain's tail before its head; what is not here is ignored."""
+    state = segment(4)
+    put(state, 0, 1, 2, 3)
+    touched = state.touch(SMALL.digest, [0], keys(2, 3, 99))
+    assert [slot.key for slot in touched] == [key(2), key(3)]
+    for number, left in enumerate(({0, 2, 3}, {2, 3}, {2}, set())):
+        put(state, 100 + number)
+        assert stored(state, range(4)) == left
+    state.check()
+
+
 def test_a_dead_writer_leaves_nothing_behind():
     """Without quarantine its reservations are free at once."""
     state = segment(2)

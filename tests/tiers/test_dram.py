@@ -72,6 +72,15 @@ def test_size_outside_the_limits_is_named(size: int) -> None:
         Segment.create(size, limit_bytes=MIB)
 
 
+def test_a_tail_lies_on_pages_of_its_own() -> None:
+    """It comes on top of what was asked for, whose limit leaves room for it."""
+    segment = Segment.create(MIB + 1, tail_bytes=8192, lock=False, limit_bytes=2 * MIB)
+    assert segment.size == MIB + 4096 + 8192
+    segment.close()
+    with pytest.raises(InvalidArgumentError, match="must be from 1 to "):
+        Segment.create(MIB, tail_bytes=8192, limit_bytes=MIB)
+
+
 def test_failing_progress_leaves_no_descriptor() -> None:
     """Whatever is raised while the segment is made, its memory is given back."""
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208

@@ -232,7 +232,7 @@ class Keep(_message.Message):
     def __init__(self, keep: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., release: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon", "prefetch", "progress")
+    __slots__ = ("id", "attach", "register", "reserve", "commit", "write", "abort", "pin", "release", "get", "local_prefix", "abandon", "prefetch", "progress", "touch")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     REGISTER_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +247,7 @@ class NodeFrame(_message.Message):
     ABANDON_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    TOUCH_FIELD_NUMBER: _ClassVar[int]
     id: int
     attach: Attach
     register: _types_pb2.NamespaceDescriptor
@@ -261,7 +262,8 @@ class NodeFrame(_message.Message):
     abandon: Abandon
     prefetch: Prefetch
     progress: Progress
-    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+    touch: Touch
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., register: _Optional[_Union[_types_pb2.NamespaceDescriptor, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., write: _Optional[_Union[Write, _Mapping]] = ..., abort: _Optional[_Union[ReleaseReservation, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., release: _Optional[_Union[ReleasePin, _Mapping]] = ..., get: _Optional[_Union[Get, _Mapping]] = ..., local_prefix: _Optional[_Union[LocalPrefix, _Mapping]] = ..., abandon: _Optional[_Union[Abandon, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., touch: _Optional[_Union[Touch, _Mapping]] = ...) -> None: ...
 
 class NodeFrameReply(_message.Message):
     __slots__ = ("id", "error", "attached", "reserved", "committed", "pinned", "got", "local_prefix")
@@ -446,3 +448,11 @@ class Prefetch(_message.Message):
     shards: _containers.RepeatedScalarFieldContainer[int]
     backend: bytes
     def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ..., backend: _Optional[bytes] = ...) -> None: ...
+
+class Touch(_message.Message):
+    __slots__ = ("namespace", "shards")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    shards: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, namespace: _Optional[bytes] = ..., shards: _Optional[_Iterable[int]] = ...) -> None: ...
