@@ -112,6 +112,11 @@ class Blocks:
         """Return the number of blocks."""
         return len(self.pieces)
 
+    @property
+    def simple(self) -> bool:
+        """Whether each block is one small run with one checksum."""
+        return self.layers == 1 and self.layer_bytes <= HOLD_BYTES_MAX and not self.gapped
+
     def span(self, first: int, end: int, first_layer: int, end_layer: int) -> Blocks:
         """Return the buffers of some layers of consecutive blocks."""
         part = copy(self)

@@ -110,7 +110,7 @@ class Gets:
     def _get_locally(self, call: Call, node: LocalNode) -> None:
         try:
             call.reasons = node.get(
-                call.space.digest, call.keys, call.blocks, call.shard, call.first_layer, self._verify_local,
+                call.space, call.keys, call.blocks, call.shard, call.first_layer, self._verify_local,
                 self._copies, call.left_s,
             )  # fmt: skip
         except InvalidArgumentError:

