@@ -133,7 +133,7 @@ class MemoryTransfers:
             for number in transfers:
                 ended = self._pool.transfers.get(number)
                 if ended is None:
-                    ended = self._pool.transfers[number] = MemoryTransfer(TransferState.ENDED, (), set())
+                    continue  # a master remembers nothing of what it has never heard of
                 ended.state = TransferState.ENDED
                 others = [t for t in self._pool.transfers.values() if t.state is not TransferState.ENDED]
                 wanted = {key for other in others for key in other.own}

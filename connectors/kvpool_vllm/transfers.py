@@ -38,6 +38,9 @@ POLL_MAX_S = 0.064
 IDLE_WAIT_S = 0.001
 """What an engine without work waits in a step for a transfer to be opened."""
 
+LOOK_EVERY_S = 1.0
+"""How often it is looked whether a transfer has been opened that nobody here waits for any more."""
+
 SILENCES_MAX = 2
 """Without an answer of the master in a row: nobody knows of the transfer then."""
 
@@ -113,6 +116,7 @@ class Keeper:
         self._busy = False
         self._held: set[int] = set()
         self._claiming: dict[int, tuple[Incoming, float, float]] = {}  # (.., when next, pause then)
+        self._unwanted: dict[int, float] = {}  # until when; if they are opened after all, they are ended
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvpool-transfers", daemon=True)
         self._thread.start()
@@ -145,11 +149,13 @@ class Keeper:
             self._held.discard(transfer)
             self._call(lambda: self._client.transfers.seal(transfer, ttl_ms))
 
-    def end(self, transfer: int) -> None:
-        """End a transfer, whosever it is."""
+    def end(self, transfer: int, until_s: float = 0.0) -> None:
+        """End a transfer, whosever it is; one that was never seen, whenever it is opened within ``until_s``."""
         with self._changed:
             self._held.discard(transfer)
-            self._claiming.pop(transfer, None)
+            claimed = self._claiming.pop(transfer, None)
+            if claimed is not None and claimed[0].found is None and claimed[0].gone != "ended":
+                self._unwanted[transfer] = time.monotonic() + until_s
             self._call(lambda: self._client.transfers.end([transfer]))
 
     def close(self) -> None:
@@ -174,11 +180,12 @@ class Keeper:
         self._changed.notify()
 
     def _run(self) -> None:
-        renew_at = time.monotonic() + RENEW_EVERY_S
+        renew_at = look_at = time.monotonic() + RENEW_EVERY_S
         while True:
             with self._changed:
                 self._busy = False
-                wake_at = min([renew_at, *(due for _, due, _ in self._claiming.values())])
+                looks = [look_at] if self._unwanted else []
+                wake_at = min([renew_at, *looks, *(due for _, due, _ in self._claiming.values())])
                 self._changed.wait_for(
                     lambda: self._calls or self._closed or any(not due for _, due, _ in self._claiming.values()),
                     max(0.0, wake_at - time.monotonic()),
@@ -194,6 +201,9 @@ class Keeper:
                     call()
                 for incoming, _, pause_s in due:
                     self._claim(incoming, pause_s)
+                if self._unwanted and time.monotonic() >= look_at:
+                    look_at = time.monotonic() + LOOK_EVERY_S
+                    self._end_unwanted()
                 if time.monotonic() >= renew_at:
                     renew_at = time.monotonic() + RENEW_EVERY_S
                     with self._changed:
@@ -202,6 +212,18 @@ class Keeper:
                         self._client.transfers.renew(held)
             except Exception:  # whatever it was, the thread must live: nobody else says these things
                 logger.exception("transfers")
+
+    def _end_unwanted(self) -> None:
+        with self._changed:
+            now = time.monotonic()
+            self._unwanted = {transfer: until for transfer, until in self._unwanted.items() if until > now}
+            unwanted = list(self._unwanted)
+        for transfer in unwanted:
+            state = self._client.transfers.claim(transfer, self._name).state
+            if state not in {TransferState.UNKNOWN, TransferState.NO_MASTER}:
+                self._client.transfers.end([transfer])
+                with self._changed:
+                    self._unwanted.pop(transfer, None)
 
     def _claim(self, incoming: Incoming, pause_s: float) -> None:
         found = self._client.transfers.claim(incoming.transfer, self._name)
@@ -380,7 +402,7 @@ class Transfers:
         if not incoming.requests:
             self._incoming.pop(incoming.transfer, None)
             if self._keeper is not None:
-                self._keeper.end(incoming.transfer)
+                self._keeper.end(incoming.transfer, self._settings.transfer_ttl / 1000)
 
     def received(self, arrived: int, wanted: int) -> None:
         """Count a load."""

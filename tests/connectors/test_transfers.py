@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from kvpool.client_transfers import TransferPart
 from kvpool_vllm.settings import Role
 from kvpool_vllm.testing import Faults, MemoryPool
 from kvpool_vllm.transfers import Engine
-from tests.connectors.model_engine import TOKENS, ModelEngine, Request, expected
+from tests.connectors.model_engine import NAMESPACE, TOKENS, ModelEngine, Request, expected
 
 DEADLINE_S = 30.0
 
@@ -289,9 +290,21 @@ def test_prefill_that_never_begins(pair: Pair) -> None:
     assert not pair.pool.open_transfers
 
 
+def test_prefill_that_begins_too_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its transfer is ended by the engine that has given it up: nobody else would come for it."""
+    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.transfers.LOOK_EVERY_S", 0.02)
+    producer, consumer = pair.engine(PRODUCER), pair.engine(CONSUMER, transfer_open_timeout="20ms")
+    prompt = list(range(30))
+    pair.decode(consumer, prompt, {"do_remote_prefill": True, "transfer_id": "1"})
+    pair.prefill(producer, prompt, transfer_id="1")
+    pair.until(lambda: not pair.pool.open_transfers and "open" in pair.pool.calls, producer, consumer)
+
+
 def test_prefill_that_was_given_up(pair: Pair) -> None:
     """Is not waited for."""
     consumer = pair.engine(CONSUMER)
+    consumer.side._client.transfers.open(7, [TransferPart(NAMESPACE, b"k" * 16)], [""])
     consumer.side._client.transfers.end([7])
     pair.decode(consumer, list(range(30)), {"do_remote_prefill": True, "transfer_id": "7"})
     assert consumer.side.counters["transfer.miss.ended"] == 1
