@@ -71,8 +71,7 @@ class FileHelper:
         with theirs:
             try:
                 numbers = (os.getpid(), theirs.fileno(), segment_fd, segment_bytes)
-                # Arrays are only looked at there: no threads for arithmetic, of which there would be one a core.
-                command = ["env", "OPENBLAS_NUM_THREADS=1", sys.executable, "-m", "kvpool.server.filehelper"]
+                command = [sys.executable, "-m", "kvpool.server.filehelper"]
                 self._process = subprocess.Popen(
                     [*command, json.dumps(asdict(opening)), *map(str, numbers)],
                     stdin=subprocess.DEVNULL,
@@ -166,7 +165,7 @@ def _unpacked(packed: tuple[Any, ...]) -> Read | Write:
 def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> None:
     """Do batch after batch until the node closes the socket."""
     store = open_store(
-        opening.directory, owner=f"{opening.owner}-{os.getpid()}", direct=opening.direct, fsync=opening.fsync,
+        opening.directory, owner=f"{os.getpid()}-{opening.owner}", direct=opening.direct, fsync=opening.fsync,
         create=False,
     )  # fmt: skip
     segment.prefault()  # or the first file in each slot takes twice as long

@@ -24,7 +24,10 @@ POST_S: Final = 0.001
 """A thread that works on small files tells the loop what it has done this often, not after each."""
 
 HELPER_AGAIN_S: Final = 5.0
-"""How long a thread works alone after its process has ended, or could not be started."""
+"""How long a thread works alone after its process has ended, or could not be started; twice as long each time,"""
+
+HELPER_AGAIN_MAX_S: Final = 300.0
+"""up to this long."""
 
 _GIVEN_BACK: Final = Failure(Trouble.GIVEN_BACK, "the backend is down")
 
@@ -94,6 +97,7 @@ class Worker(threading.Thread):
         self.retired = threading.Event()
         self._desk = desk
         self._help_at = 0.0
+        self._lost = 0  # processes in a row that ended before they had done a batch
 
     def retire(self) -> None:
         """Count on it no more; from the loop. A process that hangs is killed, which may take as long as it hangs."""
@@ -145,8 +149,9 @@ class Worker(threading.Thread):
 
     def _lose_helper(self, exc: Exception) -> None:
         self.helper = None
-        self._help_at = time.monotonic() + HELPER_AGAIN_S
-        if not self.retired.is_set():
+        self._help_at = time.monotonic() + min(HELPER_AGAIN_S * 2**self._lost, HELPER_AGAIN_MAX_S)
+        self._lost = min(self._lost + 1, 10)
+        if not self.retired.is_set() and self._lost == 1:
             log.warning("%s: a thread goes on alone: %s", self._desk.store.url, exc)
 
     def _delegate(self, helper: FileHelper, batch: Batch) -> None:
@@ -166,6 +171,7 @@ class Worker(threading.Thread):
                         _note(desk.store, job, seconds, failure)
                 if done < len(jobs):
                     desk.wake()
+            self._lost = 0
         except HelperEndedError as exc:
             batch.put_back(jobs[done:])
             self._lose_helper(exc)

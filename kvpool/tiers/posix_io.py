@@ -15,8 +15,12 @@ import os
 import stat
 import struct
 import threading
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 DIRECT_UNITS = (512, 4096)
 """What filesystems ask of O_DIRECT, the better first."""
@@ -163,11 +167,11 @@ def _buffered_from_now_on(fd: int, exc: OSError) -> bool:
 
 def _write_bounced(fd: int, data: memoryview, unit: int) -> None:
     bounce, array = _bounce()
-    source = np.frombuffer(data, np.uint8)
+    source = _array(data)
     for at in range(0, len(data), _BOUNCE_BYTES):
         used = min(_BOUNCE_BYTES, len(data) - at)
         whole = -(-used // unit) * unit
-        np.copyto(array[:used], source[at : at + used])  # gives up the GIL, unlike slices of memoryviews
+        array[:used] = source[at : at + used]  # gives up the GIL, unlike slices of memoryviews
         array[used:whole] = 0
         _write(fd, bounce[:whole], at)
     if len(data) % unit:
@@ -176,11 +180,11 @@ def _write_bounced(fd: int, data: memoryview, unit: int) -> None:
 
 def _read_bounced(fd: int, target: memoryview, unit: int) -> int:
     bounce, array = _bounce()
-    sink = np.frombuffer(target, np.uint8)
+    sink = _array(target)
     for at in range(0, len(target), _BOUNCE_BYTES):
         wanted = min(_BOUNCE_BYTES, len(target) - at)
         got = min(wanted, _read(fd, bounce[: -(-wanted // unit) * unit], at, wanted))
-        np.copyto(sink[at : at + got], array[:got])
+        sink[at : at + got] = array[:got]
         if got < wanted:
             return at + got
     return len(target)
@@ -191,13 +195,19 @@ def _aligned(view: memoryview, unit: int) -> bool:
         return False
     if unit == min(DIRECT_UNITS):
         return True  # as are all extents; asking would take as long as opening the file, and the kernel says it, too
-    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    address: int = _array(view).__array_interface__["data"][0]
     return not address % unit
 
 
-def _bounce() -> tuple[memoryview, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+def _array(view: memoryview) -> Array:
+    import numpy as np  # takes longer than all else that a process for files needs, which mostly does not need it
+
+    return np.frombuffer(view, np.uint8)
+
+
+def _bounce() -> tuple[memoryview, Array]:
     try:
         view: memoryview = _local.bounce
     except AttributeError:
         view = _local.bounce = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
-    return view, np.frombuffer(view, np.uint8)
+    return view, _array(view)
