@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kvpool.core.keytable import FACTORS, as_words, mix
 from kvpool.core.slots import HEADER_FIXED_BYTES, Slot, header_bytes
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES
+from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, LAYERS_MAX
 
 Words = NDArray[np.uint64]
 Rows = NDArray[np.int64]
@@ -54,6 +54,7 @@ _BODY_STEP: Final = _ENTRY_WORDS * _WORD
 _ALL: Final = (1 << 64) - 1
 _PRIME: Final = (1 << 61) - 1
 _ONE: Final = np.uint64(1)
+_LAYERS: Rows = np.arange(LAYERS_MAX)
 
 
 def table_bytes(capacity_bytes: int) -> int:
@@ -193,25 +194,28 @@ class SlotFinder:
         words = as_words(keys)
         mixed = mix(words) ^ np.uint64(_salt(namespace, shard))
         buckets = (mixed >> self._shift).view(np.int64)
-        places = (self._windows[buckets] == (mixed | _ONE)[:, None]).argmax(axis=1)
-        entries = buckets * _WIDTH + places
+        mixed |= _ONE
+        entries = (self._windows[buckets] == mixed[:, None]).argmax(axis=1)
+        entries += buckets * _WIDTH
         generations = self._generations[entries]
-        rows = self._rows[entries]
+        rows = self._rows.take(entries, axis=0)
         wanted = np.empty((len(words), 6), np.uint64)
         wanted[:, :2] = np.frombuffer(namespace, np.uint64)
         wanted[:, 2:4] = words
         wanted[:, 4:] = (layers << _LAYERS_SHIFT | shard, shard_bytes)
+        same = rows[:, 1:7] == wanted
         offsets = rows[:, 7]
-        right = (rows[:, 1:7] == wanted).all(axis=1) & (generations != 0)
         # An entry that was being written may say anything.
         least = header_bytes(layers)
-        right &= offsets - np.uint64(least) <= np.uint64(max(0, self._end - shard_bytes - least))
+        inside = offsets - np.uint64(least) <= np.uint64(max(0, self._end - shard_bytes - least))
         here = list(range(len(words)))
-        if not right.all():
+        if not (same.all() and inside.all() and generations.all()):
+            right = same.all(axis=1) & inside & (generations != 0)
             here = right.nonzero()[0].tolist()
             entries, generations, offsets = entries[right], generations[right], offsets[right]
-        first = offsets.view(np.int64) // _WORD - (HEADER_FIXED_BYTES + CHECKSUM_BYTES * layers) // _WORD
-        checksums = self._words[first[:, None] + np.arange(layers)]
+        first = offsets.view(np.int64) // _WORD
+        first -= (HEADER_FIXED_BYTES + CHECKSUM_BYTES * layers) // _WORD
+        checksums = self._words[first[:, None] + _LAYERS[:layers] if layers > 1 else first[:, None]]
         return Sighting(here, entries, generations, offsets, checksums)
 
     def unchanged(self, seen: Sighting) -> NDArray[np.bool_]:
