@@ -324,9 +324,12 @@ class Pair:
         decode.answer = self._decode
 
     def _prefill(self, handler, request):
+        if request["stream"]:  # a warm-up
+            self._decode(handler, request)
+            return
         params = request["kv_transfer_params"]
         self.sent.append(("prefill", params.get("transfer_id")))
-        assert request["max_tokens"] == 1 and not request["stream"]
+        assert request["max_tokens"] == 1
         handler._body(
             200, json.dumps({"choices": [], "kv_transfer_params": {"transfer_id": "f", "remote": len(request)}})
         )
@@ -421,6 +424,22 @@ def test_engines_by_url_from_end_to_end(tmp_path):
     prompts = [request["prompt"] for one in pair for request in one.requests]
     assert len(set(prompts)) == len(prompts)
     assert min(len(one.requests) for one in pair) > 6
+
+
+def test_prefill_and_decode_apart_by_url(tmp_path):
+    """The proxies ask one side to prefill and the other to decode; tokens are counted where prompts are prefilled."""
+    prefill, decode = FakeEngine(FakePool()), FakeEngine(FakePool())
+    pair, figures = Pair(prefill, decode), tmp_path / "f.json"
+    with serving(prefill, decode):
+        done = run("--url", prefill.url, "--decode_url", decode.url, "--workload", "small", "--sessions", "2",
+                   "--turns", "2", "--rounds", "1", "--json", str(figures))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(figures.read_text())["figures"]
+    assert [(each["routing"], each["engines"], each["requests"]) for each in found] == [
+        ("round robin", "1P1D", 4),
+        ("prefix", "1P1D", 4),
+    ]
+    assert ("decode", "f") in pair.sent
 
 
 @pytest.mark.parametrize(
