@@ -51,8 +51,8 @@ def pick_victims(index: Index, incarnation: int, size: int) -> Generator[list[Ef
     if not picked:
         return np.empty(0, np.int64)
     rows = np.concatenate(picked)
-    # Between slices rows were touched, leased (which touches), freed or given to other blocks.
-    rows = rows[index.recency.stamps_of(rows) == np.concatenate(stamps)]
+    # Between slices rows were touched, leased (which touches), held, freed or given to other blocks.
+    rows = rows[(index.recency.stamps_of(rows) == np.concatenate(stamps)) & (index.pinned.take(rows) == 0)]
     rows = rows[index.placements.held_by(incarnation).take(index.placement.take(rows))]
     return _spare_first(index, rows, incarnation)
 

@@ -13,7 +13,7 @@ from kvpool.core import transfers as transfers_module
 from kvpool.core.effects import CatalogFiles, FileChange, Tick, TransferExpired
 from kvpool.core.explain import Verdict
 from kvpool.core.keytable import as_words
-from kvpool.core.messages import Delta, Evict, Victims
+from kvpool.core.messages import Delta, Evict, Heartbeat, Victims
 from kvpool.core.removals import Why
 from kvpool.core.transfers import DROP_AGAIN_S, OVER_S, SEAL_MS_MAX, Claimed, Part, State
 from kvpool.errors import InvalidArgumentError, OverloadedError, UnknownNamespaceError
@@ -123,6 +123,19 @@ def test_what_is_on_a_victim_list_leaves_it(pool):
     pool.pass_time(0.1, 1, sequence=pool.said, used=800)
     assert key(number) not in {k for m in pool.told(1, Victims)[-1:] for r in m.blocks for k in split_keys(r.keys)}
     assert pool.told(1, Victims)
+
+
+def test_what_is_held_while_a_victim_list_is_made_is_not_on_it(monkeypatch):
+    """The list is made in slices, and a transfer may be opened between two of them."""
+    monkeypatch.setattr("kvpool.core.recency.SEGMENT", 2)
+    pool = Moving()
+    pool.join(1, "a", *[run(n) for n in range(8)], capacity_bytes=10_000)
+    pool.say(1, Heartbeat(6_000, 0))
+    pool.perform(pool.master.handle(Tick(), pool.clock()))
+    pool.perform(pool.master.work())
+    pool.open(7, 0, 2)
+    (victims,) = pool.told(1, Victims)
+    assert [k for r in victims.blocks for k in split_keys(r.keys)] == [key(1), key(3), key(4)]
 
 
 def test_a_transfer_goes_its_way(pool):
