@@ -176,7 +176,7 @@ def _arrays(block: Buffer | Sequence[Buffer], layers: int, *, writable: bool) ->
         pieces.append(array if array.ndim > 1 else array[:, np.newaxis])
     if len(pieces) == 1 and layers > 1:
         (whole,) = pieces
-        if len(whole) % layers:
+        if not len(whole) or len(whole) % layers:
             raise InvalidArgumentError("blocks", f"give one array a layer, or one whose first dimension is {layers}")
         each = len(whole) // layers
         pieces = [whole[at : at + each] for at in range(0, len(whole), each)]

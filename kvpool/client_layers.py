@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, pack_digests, quick_switching
 from kvpool.client_node import BEING_WRITTEN, CONTROL_S, NO_ROOM, STORED, LocalNode
 from kvpool.client_results import PutResult, reason_of_error
-from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError
+from kvpool.errors import InvalidArgumentError, KVPoolError
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import node_pb2
 
@@ -128,9 +128,8 @@ class LayeredPut:
 
     def _fail(self, exc: KVPoolError) -> PutResult:
         log.debug("put of layers: %s", exc)
-        if isinstance(exc, (UnavailableError, FrameError)):
-            self._node.alive = False
-        self._channel.close()  # the node keeps what may still be written to until this process says otherwise
+        self._channel.close()  # the node keeps what may still be written to until this process says otherwise:
+        self._node.alive = False  # when it is attached anew
         return self._end(Counter({reason_of_error(exc): len(self.wanted)}))
 
     def _end(self, counts: Counter[str]) -> PutResult:

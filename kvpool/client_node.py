@@ -513,6 +513,6 @@ class LocalNode:
         if len(payload) != 8 * blocks * columns:
             raise FrameError(f"the answer has {len(payload)} bytes for {blocks} blocks")
         places = struct.unpack(f"<{blocks * columns}q", payload)
-        if max(places[::columns]) + shard_bytes > len(self._memory):
+        if max(places[::columns], default=0) + shard_bytes > len(self._memory):
             raise FrameError("an offset lies outside of the segment")
         return places

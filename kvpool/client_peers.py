@@ -341,6 +341,8 @@ def _fetch(
 
 def take(channel: Channel, size: int) -> memoryview:
     """Return the next bytes of an answer."""
+    if size > channel.payload_left:  # before there is memory for what it says
+        raise FrameError(f"the answer has {channel.payload_left} bytes left, not {size}")
     data = memoryview(bytearray(size))
     channel.recv_into([data])
     return data

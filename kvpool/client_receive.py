@@ -306,5 +306,7 @@ def _milliseconds(wait_s: float) -> int:
 
 def _leading(payload: memoryview, items: int, columns: int) -> int:
     """Return how many leading items of an answer are here."""
+    if len(payload) < 8 * items * columns:
+        raise FrameError(f"the answer has {len(payload)} bytes for {items} blocks")
     places = struct.unpack_from(f"<{items * columns}q", payload)[::columns]
     return next((i for i, place in enumerate(places) if place < 0), items)

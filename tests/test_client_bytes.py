@@ -84,6 +84,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
         as_bytes(memory[0, :, 0], "blocks", writable=False)
     with pytest.raises(InvalidArgumentError, match="one size"):
         Blocks([memory[0, :, 0], memory[0, :2, 0]], KEY * 2, 1, writable=False)
+    with pytest.raises(InvalidArgumentError, match="whose first dimension is 2"):
+        Blocks([memory[0, :, 0], memory[0, :0, 0]], KEY * 2, 2, writable=False)
 
 
 def test_blocks_with_gaps_beside_others() -> None:

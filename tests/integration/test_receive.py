@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvpool import Client, Namespace
-from kvpool.client_results import GetResult
+from kvpool.client_results import GetResult, PutResult
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import NodeAddress
 from kvpool.rpc.v1.node_pb2 import Get, NodeFrame, NodeFrameReply, Pin, Progress, Reserve
@@ -314,6 +314,22 @@ def test_what_is_incomplete_or_aborted_is_given_back(pool: Pool) -> None:
         put.write(1, 2, [])
     assert pool.client().put_layers(SPACE, KEYS, shard=0, shard_bytes=SIZE, transfer=1) is None
     pool.wait_idle("a")
+
+
+def test_a_put_that_the_node_refuses_keeps_nothing(pool: Pool) -> None:
+    """Its blocks can be stored afterwards, by the same process too; a put of no blocks is none."""
+    client = pool.client("a")
+    client.register(SPACE)
+    put = client.put_layers(SPACE, KEYS, shard=0, shard_bytes=SIZE, transfer=TRANSFER)
+    assert put is not None
+    put.write(0, 1, layers_of(put.wanted, 0, 1))
+    put._digests = [[0] * LAYERS] * len(KEYS)
+    put.write(1, LAYERS, layers_of(put.wanted, 1, LAYERS))
+    assert put.commit().errors == {"refused": len(KEYS)}
+    wait_for(lambda: client.put(SPACE, KEYS, layers_of(list(range(len(KEYS))), 0, LAYERS)).stored, "they are stored")
+    none = client.put_layers(SPACE, [], shard=0, shard_bytes=SIZE, transfer=TRANSFER)
+    assert none is not None
+    assert (none.wanted, none.commit()) == ([], PutResult())
 
 
 def bad_frames() -> Iterator[tuple[NodeFrame, bytes, str]]:
