@@ -84,7 +84,9 @@ def engine_specs(
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port(host(number))),
             }
         elif pool is not None:
-            transfer = kvpool_transfer(pool.master, pool.sockets[number], {"report_residency": True, **more})
+            transfer = kvpool_transfer(
+                pool.master, pool.sockets[number % len(pool.sockets)], {"report_residency": True, **more}
+            )
             transfer["kv_role"] = role
         specs.append(
             EngineSpec(

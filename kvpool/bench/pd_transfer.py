@@ -27,7 +27,7 @@ from kvpool.bench.harness import BenchError, Helper, helpers
 from kvpool.bench.pd_counts import Counters
 from kvpool.bench.pd_report import PDReport
 from kvpool.bench.pd_results import Where
-from kvpool.bench.pd_stage import EngineSizes, Shape, engine_specs, host
+from kvpool.bench.pd_stage import EngineSizes, Shape, engine_specs
 from kvpool.bench.pool import bench_pool
 from kvpool.bench.report import Figure
 from kvpool.bench.ttft_data import Prompts
@@ -310,9 +310,7 @@ def measure_transfer(options: Mapping[str, Any], report: PDReport) -> None:
                     pool = None
                     if name == "kvpool":
                         segment = options["segment_size"] or max(256 << 20, 8 * tokens * model.token_bytes)
-                        pool = stack.enter_context(
-                            bench_pool(None, nodes=2, segment_size=segment, hosts=[host(0), host(1)])
-                        )
+                        pool = stack.enter_context(bench_pool(None, segment_size=segment))  # one machine, one node
                     engines = stack.enter_context(running_engines(Path(folder)))
                     config = {"use_layerwise": True, **options["connector_config"]}
                     specs = engine_specs(Shape(1, 1, name), sizes, python, model, pool, config)
