@@ -16,7 +16,7 @@ import grpc
 
 from kvpool.client_announce import EngineAnnouncer
 from kvpool.client_health import Health
-from kvpool.client_residency import ResidencyReporter
+from kvpool.client_residency import Ask, ResidencyReporter
 from kvpool.config import split_address
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
 from kvpool.model import KEY_BYTES, Namespace, NodeAddress
@@ -66,6 +66,9 @@ class MasterLink:
         self._pool: ChannelPool | None = None
         self._data_port = 0
         self._epoch = 0
+        self._restarted = False
+        self.restarted: Callable[[Ask], None] | None = None
+        """Called by the link's thread once another master answers: to be told what the last one knew."""
         self._namespaces: dict[bytes, Namespace] = {}
         self._announced: set[bytes] = set()
         self._said = ""
@@ -202,6 +205,7 @@ class MasterLink:
         self.nodes = [address_from_proto(node) for node in reply.nodes]
         with self._lock:
             if reply.master_epoch != self._epoch:
+                self._restarted |= self._epoch > 0
                 self._epoch = reply.master_epoch
                 self._announced.clear()
             missing = [n for digest, n in self._namespaces.items() if digest not in self._announced]
@@ -209,6 +213,9 @@ class MasterLink:
             self._connect(reply.data_port)
         for namespace in missing:
             self._announce(namespace, HANDSHAKE_S)
+        if self._restarted and self.restarted is not None:
+            self.restarted(self._ask)
+        self._restarted = False
 
     def _connect(self, port: int) -> None:
         """Open the way for lookups: the data port, or gRPC where a firewall lets nothing else through."""

@@ -22,14 +22,21 @@ from kvpool.rpc.v1 import master_pb2, types_pb2
 
 if TYPE_CHECKING:
     from kvpool.client_master import MasterLink
+    from kvpool.client_residency import Ask
 
 log = logging.getLogger(__name__)
 
 CALL_S = 0.25
 """Of each call, whatever it takes."""
 
-OPENED_MAX = 1 << 16
-"""Transfers that are remembered to have been opened here."""
+OPENED_MAX = 1 << 12
+"""Transfers that are remembered to have been opened here, and as many that were sealed."""
+
+AWAY_S = 60.0
+"""How long a master may be away that is still told of what has expired meanwhile."""
+
+SEALED_AGAIN_MS = 30_000
+"""How long one that was sealed waits at a master that was restarted: its consumer may have had it long ago."""
 
 IDS_PER_CALL = 2048
 
@@ -71,6 +78,16 @@ class TransferPart:
     drop_last: int = 0
 
 
+@dataclass(slots=True)
+class _Opened:
+    """What the master was told."""
+
+    request: master_pb2.OpenTransferRequest
+    keys: bytes
+    until: float = 0.0
+    """How long it waits for its consumer, once it is sealed."""
+
+
 class Transfers:
     """Transfers by their id, a random number above 0. Thread-safe; every call ends within a quarter of a second.
 
@@ -80,7 +97,10 @@ class Transfers:
     def __init__(self, link: MasterLink | None) -> None:
         self._link = link
         self._lock = threading.Lock()
-        self._opened: OrderedDict[int, None] = OrderedDict()  # by this client: it is their producer
+        self._opened: OrderedDict[int, _Opened] = OrderedDict()  # by this client: it is their producer
+        self._sealed: OrderedDict[int, _Opened] = OrderedDict()
+        if link is not None:
+            link.restarted = self._tell_again
 
     # ---- the producer --------------------------------------------------------------------------
 
@@ -98,9 +118,8 @@ class Transfers:
         keys = b"".join(part.keys for part in parts)
         known = {part.namespace for part in parts if isinstance(part.namespace, Namespace)}
         with self._lock:
-            self._opened[transfer] = None
-            while len(self._opened) > OPENED_MAX:
-                self._opened.popitem(last=False)
+            self._sealed.pop(transfer, None)
+            _remember(self._opened, transfer, _Opened(request, keys))
         try:
             link = self._master()
             for namespace in known:
@@ -124,7 +143,9 @@ class Transfers:
         request = master_pb2.SealTransferRequest(transfer=transfer, ttl_ms=ttl_ms)
         reply = self._ask(MasterFrame(seal_transfer=request))
         with self._lock:
-            self._opened.pop(transfer, None)
+            if (opened := self._opened.pop(transfer, None)) is not None:
+                opened.until = time.monotonic() + ttl_ms / 1000
+                _remember(self._sealed, transfer, opened)
         return reply is not None and reply.seal_transfer.known
 
     # ---- the consumer --------------------------------------------------------------------------
@@ -170,11 +191,27 @@ class Transfers:
         with self._lock:
             for transfer in transfers:
                 self._opened.pop(transfer, None)
+                self._sealed.pop(transfer, None)
         for at in range(0, len(transfers), IDS_PER_CALL):
             request = master_pb2.TransfersRequest(transfers=transfers[at : at + IDS_PER_CALL])
             self._ask(MasterFrame(end_transfers=request), deadline)
 
     # ---- the master ----------------------------------------------------------------------------
+
+    def _tell_again(self, ask: Ask) -> None:
+        """Name to a restarted master what it does not know: or nobody would drop what is of use to a transfer alone."""
+        now = time.monotonic()
+        with self._lock:
+            again = [*self._opened.values(), *(one for one in self._sealed.values() if one.until > now - AWAY_S)]
+        try:
+            for one in again:
+                ask(MasterFrame(open_transfer=one.request), one.keys, CALL_S)
+                if one.until:
+                    ttl_ms = max(1, min(SEALED_AGAIN_MS, int(1000 * (one.until - now))))
+                    seal = master_pb2.SealTransferRequest(transfer=one.request.transfer, ttl_ms=ttl_ms)
+                    ask(MasterFrame(seal_transfer=seal), b"", CALL_S)
+        except KVPoolError as exc:
+            log.debug("transfers are not opened anew: %s", exc)
 
     def _ask(self, frame: master_pb2.MasterFrame, deadline: float | None = None) -> master_pb2.MasterFrameReply | None:
         try:
@@ -187,6 +224,13 @@ class Transfers:
         if self._link is None:
             raise UnavailableError("there is no master")
         return self._link
+
+
+def _remember(some: OrderedDict[int, _Opened], transfer: int, one: _Opened) -> None:
+    now = time.monotonic()
+    some[transfer] = one
+    while len(some) > OPENED_MAX or 0 < next(iter(some.values())).until < now - AWAY_S:
+        some.popitem(last=False)
 
 
 def _left(deadline: float) -> float:

@@ -101,23 +101,29 @@ def test_who_says_nothing_is_gone(bare_pool: Pool) -> None:
     assert under_way(bare_pool) == (0, 0)
 
 
-def test_a_master_that_was_restarted_knows_no_transfer(pool: Pool) -> None:
-    """Its producer learns that when it renews, and opens it anew; nothing raises while the master is away."""
+def test_a_master_that_was_restarted_learns_of_transfers(pool: Pool) -> None:
+    """From their producers, of what they have open or sealed; nothing raises while the master is away."""
     producer, consumer = pool.client("a"), pool.client("b")
-    assert producer.transfers.open(7, PARTS, ["a"])
+    assert producer.transfers.open(7, PARTS, ["a"]) and producer.transfers.open(9, PARTS, ["a"])
+    put_chain(producer, SPACE, KEYS, SIZE)
+    assert producer.transfers.seal(9, 60_000)
     pool.master.kill()
     wait_for(lambda: producer.transfers.renew([7]) == [7], "the master is missed")
     assert not producer.transfers.open(8, PARTS, ["a"])
-    assert not producer.transfers.seal(7, 1000)
+    assert not producer.transfers.seal(8, 1000)
     wait_for(lambda: consumer.transfers.claim(7) == Claimed(TransferState.NO_MASTER), "the consumer misses it too")
     producer.transfers.end([8])
     pool.start_master()
-    wait_for(lambda: consumer.transfers.claim(7).state is TransferState.UNKNOWN, "it is back")
-    wait_for(lambda: producer.transfers.open(7, PARTS, ["a"]), "it can be opened anew")
+    wait_for(lambda: consumer.transfers.claim(7).state is TransferState.OPEN, "it is told of what was open")
+    wait_for(lambda: consumer.transfers.claim(9).state is TransferState.SEALED, "and of what was sealed")
+    assert consumer.transfers.claim(8).state is TransferState.UNKNOWN
     wait_for(lambda: pool.state("a") == "live", "the node is back")
-    claimed = consumer.transfers.claim(7)
-    assert claimed.state is TransferState.OPEN and claimed.nodes[0] is not None
+    assert consumer.transfers.claim(9).nodes[0] is not None
+    assert producer.transfers.open(7, PARTS, ["a"]), "it can be opened anew"
+    wait_for(lambda: pool.blocks() == len(KEYS), "the blocks are known")
     consumer.transfers.end([7])
+    consumer.transfers.end([9])
+    wait_for(lambda: pool.blocks() == len(KEYS) - 1, "the last one is dropped")
     assert under_way(pool) == (0, 0)
 
 
