@@ -36,8 +36,9 @@ MESSAGE_BYTES_MAX: Final = 160 << 10
 REPLY_BYTES: Final = 64 << 10
 """Answers of about so many bytes do not wait for more."""
 
-POST_S: Final = 0.001
-"""Answers wait for more no longer than until the first job that ends after this."""
+POST_S: Final = 0.01
+"""Answers wait for more no longer than until the first job that ends after this: each packet costs two threads of the
+node a turn."""
 
 TEXT_CHARS_MAX: Final = 500
 
