@@ -38,6 +38,10 @@ AWAY_S = 60.0
 SEALED_AGAIN_MS = 30_000
 """How long one that was sealed waits at a master that was restarted: its consumer may have had it long ago."""
 
+WORTH_S = 0.02
+"""Less time is not worth a question: one that is late costs everybody the way to the master."""
+
+SEAL_MS_MAX = 24 * 3600 * 1000
 IDS_PER_CALL = 2048
 
 MasterFrame = master_pb2.MasterFrame
@@ -125,10 +129,10 @@ class Transfers:
             for namespace in known:
                 link.register(namespace, _left(deadline))
             try:
-                link.ask(MasterFrame(open_transfer=request), keys, _left(deadline))
+                link.ask(MasterFrame(open_transfer=request), keys, _worth(deadline))
             except UnknownNamespaceError:  # a master that was restarted, and is not told yet
                 link.announce([part.namespace for part in request.parts], _left(deadline))
-                link.ask(MasterFrame(open_transfer=request), keys, _left(deadline))
+                link.ask(MasterFrame(open_transfer=request), keys, _worth(deadline))
         except KVPoolError as exc:
             log.debug("transfer %016x is not opened: %s", transfer, exc)
             return False
@@ -140,7 +144,9 @@ class Transfers:
         Returns whether the master knows it. Its producer need not renew any more.
         """
         _check_id(transfer)
-        request = master_pb2.SealTransferRequest(transfer=transfer, ttl_ms=ttl_ms)
+        if not 0 <= ttl_ms <= SEAL_MS_MAX:
+            raise InvalidArgumentError("ttl_ms", f"must be from 0 to {SEAL_MS_MAX}, not {ttl_ms}")
+        request = master_pb2.SealTransferRequest(transfer=transfer, ttl_ms=int(ttl_ms))
         reply = self._ask(MasterFrame(seal_transfer=request))
         with self._lock:
             if (opened := self._opened.pop(transfer, None)) is not None:
@@ -203,19 +209,21 @@ class Transfers:
         now = time.monotonic()
         with self._lock:
             again = [*self._opened.values(), *(one for one in self._sealed.values() if one.until > now - AWAY_S)]
-        try:
-            for one in again:
+        for one in again:
+            try:
                 ask(MasterFrame(open_transfer=one.request), one.keys, CALL_S)
                 if one.until:
                     ttl_ms = max(1, min(SEALED_AGAIN_MS, int(1000 * (one.until - now))))
                     seal = master_pb2.SealTransferRequest(transfer=one.request.transfer, ttl_ms=ttl_ms)
                     ask(MasterFrame(seal_transfer=seal), b"", CALL_S)
-        except KVPoolError as exc:
-            log.debug("transfers are not opened anew: %s", exc)
+            except KVPoolError as exc:
+                log.debug("transfer %016x is not opened anew: %s", one.request.transfer, exc)
+                if isinstance(exc, UnavailableError):
+                    return
 
     def _ask(self, frame: master_pb2.MasterFrame, deadline: float | None = None) -> master_pb2.MasterFrameReply | None:
         try:
-            return self._master().ask(frame, b"", CALL_S if deadline is None else _left(deadline))
+            return self._master().ask(frame, b"", CALL_S if deadline is None else _worth(deadline))
         except KVPoolError as exc:
             log.debug("%s: %s", frame.WhichOneof("body"), exc)
             return None
@@ -235,6 +243,13 @@ def _remember(some: OrderedDict[int, _Opened], transfer: int, one: _Opened) -> N
 
 def _left(deadline: float) -> float:
     return max(0.001, deadline - time.monotonic())
+
+
+def _worth(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left < WORTH_S:
+        raise UnavailableError("no time is left to ask the master")
+    return left
 
 
 def _check_id(transfer: int) -> None:
