@@ -137,17 +137,20 @@ class Exchange:
         return able[Role.DECODE] and (able[Role.PREFILL] or not able[Role.BOTH])
 
     def _asking(self, role: Role, compute_share: float = 1.0) -> Asking:
-        return Asking(role, self._asked.prompt, compute_share, self._known, model=self._model)
+        return Asking(role, self._asked.prompt, compute_share, self._known, model=self._model, end=self._end)
 
     # ---- instances that do everything ------------------------------------------------------------------
 
     async def _whole(self) -> web.StreamResponse:
         asking = self._asking(Role.BOTH)
         failed: AttemptError | None = None
+        raw = self._raw
+        if "kv_transfer_params" in self._asked.body:
+            raw = json.dumps(prompts.for_decode(self._asked.body, None)).encode()
         for _ in range(self._settings.attempts_max):
             ticket = await self._place(asking, failed)
             try:
-                return await self._answer(ticket, self._raw)
+                return await self._answer(ticket, raw)
             except AttemptError as exc:
                 failed = self._failed(exc, asking, ticket)
             finally:
@@ -191,11 +194,11 @@ class Exchange:
             outcomes.labels("skipped").inc()
             return Prefill()
         asking = self._asking(Role.PREFILL)
-        if not self._fleet.available(asking):
+        ticket = await self._place_to_prefill(asking, None)
+        if ticket is None:
             outcomes.labels("failed").inc()
             log.debug("the decode instance computes the prompt: no prefill instance is up")
             return Prefill()
-        ticket = await self._place(asking, None)
         at_once = self._starts_at_once(ticket.instance, decode.instance)
         self._fleet.metrics.decode_starts.labels("with_prefill" if at_once else "after_prefill").inc()
         if not at_once:
@@ -237,7 +240,10 @@ class Exchange:
             if failed is not None:
                 if not self._fleet.available(asking) and not failed.stale:
                     break
-                ticket = await self._place(asking, failed)
+                place = await self._place_to_prefill(asking, failed)
+                if place is None:
+                    break
+                ticket = place
             try:
                 answer = await self._ask(ticket, raw)
             except AttemptError as exc:
@@ -261,6 +267,15 @@ class Exchange:
             asking.avoid.clear()
             failed.stale = False
         return await self._fleet.take(asking)
+
+    async def _place_to_prefill(self, asking: Asking, failed: AttemptError | None) -> Ticket | None:
+        """Return a place at a prefill instance; None where none is up, or was when it would have been its turn."""
+        try:
+            return await self._place(asking, failed)
+        except RefusedRequestError:
+            if self._fleet.available(asking):
+                raise
+            return None
 
     def _failed(self, failure: AttemptError, asking: Asking, ticket: Ticket) -> AttemptError:
         """Note that an attempt has failed; raises it where the client has bytes already, or no time is left."""
@@ -342,6 +357,7 @@ class Exchange:
         if not tail.rstrip().endswith(DONE):
             raise AttemptError("the stream ended before it was done")
         self._fleet.router.answered(ticket)
+        watch.expect(Phase.CLIENT, idle_s)
         await _write(response, b"", last=True)
         return response
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,8 @@ class Asking:
     """Leave out instances that serve another; empty: all serve the same, as far as is known."""
     transfers: bool = False
     """Leave out instances that do not move prompts by the id of a transfer."""
+    end: float = math.inf
+    """The loop's time after which nobody waits for it any more."""
 
     @property
     def picky(self) -> bool:
@@ -65,6 +68,11 @@ class Asking:
 class _Waiter:
     asking: Asking
     place: asyncio.Future[Ticket]
+
+    def goes_before(self, asking: Asking) -> bool:
+        """Whether a place for this waiter would be one for the other too, which has come later."""
+        mine = self.asking
+        return not self.place.done() and mine.model == asking.model and not mine.avoid and not mine.transfers
 
 
 async def read_all(content: aiohttp.StreamReader, bytes_max: int) -> bytes:
@@ -146,7 +154,7 @@ class Fleet:
     async def take(self, asking: Asking) -> Ticket:
         """Return a place at an instance, waiting for one if need be. Raises RefusedRequestError."""
         waiting = self._waiting[asking.role]
-        behind = any(waiter.asking.model == asking.model for waiter in waiting)
+        behind = any(waiter.goes_before(asking) for waiter in waiting)
         found = Refusal.FULL if behind else self._take(asking)
         if isinstance(found, Refusal):
             if not self.available(asking):
@@ -177,7 +185,8 @@ class Fleet:
         waiting = self._waiting[role]
         waiting.append(waiter)
         try:
-            async with asyncio.timeout(self._settings.queue_timeout / 1000):
+            left_s = waiter.asking.end - asyncio.get_running_loop().time()
+            async with asyncio.timeout(min(self._settings.queue_timeout / 1000, left_s)):
                 return await waiter.place
         except BaseException as exc:  # cancelled or not: a place is never lost
             place = waiter.place
@@ -208,7 +217,7 @@ class Fleet:
             found = self._take(waiter.asking)
             if not isinstance(found, Refusal):
                 waiter.place.set_result(found)
-            elif waiter.asking.picky:  # else others may want places that it does not
+            elif not waiter.asking.picky:  # else others may want places that it does not
                 return
 
     def _refuse(self, role: Role) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import aiohttp
 import grpc
 
 from kvpool.config import ProxySettings
@@ -97,7 +96,7 @@ class PoolIndex:
         try:
             async with asyncio.timeout(self._settings.lookup_timeout / 1000):
                 known = await self._find(path, asked)
-        except (TimeoutError, grpc.RpcError, aiohttp.ClientError, OSError, ValueError, OverflowError) as exc:
+        except Exception as exc:  # whatever it was, and whoever said nonsense: the request goes on without
             outcomes.labels("failed").inc()
             self._failures += 1
             if self._failures >= FAILURES_MAX:
@@ -179,8 +178,9 @@ class PoolIndex:
         tokens = json.loads(text).get("tokens")
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise ValueError(f"{one.name}/tokenize: no tokens")
+        before = self._tokenized.pop(name, [])  # who asked the same meanwhile
         self._tokenized[name] = tokens
-        self._tokens += len(tokens)
+        self._tokens += len(tokens) - len(before)
         while len(self._tokenized) > TOKENIZED_MAX or self._tokens > TOKENIZED_TOKENS_MAX:
             self._tokens -= len(self._tokenized.popitem(last=False)[1])
         return tokens
@@ -197,11 +197,10 @@ class PoolIndex:
                 request = admin_pb2.NamespacesRequest()
                 answer = await self._stub.Namespaces(request, timeout=REFRESH_TIMEOUT_S)
                 self._take([namespace_from_proto(status.descriptor) for status in answer.namespaces])
-                for one in list(self._fleet.router.instances.values()):
-                    if one.up and not self._models.get(one.name):
-                        await self._learn(one)
-            except (TimeoutError, grpc.RpcError, aiohttp.ClientError, OSError, ValueError) as exc:
+            except Exception as exc:  # nonsense too: this goes on as long as the proxy
                 self._say(f"the pool cannot be asked where prompts lie: {_words(exc)}")
+            up = [one for one in self._fleet.router.instances.values() if one.up]
+            await asyncio.gather(*(self._learn(one) for one in up if not self._models.get(one.name)))
             there = {one.name for one in self._fleet.router.instances.values() if one.up}
             self._models = {name: models for name, models in self._models.items() if name in there}
             await asyncio.sleep(REFRESH_S)
@@ -222,17 +221,20 @@ class PoolIndex:
         self._spaces = spaces
 
     async def _learn(self, instance: Instance) -> None:
-        async with asyncio.timeout(REFRESH_TIMEOUT_S):
-            url = f"{instance.name}/v1/models"
-            async with self._fleet.session.get(url, headers=self._authorization()) as answer:
-                text = await read_all(answer.content, ANSWER_BYTES_MAX)
+        """Ask an instance for its models; what one of them answers is no other's trouble."""
+        url = f"{instance.name}/v1/models"
+        try:
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                async with self._fleet.session.get(url, headers=self._authorization()) as answer:
+                    text = await read_all(answer.content, ANSWER_BYTES_MAX)
             if answer.status != 200:
-                raise ValueError(f"{url}: status {answer.status}")
+                raise ValueError(f"status {answer.status}")
             listed = json.loads(text).get("data")
             models = {m["id"]: m["root"] for m in listed if m.get("root") and not m.get("parent")}
-            self._models[instance.name] = {
-                name: str(root).rstrip("/").rpartition("/")[2] for name, root in models.items()
-            }
+        except Exception as exc:  # nonsense too
+            self._say(f"{url} does not tell which models there are: {_words(exc)}")
+            return
+        self._models[instance.name] = {name: str(root).rstrip("/").rpartition("/")[2] for name, root in models.items()}
 
     def _say(self, text: str) -> None:
         if text not in self._said:

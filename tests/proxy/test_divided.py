@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from kvpool.proxy.fleet import Asking
+from kvpool.proxy.routing import Prompt, Role
 from tests.proxy.fake import CHAT, COMPLETIONS, FakeInstance, play, staged, until
 
 STREAM = {"model": "m", "prompt": "p", "stream": True, "max_tokens": 4, "stream_options": {"include_usage": True}}
@@ -108,6 +110,27 @@ class TestFailover:
                 await until(lambda: not any(one.up for one in router.of("prefill")))
                 assert (await stage.ask(STREAM)).whole
                 assert (await stage.get("/health")).status == 200
+
+        play(story())
+
+    @pytest.mark.parametrize("failed_before", [False, True])
+    def test_without_prefill_while_it_was_waited_for(self, failed_before):
+        """The last prefill instance that is up goes down before it is this request's turn."""
+
+        async def story():
+            busy, bad, decode = FakeInstance("p0"), FakeInstance("p1", status=500), FakeInstance("d")
+            async with staged(busy, bad, decode, prefill=2, instance_requests_max=1) as stage:
+                fleet = stage.proxy.fleet
+                two = fleet.router.of(Role.PREFILL)[1]
+                await fleet.take(Asking(Role.PREFILL, Prompt(), avoid={two}))
+                if not failed_before:
+                    fleet.drain(two)
+                asking = asyncio.create_task(stage.ask(STREAM))
+                await until(lambda: stage.counted("kvpool_proxy_waiting") == 1)
+                assert len(bad.requests) == failed_before
+                await busy.stop()
+                assert (await asking).whole
+                assert stage.counted("kvpool_proxy_prefills_total", outcome="failed") == 1
 
         play(story())
 

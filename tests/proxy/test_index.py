@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvpool.model import Namespace
 from kvpool.proxy.chains import SEED, block_keys, can_hash
-from kvpool.proxy.routing import Held
+from kvpool.proxy.routing import Held, Role
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2, master_pb2_grpc
 from tests.proxy.fake import CHAT, COMPLETIONS, FakeInstance, play, staged, until
@@ -131,7 +131,7 @@ class Engine(FakeInstance):
 
 
 @asynccontextmanager
-async def with_master(*engines, prefill=0, **settings):
+async def with_master(*engines, prefill=0, known_models=None, **settings):
     """A master that answers, and a proxy that has learnt its namespaces and its instances' models."""
     master = FakeMaster()
     server = grpc.aio.server()
@@ -145,7 +145,8 @@ async def with_master(*engines, prefill=0, **settings):
             for number, engine in enumerate(engines):
                 roles = ["kv_producer", "kv_consumer"] if prefill else ["kv_both", "kv_both"]
                 master.announce(engine, role=roles[number >= prefill])
-            await until(lambda: stage.proxy._index._spaces and len(stage.proxy._index._models) == len(engines))
+            count = len(engines) if known_models is None else known_models
+            await until(lambda: stage.proxy._index._spaces and len(stage.proxy._index._models) == count)
             await known(stage, *engines)
             yield stage, master
     finally:
@@ -208,6 +209,19 @@ class TestRouting:
                     b.url: Held(0, 2 * BLOCK, 7 * BLOCK),
                     c.url: Held(0, 0, 0, reported=False),
                 }
+
+        play(story())
+
+    def test_a_prompt_that_many_ask_at_once_counts_once(self):
+        """What is remembered of tokens is as much as it is said to be."""
+
+        async def story():
+            engine = Engine("a")
+            async with with_master(engine) as (stage, _):
+                await asyncio.gather(*(stage.ask({"prompt": WORDS}) for _ in range(10)))
+                assert engine.tokenized > 1
+                index = stage.proxy._index
+                assert index._tokens == sum(map(len, index._tokenized.values())) == 100
 
         play(story())
 
@@ -302,6 +316,60 @@ class TestWithout:
                 for number in range(6):
                     assert (await stage.ask({"prompt": f"{number} {WORDS}"})).status == 200
                 assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 3
+
+        play(story())
+
+    @pytest.mark.parametrize("said", [{}, {"data": None}, {"data": [{"root": "x"}]}, [1], None], ids=str)
+    def test_an_instance_that_talks_nonsense_of_its_models_is_the_only_one_not_known(self, said):
+        """Others are, before and after it, and those that come later."""
+
+        async def story():
+            odd, fine, late = Engine("odd"), Engine("fine"), Engine("late")
+
+            async def models(_):
+                return web.json_response(said) if said is not None else web.Response(status=404)
+
+            odd._models = models
+            await late.start()
+            async with with_master(odd, fine, known_models=1) as (stage, _):
+                assert set(stage.proxy._index._models) == {fine.url}
+                stage.proxy.fleet.add(Role.BOTH, late.url)
+                await until(lambda: late.url in stage.proxy._index._models)
+            await late.stop()
+
+        play(story())
+
+    @pytest.mark.parametrize("said", [[], {"tokens": None}, {"tokens": ["a"]}], ids=str)
+    def test_a_tokenizer_that_talks_nonsense(self, said):
+        """Costs nobody an answer."""
+
+        async def story():
+            async def tokenize(_):
+                return web.json_response(said)
+
+            engine = Engine("a")
+            engine._tokenize = tokenize
+            async with with_master(engine) as (stage, _):
+                assert (await stage.ask({"prompt": WORDS})).status == 200
+                assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 1
+
+        play(story())
+
+    def test_a_master_that_names_a_node_which_it_does_not_tell(self):
+        """Costs nobody an answer either."""
+
+        async def story():
+            engine = Engine("a")
+            async with with_master(engine) as (stage, _):
+
+                async def inspect(*_):
+                    answer = master_pb2.LookupResponse(prefix=1)
+                    answer.runs.add(blocks=1).owners.add(node=7, tier="dram")
+                    return answer
+
+                stage.proxy._index._stub.Inspect = inspect
+                assert (await stage.ask({"prompt": WORDS})).status == 200
+                assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 1
 
         play(story())
 

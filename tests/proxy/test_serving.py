@@ -8,6 +8,9 @@ import json
 import aiohttp
 import pytest
 
+from kvpool.proxy import exchange
+from kvpool.proxy.fleet import Asking
+from kvpool.proxy.routing import Prompt, Role
 from tests.proxy.fake import CHAT, COMPLETIONS, FakeInstance, play, staged, until
 
 STREAM = {"prompt": "p", "stream": True, "max_tokens": 4}
@@ -384,6 +387,35 @@ class TestClients:
 
         play(story())
 
+    def test_one_that_names_a_transfer(self):
+        """It could name any host, and whatever engines store for each other."""
+
+        async def story():
+            fake = FakeInstance("a")
+            async with staged(fake) as stage:
+                assert (await stage.ask({"prompt": "p", "kv_transfer_params": {"remote_host": "evil"}})).status == 200
+                assert fake.requests == [{"prompt": "p"}]
+
+        play(story())
+
+    def test_one_that_does_not_take_the_end(self, monkeypatch):
+        """Is no failure of the instance, which has done all that it was asked to."""
+        write = exchange._write
+
+        async def stuck(response, data, *, last=False):
+            if last:
+                await asyncio.Event().wait()
+            await write(response, data, last=last)
+
+        async def story():
+            monkeypatch.setattr(exchange, "_write", stuck)
+            async with staged(FakeInstance("a"), idle_timeout=100) as stage:
+                assert not (await stage.ask(STREAM)).whole
+                await until(lambda: stage.counted("kvpool_proxy_requests_total", route=COMPLETIONS, status="499") == 1)
+                assert not stage.counted("kvpool_proxy_attempts_total", role="both", outcome="broken")
+
+        play(story())
+
     def test_one_that_never_finishes_its_request(self):
         """Is told so."""
 
@@ -463,6 +495,39 @@ class TestQueue:
                 fake.gate.set()
                 assert [(await first).status, (await last).status] == [200, 200]
                 assert len(fake.requests) == 2
+
+        play(story())
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_who_wants_one_place_keeps_nobody_from_another(self, pair, late):
+        """One that was tried elsewhere waits for an instance that is busy; the other one is free, or gets free."""
+
+        async def story():
+            async with staged(*pair, instance_requests_max=1) as stage:
+                fleet = stage.proxy.fleet
+                one, two = fleet.router.of(Role.BOTH)
+                at_two = await fleet.take(Asking(Role.BOTH, Prompt(), avoid={one}))
+                at_one = await fleet.take(Asking(Role.BOTH, Prompt())) if late else None
+                choosy = asyncio.create_task(fleet.take(Asking(Role.BOTH, Prompt(), avoid={one})))
+                plain = asyncio.create_task(fleet.take(Asking(Role.BOTH, Prompt())))
+                await until(lambda: stage.counted("kvpool_proxy_waiting") >= 1 + late)
+                if at_one is not None:
+                    fleet.end(at_one)
+                assert (await plain).instance is one
+                assert not choosy.done()
+                fleet.end(at_two)
+                assert (await choosy).instance is two
+
+        play(story())
+
+    def test_nobody_waits_longer_than_a_request_may_take(self):
+        """Whatever queue_timeout is."""
+
+        async def story():
+            fake = FakeInstance("a")
+            async with staged(fake, instance_requests_max=1, queue_timeout="1h", request_timeout=100) as stage:
+                await stage.proxy.fleet.take(Asking(Role.BOTH, Prompt()))
+                assert (await stage.ask()).status == 503
 
         play(story())
 
