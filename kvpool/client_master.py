@@ -67,8 +67,8 @@ class MasterLink:
         self._data_port = 0
         self._epoch = 0
         self._restarted = False
-        self.restarted: Callable[[Ask], None] | None = None
-        """Called by the link's thread once another master answers: to be told what the last one knew."""
+        self.restarted: Callable[[Ask], bool] | None = None
+        """Called by the link's thread once another master answers: to be told what the last one knew, or once more."""
         self._namespaces: dict[bytes, Namespace] = {}
         self._announced: set[bytes] = set()
         self._said = ""
@@ -213,9 +213,8 @@ class MasterLink:
             self._connect(reply.data_port)
         for namespace in missing:
             self._announce(namespace, HANDSHAKE_S)
-        if self._restarted and self.restarted is not None:
-            self.restarted(self._ask)
-        self._restarted = False
+        if self._restarted and (self.restarted is None or self.restarted(self._ask)):
+            self._restarted = False
 
     def _connect(self, port: int) -> None:
         """Open the way for lookups: the data port, or gRPC where a firewall lets nothing else through."""

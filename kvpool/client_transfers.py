@@ -204,8 +204,11 @@ class Transfers:
 
     # ---- the master ----------------------------------------------------------------------------
 
-    def _tell_again(self, ask: Ask) -> None:
-        """Name to a restarted master what it does not know: or nobody would drop what is of use to a transfer alone."""
+    def _tell_again(self, ask: Ask) -> bool:
+        """Name to a restarted master what it does not know: or nobody would drop what is of use to a transfer alone.
+
+        Returns whether it was there for all of it.
+        """
         now = time.monotonic()
         with self._lock:
             again = [*self._opened.values(), *(one for one in self._sealed.values() if one.until > now - AWAY_S)]
@@ -219,7 +222,8 @@ class Transfers:
             except KVPoolError as exc:
                 log.debug("transfer %016x is not opened anew: %s", one.request.transfer, exc)
                 if isinstance(exc, UnavailableError):
-                    return
+                    return False
+        return True
 
     def _ask(self, frame: master_pb2.MasterFrame, deadline: float | None = None) -> master_pb2.MasterFrameReply | None:
         try:

@@ -65,16 +65,16 @@ def test_how_long_a_seal_may_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_master_is_told_of_others_when_it_refuses_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that cannot be opened anew is left out; a master that is away is asked no more."""
+    """One that cannot be opened anew is left out; a master that is away is asked no more, and told all later."""
     link = Link(monkeypatch)
     transfers = transfers_of(link)
     for number in (1, 2, 3):
         transfers.open(number, [PART], ["a"])
     link.refused[1] = UnknownNamespaceError("which?")
     link.asked.clear()
-    link.restarted(link.ask)
+    assert link.restarted(link.ask)
     assert link.asked == [("open", 1), ("open", 2), ("open", 3)]
     link.refused[2] = UnavailableError("gone")
     link.asked.clear()
-    link.restarted(link.ask)
+    assert not link.restarted(link.ask)
     assert link.asked == [("open", 1), ("open", 2)]

@@ -36,3 +36,22 @@ def test_puts_go_on_without_the_master(pool):
     for number in (2, 3):  # after asking in vain, and after that
         assert client.put(space, chain_of(number, 2), [bytes(64)] * 2).stored == 2
     pool.start_master()
+
+
+def test_a_restarted_master_is_told_until_it_has_listened(pool):
+    """Of what the last one knew; once is enough when it did."""
+    client = pool.client("a")
+    told = []
+
+    def tell(ask):
+        told.append(ask)
+        if len(told) == 1:
+            client._link._drop()  # as an answer that is late does
+        return len(told) > 1
+
+    client._link.restarted = tell
+    pool.master.kill()
+    wait_for(lambda: client.lookup(Namespace("gone"), [bytes(16)]).reason == "no_pool", "the client knows")
+    pool.start_master()
+    wait_for(lambda: len(told) == 2, "it is told again")
+    wait_for(lambda: not client._link._restarted, "that was enough")
