@@ -34,7 +34,7 @@ from kvpool.bench.pool import bench_pool
 from kvpool.bench.ttft_engines import engine_python, get_model, need_kvpool, running_engines
 from kvpool.bench.ttft_http import Server
 from kvpool.bench.ttft_report import check_plot
-from kvpool.errors import InvalidArgumentError
+from kvpool.errors import InvalidArgumentError, KVPoolError
 from kvpool.model import format_size, parse_size
 from kvpool.proxy.routing import Policy
 
@@ -344,9 +344,9 @@ def command(json_path: str | None, **options: Any) -> None:
     with one_command():
         try:
             _run(options, report)
-        except KeyboardInterrupt:
-            if report.figures:
-                report.note("INTERRUPTED: this is not all that was asked for")
+        except (KeyboardInterrupt, KVPoolError):
+            if report.figures:  # minutes of measuring went into them
+                report.note("ENDED EARLY: this is not all that was asked for")
                 report.show(json_path)
             raise
     if options["write"]:

@@ -311,7 +311,9 @@ def measure_transfer(options: Mapping[str, Any], report: PDReport) -> None:
                     if name == "kvpool":
                         segment = options["segment_size"] or max(256 << 20, 8 * tokens * model.token_bytes)
                         pool = stack.enter_context(bench_pool(None, segment_size=segment))  # one machine, one node
-                    engines = stack.enter_context(running_engines(Path(folder)))
+                    home = Path(folder) / name[0]  # short: sockets lie in it
+                    home.mkdir()
+                    engines = stack.enter_context(running_engines(home))
                     config = {"use_layerwise": True, **options["connector_config"]}
                     specs = engine_specs(Shape(1, 1, name), sizes, python, model, pool, config)
                     prefill, decode = engines.start(specs)
