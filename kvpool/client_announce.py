@@ -25,7 +25,7 @@ BYE_S = 0.2
 
 
 class EngineAnnouncer:
-    """What one engine process says of itself: ``say`` never waits; from the first word on, a thread tells the master."""
+    """What one engine process says of itself: ``say`` never waits; from the first word on a thread tells the master."""
 
     def __init__(self, call: Call, master_host: str, owner: int) -> None:
         self._call = call
