@@ -3,7 +3,8 @@
 Python runs one thread of a process at a time, and a small file is mostly Python: four threads of the node with their
 loop are hardly faster than one. A process of its own for each thread is. It is sent a batch of jobs and answers in
 their order. Whatever happens to it, the thread does the rest of the batch itself; killed, it does nothing more once
-its socket is closed, so that its slots can be given to others.
+its socket is closed, so that its slots can be given to others. What the kernel may still do for it then, bringing
+what a network filesystem was asked for, is done to memory of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import marshal
+import mmap
 import os
 import signal
 import socket
@@ -24,8 +26,10 @@ from typing import Any, Final
 from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
 from kvpool.errors import KVPoolError
 from kvpool.server.child import die_with_parent
-from kvpool.server.filework import perform
+from kvpool.server.filework import Brought, perform
+from kvpool.tiers import posix_io
 from kvpool.tiers.opening import open_store
+from kvpool.tiers.store import BlockStore
 from kvpool.transport.shm import AttachedSegment
 
 log = logging.getLogger(__name__)
@@ -163,12 +167,35 @@ def _unpacked(packed: tuple[Any, ...]) -> Read | Write:
 # ---- the process ---------------------------------------------------------------------------------------
 
 
+class _OwnMemory:
+    """Files are read into it first where a read by O_DIRECT may go on when the process that asked for it is no more."""
+
+    def __init__(self) -> None:
+        self._view = memoryview(b"")
+
+    def perform(self, store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | None, Brought]:
+        """Do a job as ``filework.perform`` does."""
+        if not isinstance(job, Read):
+            return perform(store, view, job)
+        if len(self._view) < job.size:
+            self._view = memoryview(mmap.mmap(-1, job.size))
+        slot = view[job.start : job.start + job.size]
+        job.start = 0
+        failure, brought = perform(store, self._view, job)
+        if failure is None:
+            slot[:] = self._view[: job.size]
+        return failure, brought
+
+
 def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> None:
     """Do batch after batch until the node closes the socket."""
     store = open_store(
         opening.directory, owner=f"{os.getpid()}-{opening.owner}", direct=opening.direct, fsync=opening.fsync,
         create=False,
     )  # fmt: skip
+    work = perform
+    if opening.direct and not posix_io.reads_end(opening.directory):
+        work = _OwnMemory().perform
     segment.prefault()  # or the first file in each slot takes twice as long
     sock.send(marshal.dumps(store.id))
     clock = time.monotonic
@@ -177,7 +204,7 @@ def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> N
         size, posted = 0, clock()
         for packed in marshal.loads(request):  # noqa: S302 - of the node
             started = clock()
-            failure, brought = perform(store, segment.view, _unpacked(packed))
+            failure, brought = work(store, segment.view, _unpacked(packed))
             now = clock()
             if failure is None:
                 answers.append((now - started, "", "", 0, brought))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import marshal
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -24,9 +27,11 @@ from kvpool.server import filehelper, fileworker
 from kvpool.server.filehelper import FileHelper, HelperEndedError, Opening
 from kvpool.server.filetier import FileTier
 from kvpool.testing.store_faults import FaultyStore
-from kvpool.tiers.dram import Segment, SlotHeader, pack_header
+from kvpool.tiers import posix_io
+from kvpool.tiers.dram import AttachedSegment, Segment, SlotHeader, pack_header
 from kvpool.tiers.measured import MeasuredStore
 from kvpool.tiers.posix import PosixStore
+from kvpool.tiers.store import FileName
 
 SPACE = Namespace(model="demo", layers=2)
 PAYLOAD = 8192
@@ -330,6 +335,56 @@ def test_one_that_cannot_open_its_directory_has_ended(tmp_path: Path, helper: An
         wait_ready(made)
     assert not (tmp_path / "away").exists()
     assert "no backend" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_what_arrives_after_the_end_of_a_process_is_not_in_a_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bool
+) -> None:
+    """A network's kernel goes on with the reads of a process that was killed: into memory that nobody else has."""
+    store = PosixStore(str(tmp_path / "kv"), owner="node", capacity_bytes=1 << 30)
+    segment = Segment.create(64 * EXTENT, lock=False)
+    written = write_of(segment, 1, 1)
+    store.write(FileName(SPACE.digest, key(1), 0), segment.view[written.start : written.start + written.size])
+    asked: list[memoryview] = []
+
+    def read_into(name: Any, target: memoryview) -> None:
+        asked.append(target)
+        PosixStore.read_into(store, name, target)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    monkeypatch.setattr(filehelper, "open_store", lambda *_, **__: store)
+    monkeypatch.setattr(posix_io, "reads_end", lambda _: end)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mapped = AttachedSegment.from_fd(os.dup(segment.fd), segment.size)
+    thread = threading.Thread(
+        target=filehelper._serve, args=(theirs, Opening(str(tmp_path / "kv"), "node", True, "off"), mapped)
+    )
+    thread.start()
+    with ours, theirs:
+        assert marshal.loads(ours.recv(1 << 16)) == store.id
+        ours.send(marshal.dumps([filehelper._packed(read_of(number, 10 + number)) for number in (1, 9)]))
+        answers: list[Any] = []
+        while len(answers) < 2:
+            answers += marshal.loads(ours.recv(1 << 16))
+        ours.shutdown(socket.SHUT_RDWR)
+        thread.join(T)
+    assert [answer[1] for answer in answers] == ["", "missing"]
+    assert bytes(segment.view[11 * EXTENT + 512 : 12 * EXTENT]) == content(1)
+    for target in asked:
+        target[:] = b"?" * EXTENT
+    late = b"?" * PAYLOAD
+    assert (bytes(segment.view[11 * EXTENT + 512 : 12 * EXTENT]) == late) is end
+    assert (bytes(segment.view[19 * EXTENT + 512 : 20 * EXTENT]) == late) is end
+    asked.clear()
+    mapped.close()
+    segment.close()
+
+
+def test_what_is_local_and_what_is_not(tmp_path: Path) -> None:
+    """Of filesystems that are not known to wait, nothing is believed."""
+    assert not posix_io.reads_end("/proc")
+    assert not posix_io.reads_end(str(tmp_path / "away"))
 
 
 def test_one_whose_node_is_killed_ends(tmp_path: Path) -> None:
