@@ -21,8 +21,10 @@ HCCN = Path("/etc/hccn.conf")
 
 _HCCN_LINE = re.compile(r"^\s*address_(\d{1,4})\s*=\s*([0-9a-fA-F.:]+)\s*$", re.MULTILINE)
 _DATA_PARALLEL = re.compile(r"_dp\d+$")
-_UNREACHABLE = ("--headless", "--uds", "--config", "--ssl-keyfile", "--ssl-certfile")
-"""With these, the command line does not say where plain HTTP is served."""
+_UNREACHABLE = (
+    "--headless", "--uds", "--config", "--ssl-keyfile", "--ssl-certfile", "--data-parallel-multi-port-external-lb",
+)  # fmt: skip
+"""With these, the command line does not say where plain HTTP is served, or where this engine's is."""
 
 _EVERYWHERE = ("", "0.0.0.0", "::")
 
@@ -62,7 +64,7 @@ def _served(argv: Sequence[str]) -> str:
     """Return the address in the command line of a ``vllm serve`` process; "" where there is none."""
     program = argv[0] if argv else ""
     serves = (program.endswith("/vllm") and "serve" in argv[1:2]) or program.endswith("openai/api_server.py")
-    if not serves or any(word.partition("=")[0] in _UNREACHABLE for word in argv):
+    if not serves or any(word.partition("=")[0].replace("_", "-") in _UNREACHABLE for word in argv):
         return ""
     host, port = _option(argv, "--host") or "", _option(argv, "--port") or str(SERVE_PORT)
     if not (port.isdigit() and 0 < int(port) < 1 << 16):

@@ -46,6 +46,7 @@ _OURS: Final = _HOP_BY_HOP - {"content-type"} | {"date", "server"}
 def request_headers(request: web.Request, api_key: str | None) -> CIMultiDict[str]:
     """Return a client's headers as instances get them; with an id, the same one at all of them."""
     named = {name.strip().lower() for name in request.headers.get("Connection", "").split(",")}
+    named.add("content-encoding")  # of the body as it came: what goes on is decoded
     headers: CIMultiDict[str] = CIMultiDict(
         (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP | named
     )

@@ -203,6 +203,8 @@ class Proxy:
                 return await request.read()
         except TimeoutError:
             raise RefusedRequestError(408, "the request did not arrive in time") from None
+        except web.RequestPayloadError:
+            raise RefusedRequestError(400, "the request's body is cut, or not in the encoding that it names") from None
 
     # ---- other questions -----------------------------------------------------------------------------
 

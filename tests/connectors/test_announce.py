@@ -35,6 +35,8 @@ UUID = "0f6c4a8e-7f0c-4f0f-9a54-1c2b3d4e5f60"
         (None, UUID, [VLLM, "serve", "m", "--config", "c.yaml"], ""),
         (None, UUID, [VLLM, "serve", "m", "--uds=/run/vllm"], ""),
         (None, UUID, [VLLM, "serve", "m", "--ssl-keyfile", "k"], ""),
+        (None, UUID, [VLLM, "serve", "m", "--ssl_keyfile=k"], ""),
+        (None, UUID, [VLLM, "serve", "m", "--port", "7", "--data-parallel-multi-port-external-lb"], ""),
         (None, UUID, [VLLM, "serve", "m", "--port", "$PORT"], ""),
         (None, UUID, [VLLM, "serve", "m", "--port", "0"], ""),
         (None, UUID, [VLLM, "serve", "m", "--port"], ":8000"),

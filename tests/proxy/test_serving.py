@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+from functools import partial
 
 import aiohttp
 import pytest
@@ -384,6 +386,25 @@ class TestClients:
                 await until(lambda: fake.running == 1)
                 await until(lambda: fake.running == 0)
                 writer.close()
+
+        play(story())
+
+    def test_one_that_compresses(self):
+        """Instances get what it meant; a body that is not what it says is its own mistake."""
+
+        async def story():
+            fake = FakeInstance("a")
+            async with staged(fake, body_size_max=1000) as stage:
+                headers = {"Content-Encoding": "gzip", "Connection": "close"}
+                ask = partial(stage.client.post, stage.url + COMPLETIONS, headers=headers)
+                for body, status in (
+                    (gzip.compress(b'{"prompt": "p"}'), 200), (b"{}", 400),
+                    (gzip.compress(b'{"prompt": "%s"}' % bytes(10_000)), 413),
+                ):  # fmt: skip
+                    async with ask(data=body) as answer:
+                        assert answer.status == status
+                        await answer.json()
+                assert fake.requests == [{"prompt": "p"}]
 
         play(story())
 
