@@ -76,7 +76,11 @@ class _AskedHere:
         self._request = NodeFrame(pin=pin)
         with contextlib.ExitStack() as held:
             self._channel = held.enter_context(way.node.long_channel(_patience(call)))
-            self._channel.start(self._request, _keys(call, part), timeout_s=wait_s + CONTROL_S)
+            # Its answer may have to wait here, for as long as the part before is copied.
+            self._channel.start(
+                self._request, _keys(call, part),
+                timeout_s=max(wait_s, call.left_s) + CONTROL_S, progress_s=wait_s + CONTROL_S,
+            )  # fmt: skip
             self._held = held.pop_all()
 
     def answer(self) -> tuple[int, int]:

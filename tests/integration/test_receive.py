@@ -8,11 +8,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvpool import Client, Namespace
+from kvpool.client_receive import _Receive
 from kvpool.client_results import GetResult, PutResult
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import NodeAddress
@@ -268,6 +270,24 @@ def test_a_flipped_bit_ends_the_prefix_there(pool: Pool) -> None:
     for reader in some:
         result = reader.ended()
         assert (result.prefix, result.reasons) == (5, {"corrupt": len(KEYS) - 5})
+
+
+@pytest.mark.parametrize("where", ["a", "b"])
+def test_a_slow_copy_is_no_silence_of_the_node(pool: Pool, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """What was answered while the part before was copied is taken, however long that took."""
+    monkeypatch.setattr("kvpool.client_receive.PART_BYTES_MIN", SIZE)
+    monkeypatch.setattr("kvpool.client_receive.CONTROL_S", 0.2)
+    put_chain(pool.client("a"), SPACE, KEYS, SIZE)
+    take = _Receive._take
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.4)
+        take(*arguments)
+
+    monkeypatch.setattr("kvpool.client_receive._Receive._take", slowly)
+    client = pool.client(where)
+    assert Reader(client, address_of(pool, "a")).ended().prefix == len(KEYS)
+    assert client.has_node()
 
 
 def test_two_writers_of_a_block(pool: Pool) -> None:
