@@ -153,12 +153,15 @@ class TransferRun:
         for way in ways.values():  # connections, agents, first steps
             way(system, self._source.tokens(min(257, self._tokens + 1)))
         times = {name: Times() for name in ways}
-        for number in range(self._prompts):
-            for name, way in ways.items():
-                self._report.step(f"{system.name}, {name}: prompt {number + 1}")
-                self._one(system, way, times[name], bare)
-        for name, found in times.items():
-            self._tell(system, name, found)
+        try:
+            for number in range(self._prompts):
+                for name, way in ways.items():
+                    self._report.step(f"{system.name}, {name}: prompt {number + 1}")
+                    self._one(system, way, times[name], bare)
+        finally:  # a prompt takes long: those that were measured are not lost with one that was not
+            for name, found in times.items():
+                if found.seconds:
+                    self._tell(system, name, found)
 
     def _one(
         self,
@@ -178,14 +181,13 @@ class TransferRun:
             self._report.note(
                 f"{system.name}: a hit said something else than the transferred prompt: a near tie, or wrong KV"
             )
+        after, found = _seconds_once_counted(system, before), counted.since(start)
         times.prefill.append(prefill_s * 1000)
         times.first.append(answer.ttft_s * 1000)
         times.hit.append(statistics.median(hit.ttft_s for hit in hits) * 1000)
         times.whole.append(whole_s * 1000)
         times.copied.append(min(into + out, into_again + out_again))
-        after = _seconds_once_counted(system, before)
         times.seconds.append((after[0] - before[0], after[1] - before[1]))
-        found = counted.since(start)
         if found is not None:  # a hit computes one token
             times.computed.append(found.tokens[Where.NONE] - HITS)
 
@@ -234,7 +236,7 @@ class TransferRun:
     # ---- figures -----------------------------------------------------------------------------------
 
     def _tell(self, system: System, way: str, times: Times) -> None:
-        base = {"system": system.name, "decode asked": way, "tokens": self._tokens, "prompts": self._prompts}
+        base = {"system": system.name, "decode asked": way, "tokens": self._tokens, "prompts": len(times.hit)}
         detail = base | {
             "computed_tokens": times.computed,
             "first_token_ms": _rounded(times.first),
