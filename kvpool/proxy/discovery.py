@@ -128,9 +128,15 @@ class Discovery:
             self._told |= told
         if self._adds:
             self._follow({(one.role, url) for url, one in self._told.items()})
+        changed: set[Role] = set()
         for instance in self._fleet.router.instances.values():
             if (one := self._told.get(instance.name)) is not None:
+                before = instance.model, instance.transfers
                 instance.model, instance.transfers, instance.layerwise = one.model, one.transfers, one.layerwise
+                if before != (instance.model, instance.transfers):
+                    changed.add(instance.role)
+        for role in changed:
+            self._fleet.changed(role)
 
     def _follow(self, there: set[tuple[Role, str]]) -> None:
         """Let instances come and go; what an operator does with one is left as it is."""

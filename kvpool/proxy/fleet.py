@@ -134,6 +134,11 @@ class Fleet:
         self._refuse(instance.role)
         self._gone(instance)
 
+    def changed(self, role: Role) -> None:
+        """Other requests suit an instance than before: some who wait may go there now, and some nowhere any more."""
+        self._serve(role)
+        self._refuse(role)
+
     def drain(self, instance: Instance) -> None:
         """Send an instance nothing new."""
         instance.draining = True

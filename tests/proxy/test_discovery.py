@@ -11,8 +11,9 @@ import pytest
 from kvpool.config import ProxySettings, load
 from kvpool.errors import ConfigError
 from kvpool.proxy.discovery import GONE_S, SETTLE_S, Discovery
-from kvpool.proxy.fleet import Fleet
-from kvpool.proxy.routing import Role
+from kvpool.proxy.errors import RefusedRequestError
+from kvpool.proxy.fleet import Asking, Fleet
+from kvpool.proxy.routing import Prompt, Role
 from kvpool.rpc.v1.master_pb2 import EngineAnnouncement, EngineStatus
 from tests.integration.pool import Pool
 from tests.proxy.fake import FakeInstance, PoolInstance, play, staged, until
@@ -115,6 +116,26 @@ class TestWhatTheMasterTells:
             assert told.boot_ids == {"host 0", "host 1", "host 2"}
             assert made.discovery.urls == {1: A, 2: A}
             assert (one.model, one.transfers, one.layerwise) == ("m", True, False)
+
+        world(story)
+
+    def test_who_waits_hears_of_another_model(self):
+        """Of an instance that serves it now, and of one that does not any more."""
+
+        async def story(made):
+            made.fleet.router.requests_max = 1
+            asking = Asking(Role.BOTH, Prompt(), model="m")
+            made.take(engine(1), engine(2, model="other"))
+            first, second = made.fleet.router.of(Role.BOTH)
+            first.up = second.up = True
+            assert (await made.fleet.take(asking)).instance is first
+            waiting = [asyncio.create_task(made.fleet.take(asking)) for _ in range(2)]
+            await asyncio.sleep(0)
+            made.take(engine(1), engine(2))
+            assert (await waiting[0]).instance is second
+            made.take(engine(1, model="other"), engine(2, model="other"))
+            with pytest.raises(RefusedRequestError):
+                await waiting[1]
 
         world(story)
 
