@@ -21,8 +21,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from kvpool import __version__
 from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
 from kvpool.errors import KVPoolError
 from kvpool.server.child import die_with_parent
@@ -76,7 +78,7 @@ class FileHelper:
         with theirs:
             try:
                 numbers = (os.getpid(), theirs.fileno(), segment_fd, segment_bytes)
-                command = [sys.executable, "-m", "kvpool.server.filehelper"]
+                command = [sys.executable, *_path_options(), "-m", "kvpool.server.filehelper"]
                 self._process = subprocess.Popen(
                     [*command, json.dumps(asdict(opening)), *map(str, numbers)],
                     stdin=subprocess.DEVNULL,
@@ -95,11 +97,11 @@ class FileHelper:
         """Return whether it takes jobs by now. Raises HelperEndedError."""
         if not self._ready:
             try:
-                self._ready = self._receive(socket.MSG_DONTWAIT) == self._backend
+                self._ready = self._receive(socket.MSG_DONTWAIT) == (__version__, self._backend)
             except BlockingIOError:
                 return False
             if not self._ready:
-                self._end("found another backend")
+                self._end("it found another backend, or is of another version")
         return True
 
     def send(self, jobs: Sequence[Read | Write]) -> None:
@@ -111,10 +113,14 @@ class FileHelper:
 
     def receive(self) -> list[Answer]:
         """Wait for the next answers, one or more. Raises HelperEndedError."""
-        return [
-            (seconds, Failure(Trouble(trouble), text, actual) if trouble else None, brought)
-            for seconds, trouble, text, actual, brought in self._receive()
-        ]
+        answers = self._receive()
+        try:
+            return [
+                (seconds, Failure(Trouble(trouble), text, actual) if trouble else None, brought)
+                for seconds, trouble, text, actual, brought in answers
+            ]
+        except (TypeError, ValueError) as exc:
+            return self._end(str(exc))  # type: ignore[no-any-return]
 
     def kill(self) -> None:
         """Kill it; from any thread. Its own thread is told by HelperEndedError when it is no more."""
@@ -144,6 +150,15 @@ class FileHelper:
         self._process.kill()
         self.close()
         raise HelperEndedError(why or f"the process for files has ended with {self._process.returncode}")
+
+
+def _path_options() -> list[str]:
+    """Return what keeps a process from importing what happens to lie in the working directory, unless we do, too."""
+    try:
+        ours = str(Path.cwd()) in sys.path
+    except OSError:  # it was deleted
+        ours = False
+    return [] if ours or "" in sys.path else ["-P"]
 
 
 def portable(job: Job) -> bool:
@@ -197,7 +212,7 @@ def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> N
     if opening.direct and not posix_io.reads_end(opening.directory):
         work = _OwnMemory().perform
     segment.prefault()  # or the first file in each slot takes twice as long
-    sock.send(marshal.dumps(store.id))
+    sock.send(marshal.dumps((__version__, store.id)))  # the package may have been replaced since the node started
     clock = time.monotonic
     while request := sock.recv(MESSAGE_BYTES_MAX):
         answers: list[tuple[Any, ...]] = []

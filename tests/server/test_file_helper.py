@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import marshal
 import os
 import signal
@@ -217,7 +218,8 @@ def test_a_process_that_is_killed_costs_nothing(with_node: Any) -> None:
             fetched = asyncio.ensure_future(node.fetch(*MANY))
             await until(lambda: any(worker.started for worker in node.tier._workers[0]), "one has begun")
             for pid in killed:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # one of the last round, whose thread has slept since
+                    os.kill(pid, signal.SIGKILL)
             assert await fetched == {}
             await until(node.idle, "nothing is held")
             node.drop()
@@ -327,6 +329,37 @@ def test_one_that_opens_another_backend_is_not_used(tmp_path: Path, helper: Any)
         wait_ready(made)
 
 
+def test_one_of_another_version_is_not_used(helper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package may have been replaced under a node that runs: others' files may then mean something else."""
+    made, _, _ = helper
+    monkeypatch.setattr(filehelper, "__version__", "0.0.1")
+    with pytest.raises(HelperEndedError, match="another version"):
+        wait_ready(made)
+
+
+@pytest.mark.parametrize("answer", [3, [3], [(0.1, "odd", "", 0, None)]])
+def test_one_that_answers_nonsense_has_ended(helper: Any, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """Its thread must not end of it: it has jobs in hand."""
+    made, _, _ = helper
+    wait_ready(made)
+    monkeypatch.setattr(made, "_receive", lambda: answer)
+    with pytest.raises(HelperEndedError):
+        made.receive()
+
+
+def test_one_does_not_import_what_lies_in_the_working_directory(
+    tmp_path: Path, helper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node, started by its own script, does not either."""
+    _, segment, store = helper
+    (tmp_path / "json.py").write_text("raise SystemExit('found here')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    made = FileHelper(Opening(str(tmp_path / "kv"), "node", True, "off"), store.id, segment.fd, segment.size)
+    wait_ready(made)
+    made.close()
+
+
 def test_one_that_cannot_open_its_directory_has_ended(tmp_path: Path, helper: Any, capfd: Any) -> None:
     """And makes none: the node has one, which is away."""
     _, segment, store = helper
@@ -362,7 +395,7 @@ def test_what_arrives_after_the_end_of_a_process_is_not_in_a_slot(
     )
     thread.start()
     with ours, theirs:
-        assert marshal.loads(ours.recv(1 << 16)) == store.id
+        assert marshal.loads(ours.recv(1 << 16))[1] == store.id
         ours.send(marshal.dumps([filehelper._packed(read_of(number, 10 + number)) for number in (1, 9)]))
         answers: list[Any] = []
         while len(answers) < 2:
