@@ -118,7 +118,8 @@ class LayerSaves:
             for job in jobs:
                 own = [(part, *each) for part in job.parts for each in shards[part.group]]
                 if len(puts) + len(own) <= PUTS_MAX:
-                    puts += [_Put(self._client, job, part, shard, kv) for part, shard, kv in own]
+                    # One by one, so that what has begun is ended below, whatever comes of the next.
+                    puts.extend(_Put(self._client, job, part, shard, kv) for part, shard, kv in own)
                 else:
                     results[job.job_id] = None
             ready = [0] * len(forward.layers)

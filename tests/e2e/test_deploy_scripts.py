@@ -117,7 +117,7 @@ def engines(pool: Pool, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_decode_loads_what_prefill_stored(engines: tuple[Script, Script], pool: Pool, prompts: Prompts) -> None:
     """The full blocks of a prompt come out of the pool, and the decode engine adds none to it."""
-    prefill, decode = engines
+    _, decode = engines
     prompt = prompts.random(3 * BLOCK + 40)
     prefill.complete(prompt, 1)
     pool.wait_blocks(3)
@@ -165,7 +165,7 @@ def proxy(*arguments: str) -> Iterator[int]:
 
 def test_the_proxy_brings_them_together(engines: tuple[Script, Script], pool: Pool, prompts: Prompts) -> None:
     """The proxy finds them; a request is prefilled here and decoded there, and its blocks are there again later."""
-    prefill, decode = engines
+    _, decode = engines
     prompt = prompts.random(3 * BLOCK + 40)
     before = pool.control("status")["blocks"]
     with proxy("--master", pool.address) as port:
