@@ -127,8 +127,9 @@ class FileHelper:
         self._process.kill()
 
     def close(self) -> None:
-        """Have it end, and wait until it has."""
+        """Have it end, and wait until it has. It has nothing in hand, and may stand still."""
         self._sock.close()
+        self._process.kill()
         self._process.wait()
 
     def _receive(self, flags: int = 0) -> Any:
@@ -147,7 +148,6 @@ class FileHelper:
 
     def _end(self, why: str) -> Any:
         """Make sure that it is no more, and say so."""
-        self._process.kill()
         self.close()
         raise HelperEndedError(why or f"the process for files has ended with {self._process.returncode}")
 

@@ -216,7 +216,8 @@ def test_a_process_that_is_killed_costs_nothing(with_node: Any) -> None:
             for pid in killed:
                 os.kill(pid, signal.SIGSTOP)  # so that it dies in the middle of a batch
             fetched = asyncio.ensure_future(node.fetch(*MANY))
-            await until(lambda: any(worker.started for worker in node.tier._workers[0]), "one has begun")
+            workers = node.tier._workers[0]  # which do it alone, and soon, if their new ones have not started yet
+            await until(lambda: fetched.done() or any(worker.started for worker in workers), "one has begun")  # noqa: B023
             for pid in killed:
                 with contextlib.suppress(ProcessLookupError):  # one of the last round, whose thread has slept since
                     os.kill(pid, signal.SIGKILL)
@@ -327,6 +328,17 @@ def test_one_that_opens_another_backend_is_not_used(tmp_path: Path, helper: Any)
     made = FileHelper(Opening(str(tmp_path / "kv"), "node", True, "off"), other.id, segment.fd, segment.size)
     with pytest.raises(HelperEndedError, match="another backend"):
         wait_ready(made)
+
+
+def test_one_that_stands_still_is_ended_like_any_other(helper: Any) -> None:
+    """A thread that ends would otherwise wait for it for ever."""
+    made, _, _ = helper
+    wait_ready(made)
+    os.kill(made.pid, signal.SIGSTOP)
+    thread = threading.Thread(target=made.close, daemon=True)
+    thread.start()
+    thread.join(T)
+    assert not thread.is_alive()
 
 
 def test_one_of_another_version_is_not_used(helper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
