@@ -117,7 +117,7 @@ def engines(pool: Pool, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_decode_loads_what_prefill_stored(engines: tuple[Script, Script], pool: Pool, prompts: Prompts) -> None:
     """The full blocks of a prompt come out of the pool, and the decode engine adds none to it."""
-    _, decode = engines
+    prefill, decode = engines
     prompt = prompts.random(3 * BLOCK + 40)
     prefill.complete(prompt, 1)
     pool.wait_blocks(3)
