@@ -77,15 +77,17 @@ class Names:
         """Return the names of all blocks of a prompt in one of its transfers, and how many of the last it alone has."""
         whole, rest = divmod(request.num_prompt_tokens, self._block_tokens)
         tails = int(rest > 0 and not self._groups.drop_last)
-        if not self.may_share(request):
-            return [_private(transfer, number) for number in range(whole + tails)], whole + tails
         names = list(self.hashes(request)[:whole])
-        if not tails:
-            return names, 0
+        if tails:
+            names.append(self.tail(request))
+        if not self.may_share(request):
+            return [_private(transfer, name) for name in names], len(names)
         told = self._is_told(request)
-        names.append(self.tail(request) if told else _private(transfer, whole))
-        return names, int(self._discard_tails or not told)
+        if tails and not told:
+            names[-1] = _private(transfer, names[-1])
+        return names, int(tails and (self._discard_tails or not told))
 
 
-def _private(transfer: int, number: int) -> bytes:
-    return hashlib.sha256(b"transfer" + struct.pack("<QI", transfer, number)).digest()[:KEY_BYTES]
+def _private(transfer: int, name: bytes) -> bytes:
+    # Of other tokens nobody shall get the KV, not even in this transfer: a chat template may say the time.
+    return hashlib.sha256(b"transfer" + struct.pack("<Q", transfer) + name).digest()[:KEY_BYTES]

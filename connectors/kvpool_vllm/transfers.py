@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvpool.client_transfers import Claimed, TransferPart, TransferState
-from kvpool.model import NodeAddress
+from kvpool.model import SHARDS_MAX, NodeAddress
 from kvpool_vllm import LOGGER_NAME
 
 if TYPE_CHECKING:
@@ -41,8 +41,17 @@ IDLE_WAIT_S = 0.001
 LOOK_EVERY_S = 1.0
 """How often it is looked whether a transfer has been opened that nobody here waits for any more."""
 
+UNWANTED_MAX = 512
+"""So many of those are remembered, the latest."""
+
 SILENCES_MAX = 2
-"""Without an answer of the master in a row: nobody knows of the transfer then."""
+"""Without an answer of the master in a row: nobody knows of the transfer then, unless its request says where it is."""
+
+TOLD_WAIT_S = 2.0
+"""How long the master may take to hear of a transfer that its request says to be there already."""
+
+TEXT_MAX = 1024
+"""Characters of whatever a request says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +95,13 @@ class Incoming:
     """A prompt that another engine computes, or has computed, for this one; for several requests, if samples of one."""
 
     transfer: int
-    found: Claimed | None = None
-    """Where it is: out of the request, or from the master by the keeper's thread."""
+    told: Claimed | None = None
+    """Where it is by the request. Anybody may have written that: no node is asked that the master does not name, unless
+    there is no master."""
     tokens: int | None = None
     """Of the prompt, where the other engine says it."""
+    found: Claimed | None = None
+    """Where it is; set by the keeper's thread."""
     give_up_at: float | None = None
     gone: str = ""
     """Why it will not come; set by the keeper's thread."""
@@ -140,6 +152,7 @@ class Keeper:
     def claim(self, incoming: Incoming) -> None:
         """Ask for a transfer until it is there, and renew it from then on, until it is ended."""
         with self._changed:
+            self._unwanted.pop(incoming.transfer, None)
             self._claiming[incoming.transfer] = (incoming, 0.0, POLL_FIRST_S)
             self._changed.notify()
 
@@ -154,8 +167,10 @@ class Keeper:
         with self._changed:
             self._held.discard(transfer)
             claimed = self._claiming.pop(transfer, None)
-            if claimed is not None and claimed[0].found is None and claimed[0].gone != "ended":
+            if claimed is not None and claimed[0].gone != "ended":
                 self._unwanted[transfer] = time.monotonic() + until_s
+                if len(self._unwanted) > UNWANTED_MAX:
+                    del self._unwanted[next(iter(self._unwanted))]
             self._call(lambda: self._client.transfers.end([transfer]))
 
     def close(self) -> None:
@@ -220,10 +235,12 @@ class Keeper:
             unwanted = list(self._unwanted)
         for transfer in unwanted:
             state = self._client.transfers.claim(transfer, self._name).state
-            if state not in {TransferState.UNKNOWN, TransferState.NO_MASTER}:
-                self._client.transfers.end([transfer])
-                with self._changed:
-                    self._unwanted.pop(transfer, None)
+            if state is TransferState.NO_MASTER:
+                return
+            with self._changed:
+                if state is TransferState.UNKNOWN or self._unwanted.pop(transfer, None) is None:
+                    continue  # somebody may want it by now
+            self._client.transfers.end([transfer])
 
     def _claim(self, incoming: Incoming, pause_s: float) -> None:
         found = self._client.transfers.claim(incoming.transfer, self._name)
@@ -234,11 +251,13 @@ class Keeper:
         elif found.state is TransferState.ENDED:
             incoming.gone = "ended"
         elif incoming.silences >= SILENCES_MAX and incoming.found is None:
-            incoming.gone = "no_master"
+            incoming.found = incoming.told
+            incoming.gone = "" if incoming.told is not None else "no_master"
         if incoming.settled:
             self._news.set()
         with self._changed:
-            if incoming.transfer not in self._claiming:
+            claiming = self._claiming.get(incoming.transfer)
+            if claiming is None or claiming[0] is not incoming:
                 return  # ended meanwhile; what was claimed just now is ended by the call that waits
             if there:
                 del self._claiming[incoming.transfer]
@@ -361,9 +380,9 @@ class Transfers:
         incoming = self._incoming.get(transfer)
         if incoming is None:
             try:
-                incoming = Incoming(transfer, _told(params), params.get("remote_tokens"))
+                incoming = Incoming(transfer, *_told(params))
             except (TypeError, ValueError, AttributeError) as error:
-                self._miss("foreign", f"its kv_transfer_params are not understood: {error!r}")
+                self._miss("foreign", f"its kv_transfer_params are not understood: {repr(error)[:TEXT_MAX]}")
                 return None
             self._incoming[transfer] = incoming
             self._keeper.claim(incoming)
@@ -377,22 +396,24 @@ class Transfers:
 
     def found(self, incoming: Incoming, request: Any, namespaces: Sequence[Namespace]) -> bool:
         """Return whether it is known where the prompt's blocks are; ``incoming.gone`` says why they will not come."""
-        found = incoming.found
-        if found is None and not incoming.gone:
+        if incoming.tokens not in {None, request.num_prompt_tokens}:
+            incoming.gone = "prompt"
+        for claimed in (incoming.told, incoming.found):
+            if claimed is None:
+                continue
+            if not namespaces or claimed.namespaces != tuple(namespace.digest for namespace in namespaces):
+                incoming.gone = "namespace"
+            elif len(claimed.nodes) != namespaces[0].shards or not all(n and n.node_id for n in claimed.nodes):
+                incoming.gone = incoming.gone or "no_node"
+        if incoming.found is None and not incoming.gone:
             now = time.monotonic()
             if incoming.give_up_at is None:
-                incoming.give_up_at = now + self._settings.transfer_open_timeout / 1000
+                wait_s = self._settings.transfer_open_timeout / 1000
+                incoming.give_up_at = now + (wait_s if incoming.told is None else TOLD_WAIT_S)
             if now < incoming.give_up_at:
                 return False
             incoming.gone = "not_opened"
-        elif found is not None:
-            if found.namespaces != tuple(namespace.digest for namespace in namespaces):
-                incoming.gone = "namespace"
-            elif incoming.tokens not in {None, request.num_prompt_tokens}:
-                incoming.gone = "prompt"
-            elif len(found.nodes) != namespaces[0].shards or not all(n and n.node_id for n in found.nodes):
-                incoming.gone = "no_node"
-        return found is not None
+        return incoming.found is not None
 
     def drop(self, incoming: Incoming, reason: str = "") -> None:
         """Forget a transfer: it is loaded, not wanted any more, or, with a ``reason``, cannot be had."""
@@ -438,10 +459,28 @@ def _number(params: Any) -> int:
     return number if 0 < number < 1 << 64 else 0
 
 
-def _told(params: Mapping[str, Any]) -> Claimed | None:
-    """Return what the parameters themselves say of where the blocks are. Raises TypeError, ValueError."""
+def _told(params: Mapping[str, Any]) -> tuple[Claimed | None, int | None]:
+    """Return what the parameters themselves say of where the blocks are, and of the prompt's tokens.
+
+    Raises TypeError, ValueError, AttributeError: they come from whoever has asked the engine.
+    """
+    tokens = params.get("remote_tokens")
+    if tokens is not None and type(tokens) is not int:
+        raise ValueError("remote_tokens must be a number")
     if "remote_nodes" not in params or "remote_namespaces" not in params:
-        return None
-    nodes = tuple(NodeAddress(**node) for node in params["remote_nodes"])
+        return None, tokens
+    if max(len(params["remote_nodes"]), len(params["remote_namespaces"])) > SHARDS_MAX:
+        raise ValueError(f"at most {SHARDS_MAX} nodes and namespaces")
+    nodes = tuple(_node(**node) for node in params["remote_nodes"])
     namespaces = tuple(bytes.fromhex(text) for text in params["remote_namespaces"])
-    return Claimed(TransferState.OPEN, namespaces, nodes)
+    return Claimed(TransferState.OPEN, namespaces, nodes), tokens
+
+
+def _node(**told: Any) -> NodeAddress:
+    node = NodeAddress(**told)
+    texts = (node.node_id, node.host, node.socket_path, node.boot_id)
+    if any(type(text) is not str or len(text) > TEXT_MAX for text in texts):
+        raise ValueError(f"a node is named by texts of at most {TEXT_MAX} characters")
+    if type(node.port) is not int or not 0 <= node.port < 1 << 16:
+        raise ValueError("a node's port must be from 0 to 65535")
+    return node

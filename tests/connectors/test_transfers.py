@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from kvpool.client_transfers import TransferPart
+from kvpool_vllm.names import Names
 from kvpool_vllm.settings import Role
 from kvpool_vllm.testing import Faults, MemoryPool
 from kvpool_vllm.transfers import Engine
-from tests.connectors.model_engine import NAMESPACE, TOKENS, ModelEngine, Request, expected
+from tests.connectors.model_engine import GROUPS, NAMESPACE, TOKENS, ModelEngine, Request, expected
 
 DEADLINE_S = 30.0
 
@@ -301,6 +302,27 @@ def test_prefill_that_begins_too_late(pair: Pair, monkeypatch: pytest.MonkeyPatc
     pair.until(lambda: not pair.pool.open_transfers and "open" in pair.pool.calls, producer, consumer)
 
 
+def test_prefill_that_is_wanted_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks once more for what was given up before it began gets it: nobody ends it any more."""
+    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.transfers.LOOK_EVERY_S", 0.02)
+    producer, consumer = pair.both(budget=4)
+    prompt, params = list(range(30)), {"do_remote_prefill": True, "transfer_id": "1"}
+    aborted = pair.submit(consumer, prompt, 3, dict(params))
+    consumer.step()
+    consumer.abort(aborted)
+    pair.drain(consumer)
+    decoding = pair.submit(consumer, prompt, 3, dict(params))
+    prefilling = pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "1"})
+    pair.until(lambda: "open" in pair.pool.calls, producer)
+    time.sleep(0.1)  # in which a look would come
+    assert pair.pool.open_transfers
+    pair.drain(producer, consumer)
+    assert decoding.answer == expected(prompt, 3)
+    assert prefilling.status == "finished"
+    assert consumer.side.counters["transfer.received"] == 1
+
+
 def test_prefill_that_was_given_up(pair: Pair) -> None:
     """Is not waited for."""
     consumer = pair.engine(CONSUMER)
@@ -331,6 +353,17 @@ def test_another_namespace(pair: Pair) -> None:
         ({"remote_nodes": [{"node_id": ""}]}, "no_node"),
         ({"remote_nodes": [{"where": "here"}]}, "foreign"),
         ({"remote_nodes": 3}, "foreign"),
+        ({"remote_nodes": [{"node_id": ["memory"]}]}, "foreign"),
+        ({"remote_nodes": [{"node_id": "memory", "host": None}]}, "foreign"),
+        ({"remote_nodes": [{"node_id": "memory", "host": "h" * 2000}]}, "foreign"),
+        ({"remote_nodes": [{"node_id": "memory", "port": "1"}]}, "foreign"),
+        ({"remote_nodes": [{"node_id": "memory", "port": 1 << 70}]}, "foreign"),
+        ({"remote_nodes": [{"node_id": "memory"}] * 257}, "foreign"),
+        ({"remote_namespaces": [3]}, "foreign"),
+        ({"remote_namespaces": []}, "namespace"),
+        ({"remote_tokens": [30]}, "foreign"),
+        ({"remote_tokens": {}}, "foreign"),
+        ({"remote_tokens": True}, "foreign"),
         ({"transfer_id": None}, "foreign"),
         ({"transfer_id": "many"}, "foreign"),
         ({"transfer_id": "0"}, "foreign"),
@@ -346,6 +379,33 @@ def test_parameters_that_make_no_sense(pair: Pair, change: dict[str, Any], reaso
     pair.decode(consumer, prompt, params | change, producer)
     assert consumer.side.counters[f"transfer.miss.{reason}"] == 1
     assert consumer.loaded_tokens == 0
+
+
+def test_parameters_name_no_node_that_the_master_does_not(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may have written them: blocks come from where the master says; a transfer it never hears of is none."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    assert params is not None
+    elsewhere = {"remote_nodes": [{"node_id": "mine", "host": "elsewhere", "port": 1}]}
+    pair.decode(consumer, prompt, params | elsewhere, producer)  # the pool in memory knows one node
+    assert consumer.side.counters["transfer.received"] == 1
+    monkeypatch.setattr("kvpool_vllm.transfers.TOLD_WAIT_S", 0.02)
+    consumer = pair.engine(CONSUMER)
+    pair.decode(consumer, prompt, params | elsewhere | {"transfer_id": "1"}, producer)
+    assert consumer.side.counters["transfer.miss.not_opened"] == 1
+    assert consumer.loaded_tokens == 0
+
+
+def test_prompt_that_was_promised_comes_without_a_master(pair: Pair) -> None:
+    """The request says where it is."""
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    pair.drain(producer)
+    consumer.side._client.transfers.master_is_away = True
+    pair.decode(consumer, prompt, params)
+    assert consumer.side.counters["transfer.received"] == 1
 
 
 def test_master_is_away(pair: Pair) -> None:
@@ -434,6 +494,25 @@ def test_adapters_move_under_names_of_their_own(pair: Pair) -> None:
     assert decoding.answer == expected(prompt, 3)
     assert consumer.loaded_tokens == 30
     assert not pair.pool.shards
+
+
+def test_names_of_a_transfer_alone_say_which_tokens_they_are_of() -> None:
+    """A prompt of the same length gets nothing of them: where templates say the time, both engines need not agree."""
+    names = Names(GROUPS, discard_tails=True)
+    prompt = list(range(30))
+
+    def of(tokens: list[int], transfer: int = 1, **what: Any) -> list[bytes]:
+        return names.of_transfer(Request("r", tokens, 1, **what), transfer)[0]
+
+    adapter: dict[str, Any] = {"lora_request": object()}
+    image: dict[str, Any] = {"mm_features": ("image",)}
+    for what in (adapter, image):
+        own = of(prompt, **what)
+        assert len(set(own)) == 8
+        assert [a == b for a, b in zip(own, of([*prompt[:-1], 7], **what), strict=True)] == [True] * 7 + [False]
+        assert not set(own) & set(of([7, *prompt[1:]], **what))
+        assert own[-1] != of(prompt, transfer=2, **what)[-1]
+    assert not set(of(prompt, **adapter)) & set(of(prompt, transfer=2, **adapter))
 
 
 def test_reset_leaves_what_is_on_its_way_behind(pair: Pair) -> None:
