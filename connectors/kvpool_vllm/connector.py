@@ -42,6 +42,7 @@ from kvpool_vllm.namespace import (
     whole_layers,
 )
 from kvpool_vllm.scheduler import SchedulerSide
+from kvpool_vllm.seeds import NAMES
 from kvpool_vllm.settings import autostart, connect, read_settings, role_of, transfer_roles
 from kvpool_vllm.stats import KVPoolPromMetrics, KVPoolStats
 from kvpool_vllm.transfers import Engine
@@ -90,6 +91,18 @@ def _multi_connector(frame: FrameType | None) -> Any:
     return maker if isinstance(maker, MultiConnector) else None
 
 
+def _place(multi: Any) -> int | None:
+    """Return the place of the connector that ``multi`` makes now, as ``transfer_roles`` takes it.
+
+    Beside a connector of somebody else's no place is the first: that one may move prompts, and only one can.
+    """
+    if multi is None:
+        return None
+    others = (multi._kv_transfer_config.kv_connector_extra_config or {}).get("connectors", ())
+    foreign = any(other.get("kv_connector") not in {KVPoolConnector.__name__, *NAMES} for other in others)
+    return len(multi.sub_connectors) + foreign  # it makes its connectors one after the other
+
+
 def _isa(vllm_config: Any, block_tokens: int) -> str:
     """Return the instruction set that the CPU kernels pack KV for, which changes the bytes; "" on devices."""
     from vllm.platforms import current_platform
@@ -114,8 +127,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         """Raise InvalidArgumentError for settings and models that cannot work."""
         super().__init__(vllm_config, role, kv_cache_config)
         multi = _multi_connector(inspect.currentframe())
-        # It makes its connectors one after the other.
-        number = None if multi is None else len(multi.sub_connectors)
+        number = _place(multi)
         self._settings = read_settings(self._kv_transfer_config, number, tell=role == KVConnectorRole.SCHEDULER)
         self._produces, self._consumes = transfer_roles(self._kv_transfer_config, self._settings, number)
         others = [] if multi is None else [c for c in multi.sub_connectors if isinstance(c, KVPoolConnector)]

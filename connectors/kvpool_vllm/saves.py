@@ -91,6 +91,11 @@ class Saves:
             self._pool.free_blocks(reversed(saving.blocks))  # so that a chain's tail is evicted before its head
         return None if saving.ranks_left else saving.whole
 
+    def cancel(self, job_id: int) -> None:
+        """Let go of the blocks of a save that no rank has begun."""
+        self._counters["save.dropped_blocks"] += len(self._saving[job_id].blocks)
+        self.report(job_id, self._saving[job_id].ranks_left, unsaved=True)
+
     def drop(self, hashes: list[bytes]) -> None:
         """Count blocks that nobody will save, until a request finds them in the engine's own cache."""
         self._counters["save.dropped_blocks"] += len(hashes)

@@ -217,7 +217,7 @@ class SchedulerSide:
         self._lookups.begin_step(idle=not scheduled)
         if not scheduled and not self._loads:
             self._transfers.wait_a_moment()
-        meta = StepMeta(self._loads, self._last_saves, empty=not scheduled)
+        meta = StepMeta(self._loads, self._last_saves + self._transfers.in_time(self._saves.cancel), not scheduled)
         self._loads, self._last_saves = [], []
         running = [(state.request, n) for name, n in scheduled.items() if (state := self._requests.get(name))]
         self.watch.step_planned(running, self._names.hashes)
@@ -233,7 +233,7 @@ class SchedulerSide:
             if not state.loading:  # what is computed behind blocks that may yet fail to load waits for the next step
                 computed = state.request.num_computed_tokens + tokens
                 job = self._plan_save(state, computed, partial(block_ids_of, request_id))
-                if job is not None:
+                if job is not None and not self._transfers.early(job):
                     meta.saves.append(replace(job, computing=True))
         return meta
 
@@ -409,7 +409,7 @@ class SchedulerSide:
         start, end = state.next_save, min(state.save_end, state.next_save + room)
         tail = int(
             outgoing is not None
-            and not state.tail_known
+            and (outgoing.opened or outgoing.private) and not state.tail_known
             and room > end - start
             and outgoing.tail_is_done(request, computed, end, self._block_tokens)
         )
@@ -443,7 +443,7 @@ class SchedulerSide:
         if self._role.saves and state.next_save is not None:  # else it never ran
             computed = state.request.num_computed_tokens
             for job in (self._plan_save(state, computed, lambda: block_ids), self._plan_tail_save(state, block_ids)):
-                if job is not None:
+                if job is not None and not self._transfers.early(job):
                     self._last_saves.append(job)
             self._drop_unsaved(state)
         if state.outgoing is not None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvpool.client_transfers import Claimed, TransferPart, TransferState
-from kvpool.model import SHARDS_MAX, NodeAddress
+from kvpool.model import KEY_BYTES, SHARDS_MAX, NodeAddress
 from kvpool_vllm import LOGGER_NAME
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvpool.client import Client
     from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace
+    from kvpool_vllm.metadata import SaveJob
     from kvpool_vllm.names import Names
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -77,6 +78,8 @@ class Outgoing:
     """Nobody else knows any of them."""
     asked: bool = False
     """The master was, or is about to be, asked to open it."""
+    opened: bool = False
+    """It has: what is of use to this transfer alone will be dropped with it. Set by the keeper's thread."""
     refused: bool = False
     """It did not; set by the keeper's thread."""
     jobs: set[int] = field(default_factory=set)
@@ -142,8 +145,10 @@ class Keeper:
         """Open a transfer, and renew it until it is sealed or ended."""
 
         def call() -> None:
-            if not self._client.transfers.open(outgoing.transfer, parts, nodes, self._name):
-                outgoing.refused = True
+            try:
+                outgoing.opened = self._client.transfers.open(outgoing.transfer, parts, nodes, self._name)
+            finally:
+                outgoing.refused = not outgoing.opened
 
         with self._changed:
             self._held.add(outgoing.transfer)
@@ -277,6 +282,7 @@ class Transfers:
         self._counters = counters
         self._keeper = Keeper(client, engine.engine_id) if engine.produces or engine.consumes else None
         self._jobs: dict[int, Outgoing] = {}
+        self._early: list[tuple[Outgoing, SaveJob]] = []
         self._incoming: dict[int, Incoming] = {}
         self._nodes: dict[int, NodeAddress] = {}
         self._told: set[str] = set()
@@ -311,7 +317,7 @@ class Transfers:
         assert self._keeper is not None  # noqa: S101 -- there is one where transfers are asked for
         outgoing.asked = True
         self._counters["transfer.opened"] += 1
-        keys = b"".join(name[:16] for name in outgoing.names)
+        keys = b"".join(name[:KEY_BYTES] for name in outgoing.names)
         parts = [TransferPart(namespace, keys, outgoing.own_names) for namespace in namespaces]
         nodes = [self._nodes[shard].node_id if shard in self._nodes else "" for shard in range(namespaces[0].shards)]
         self._keeper.open(outgoing, parts, nodes)
@@ -320,6 +326,31 @@ class Transfers:
         """A save of some of its blocks begins."""
         outgoing.jobs.add(job_id)
         self._jobs[job_id] = outgoing
+
+    def early(self, job: SaveJob) -> bool:
+        """Whether a save has to wait, or nobody would drop what only its transfer wants if this engine died."""
+        outgoing = self._jobs.get(job.job_id)
+        if outgoing is None or outgoing.opened:
+            return False
+        last = outgoing.names[-1][:KEY_BYTES]
+        tail = outgoing.own_names > 0 and any(part.keys.endswith(last) for part in job.parts)
+        if not (outgoing.private or tail):
+            return False
+        self._early.append((outgoing, job))
+        return True
+
+    def in_time(self, cancel: Callable[[int], None]) -> list[SaveJob]:
+        """Return the early saves that may begin now; ``cancel`` those of transfers that the master does not know."""
+        early, self._early, begin = self._early, [], []
+        for outgoing, job in early:
+            if outgoing.opened:
+                begin.append(job)
+            elif outgoing.refused or not outgoing.asked:
+                cancel(job.job_id)
+                self.saved(job.job_id)
+            else:
+                self._early.append((outgoing, job))
+        return begin
 
     def saved(self, job_id: int) -> None:
         """Every rank has reported a save, of whatever blocks."""

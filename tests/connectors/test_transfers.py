@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from kvpool.client_transfers import TransferPart
 from kvpool_vllm.names import Names
 from kvpool_vllm.settings import Role
-from kvpool_vllm.testing import Faults, MemoryPool
+from kvpool_vllm.testing import Faults, MemoryPool, MemoryTransfers
 from kvpool_vllm.transfers import Engine
 from tests.connectors.model_engine import GROUPS, NAMESPACE, TOKENS, ModelEngine, Request, expected
 
@@ -226,6 +227,38 @@ def test_layers_are_stored_while_the_next_is_computed(pair: Pair) -> None:
     pair.decode(consumer, prompt, params, producer)
     assert consumer.loaded_tokens == 14
     assert producer.worker.counters["save.layerwise"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("known", [True, False])
+def test_partial_block_is_not_stored_before_the_master_knows_that_it_will_go(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, mode: str, known: bool
+) -> None:
+    """An engine that dies before would leave it behind; where the master refuses, nothing of it is stored at all."""
+    producer, consumer = pair.both(**MODES[mode] | {"discard_partial_chunks": True})
+    asked, answered = threading.Event(), threading.Event()
+    answer = MemoryTransfers.open
+
+    def late(transfers: MemoryTransfers, *args: Any) -> bool:
+        asked.set()
+        assert answered.wait(DEADLINE_S)
+        return known and answer(transfers, *args)
+
+    monkeypatch.setattr(MemoryTransfers, "open", late)
+    prompt = list(range(26))
+    params = pair.prefill(producer, prompt).returned
+    assert asked.is_set()
+    whole = len(prompt) // TOKENS
+    pair.until(lambda: len(pair.pool.shards) == whole, producer)
+    for _ in range(20):
+        producer.step()
+    assert len(pair.pool.shards) == whole
+    assert producer.busy
+    answered.set()
+    pair.drain(producer)
+    assert len(pair.pool.shards) == whole + known
+    pair.decode(consumer, prompt, params)
+    assert consumer.loaded_tokens == (26 if known else 0)
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------
