@@ -10,6 +10,7 @@ import pytest
 
 from kvpool.client_autostart import node_arguments, start_node
 from kvpool.config import AUTOSTARTED, ClientSettings, NodeSettings, child_environment
+from kvpool.core.slot_table import table_bytes
 from kvpool.errors import UnavailableError
 from kvpool.transport.channel import Channel
 from tests.integration.pool import SPACE, chain_of, put_chain, wait_for
@@ -89,7 +90,7 @@ def test_ucms_file_configures_a_node(bare_pool, tmp_path):
     node = pool.start_node("a", "--config", str(config))
     client = pool.client("a")
     assert len(client._own.node.backends) == 2
-    assert len(client._own.node._memory) == 32 << 20
+    assert len(client._own.node._memory) == (32 << 20) + table_bytes(32 << 20)
     keys = chain_of(1, 64)
     put_chain(client, SPACE, keys, 64 << 10)
     written = [lambda at=at: any(at.glob("blocks/*/*/*.0")) for at in backends]
