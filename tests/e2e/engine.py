@@ -313,7 +313,7 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
         case "generate_partly":
             return _generate_partly(engine, prompt, request["blocks"]).__dict__
         case "generate_all":
-            return [answer.__dict__ for answer in engine.generate_all(**request["several"])]
+            return [answer.__dict__ for answer in engine.generate_all(request["prompts"], request["tokens"])]
         case "mixed":
             return [answer and answer.__dict__ for answer in engine.mixed(request["requests"], request["at_once"])]
         case "abort_during_load":
