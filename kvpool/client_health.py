@@ -11,6 +11,7 @@ import math
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from kvpool.core.breaker import Breaker
@@ -131,18 +132,18 @@ class Health:
         return guard
 
     def counters(self) -> dict[str, int]:
-        """Return for each breaker that has ever opened: ``breaker.open.NAME`` (0 or 1), ``opened``, ``rejected``."""
+        """Return for each breaker that has ever opened: ``breaker.open.NAME`` (0 or 1), ``opened``, ``rejected``.
+
+        A node that comes back at another address has another breaker of the same name: what both counted is added up.
+        """
         with self._lock:
             used = [guard for guard in self._guards if guard.breaker.opened]
-        return {
-            f"breaker.{key}.{guard.name}": value
-            for guard in used
-            for key, value in (
-                ("open", int(not guard.closed)),
-                ("opened", guard.breaker.opened),
-                ("rejected", guard.rejected),
-            )
-        }
+        counts = Counter[str]()
+        for guard in used:
+            counts[f"breaker.open.{guard.name}"] = int(not guard.closed)
+            counts[f"breaker.opened.{guard.name}"] += guard.breaker.opened
+            counts[f"breaker.rejected.{guard.name}"] += guard.rejected
+        return dict(counts)
 
     @property
     def troubled(self) -> bool:

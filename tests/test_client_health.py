@@ -123,3 +123,16 @@ def test_each_is_left_alone_for_itself(health: Health) -> None:
     with good.call():
         pass
     assert (bad.closed, good.closed) == (False, True)
+
+
+def test_counts_of_a_name_never_fall(health: Health) -> None:
+    """A node that is back at another address has a new breaker: what its old one counted stays counted."""
+    for _ in range(2):
+        guard = health.guard("b", Other().probe)
+        fail(guard, UnavailableError("gone"))
+        fail(guard, UnavailableError("gone"))
+        for _ in range(3):
+            fail(guard, BreakerOpenError(""))
+    counters = health.counters()
+    assert counters["breaker.opened.b"] == 2
+    assert counters["breaker.rejected.b"] == 6

@@ -115,7 +115,7 @@ class Tally:
                 now["breaker_open." + raw.removeprefix(_BREAKER_OPEN)] = value
                 continue
             before = self._counters.get(raw, 0)
-            if value == before:
+            if value <= before:  # lower where a thread undid what another added; vLLM ends over a counter that falls
                 continue
             self._counters[raw] = value
             if raw in _MICROSECONDS:

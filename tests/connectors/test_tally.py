@@ -13,6 +13,15 @@ def test_only_changes_are_told() -> None:
     assert tally.take({"get.local_bytes": 15}, {}) == {"counters": {"load_bytes.local": 5}, "gauges": {}}
 
 
+def test_a_counter_never_falls() -> None:
+    """Threads that count without a lock may undo what others have added: vLLM's counters refuse to go down."""
+    tally = Tally("rank 0")
+    assert tally.take({"get.local_bytes": 10}, {}) is not None
+    assert tally.take({"get.local_bytes": 4, "put.bytes": 1}, {}) == {"counters": {"save_bytes": 1}, "gauges": {}}
+    assert tally.take({"get.local_bytes": 9, "put.bytes": 1}, {}) is None
+    assert tally.take({"get.local_bytes": 12}, {}) == {"counters": {"load_bytes.local": 2}, "gauges": {}}
+
+
 def test_every_name_belongs_to_a_family() -> None:
     """Whatever the sides count ends in the table, with a label exactly where the family has one."""
     raw = {
