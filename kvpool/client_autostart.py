@@ -7,11 +7,11 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from kvpool.config import AUTOSTARTED, ClientSettings, child_environment, default_socket_path
 from kvpool.errors import UnavailableError
+from kvpool.processes import module_command
 from kvpool.transport.channel import Channel
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def start_node(settings: ClientSettings, ranks: int) -> subprocess.Popen[bytes] 
         log.info("starting a node at %s: %s", path, " ".join(arguments))
         # The child inherits the lock and so keeps others from starting a second node for as long as it lives.
         return subprocess.Popen(
-            [sys.executable, "-m", "kvpool.server.child", str(os.getpid()), "kvpool.cli.node", *arguments],
+            [*module_command("kvpool.server.child"), str(os.getpid()), "kvpool.cli.node", *arguments],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env=child_environment(secrets),

@@ -21,12 +21,13 @@ LONGER = {
 
 # Part -> the parts of kvpool it may import; its own part is always allowed. Imports run downwards only.
 WORDS = {"errors", "model", "hashing"}
-CONTROL = WORDS | {"config"}
+CONTROL = WORDS | {"config", "processes"}
 MAY_IMPORT = {
     "errors": set(),
     "model": {"errors"},
     "hashing": {"errors", "model"},
     "config": WORDS,
+    "processes": set(),
     "core": {"errors", "model"},
     "tiers": WORDS | {"transport"},  # the memfd's making is shared with those who map it
     "rpc": WORDS | {"core"},

@@ -21,12 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from kvpool import __version__
 from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
 from kvpool.errors import KVPoolError
+from kvpool.processes import module_command
 from kvpool.server.child import die_with_parent
 from kvpool.server.filework import Brought, perform
 from kvpool.tiers import posix_io
@@ -78,7 +78,7 @@ class FileHelper:
         with theirs:
             try:
                 numbers = (os.getpid(), theirs.fileno(), segment_fd, segment_bytes)
-                command = [sys.executable, *_path_options(), "-m", "kvpool.server.filehelper"]
+                command = module_command("kvpool.server.filehelper")
                 self._process = subprocess.Popen(
                     [*command, json.dumps(asdict(opening)), *map(str, numbers)],
                     stdin=subprocess.DEVNULL,
@@ -150,15 +150,6 @@ class FileHelper:
         """Make sure that it is no more, and say so."""
         self.close()
         raise HelperEndedError(why or f"the process for files has ended with {self._process.returncode}")
-
-
-def _path_options() -> list[str]:
-    """Return what keeps a process from importing what happens to lie in the working directory, unless we do, too."""
-    try:
-        ours = str(Path.cwd()) in sys.path
-    except OSError:  # it was deleted
-        ours = False
-    return [] if ours or "" in sys.path else ["-P"]
 
 
 def portable(job: Job) -> bool:

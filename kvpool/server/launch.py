@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import IO
 import grpc
 
 from kvpool.errors import InvalidArgumentError, KVPoolError
+from kvpool.processes import module_command
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
 
 LOG_LINES_KEPT = 200
@@ -83,7 +83,7 @@ class Children:
     def start(self, name: str, module: str, arguments: list[str], *, socket_path: str = "") -> Child:
         """Start ``python -m module`` in a session of its own, so that Ctrl-C reaches only this process."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvpool.server.child", str(os.getpid()), module, *arguments],
+            [*module_command("kvpool.server.child"), str(os.getpid()), module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
