@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 import grpc
 
+from kvpool.config import boot_id
 from kvpool.proxy.fleet import Fleet
 from kvpool.proxy.routing import Instance, Role
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
@@ -25,6 +27,8 @@ SETTLE_S: Final = 10.0
 
 GONE_S: Final = 5.0
 """An engine that was silent for so long has ended: what it said of its memory is not believed."""
+
+UNREACHABLE_MAX: Final = 1000
 
 ROLES: Final = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE, "kv_both": Role.BOTH}
 
@@ -66,6 +70,8 @@ class Discovery:
         self._stub = master_pb2_grpc.MasterStub(channel)
         self._adds = adds
         self._told: dict[str, Told] = {}
+        self._boot_id = boot_id()
+        self._unreachable: set[int] = set()  # engines whose address was complained of
         self._mine: set[tuple[Role, str]] = set()
         self._epoch = 0
         self._settled_at = 0.0
@@ -116,7 +122,7 @@ class Discovery:
         self.urls = {}
         for status in engines:
             said = status.engine
-            if not said.address or said.role not in ROLES:
+            if not said.address or said.role not in ROLES or self._elsewhere(said):
                 continue
             url = f"http://{said.address}"
             if status.last_seen_s < GONE_S:
@@ -138,6 +144,15 @@ class Discovery:
         for role in changed:
             self._fleet.changed(role)
 
+    def _elsewhere(self, said: Any) -> bool:
+        """Whether an engine's address reaches it on its own host alone, which is not this one."""
+        if said.boot_id in {"", self._boot_id} or not _is_loopback(said.address):
+            return False
+        if said.owner not in self._unreachable:
+            log.warning("an engine of another host announces %s: set its engine_address", said.address)
+            self._unreachable = {said.owner, *list(self._unreachable)[:UNREACHABLE_MAX]}
+        return True
+
     def _follow(self, there: set[tuple[Role, str]]) -> None:
         """Let instances come and go; what an operator does with one is left as it is."""
         router, fleet = self._fleet.router, self._fleet
@@ -153,3 +168,11 @@ class Discovery:
                 log.info("%s instance %s has announced itself", role, url)
                 fleet.add(role, url, up=False)
                 self._mine.add((role, url))
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

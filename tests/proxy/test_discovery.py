@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpool.config import ProxySettings, load
+from kvpool.config import ProxySettings, boot_id, load
 from kvpool.errors import ConfigError
 from kvpool.proxy.discovery import GONE_S, SETTLE_S, Discovery
 from kvpool.proxy.errors import RefusedRequestError
@@ -80,6 +80,20 @@ class TestWhatTheMasterTells:
             made.take(engine(1), engine(2), now=SETTLE_S)
             made.take(engine(1), engine(2, role="kv_producer"), now=SETTLE_S)
             assert made.there() == {("both", A), ("prefill", B)}
+
+        world(story)
+
+    @pytest.mark.parametrize("address", ["127.0.0.1:8000", "[::1]:8000", "localhost:8000"])
+    def test_an_address_of_another_hosts_loopback_is_nobodys(self, address):
+        """It would lead to whoever is there on the proxy's own host: perhaps to the proxy."""
+
+        async def story(made):
+            made.take(
+                engine(1, address=address, boot_id="another"),
+                engine(2, address=address.replace("8000", "8001"), boot_id=boot_id()),
+                engine(3, address=address.replace("8000", "8002")),
+            )
+            assert {name[-4:] for _, name in made.there()} == {"8001", "8002"}
 
         world(story)
 
