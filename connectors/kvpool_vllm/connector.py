@@ -5,10 +5,12 @@ Upstream contract: ``vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnect
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import sys
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -49,6 +51,7 @@ from kvpool_vllm.transfers import Engine
 from kvpool_vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
     from vllm.config import VllmConfig
@@ -101,6 +104,33 @@ def _place(multi: Any) -> int | None:
     others = (multi._kv_transfer_config.kv_connector_extra_config or {}).get("connectors", ())
     foreign = any(other.get("kv_connector") not in {KVPoolConnector.__name__, *NAMES} for other in others)
     return len(multi.sub_connectors) + foreign  # it makes its connectors one after the other
+
+
+Hook = TypeVar("Hook", bound="Callable[..., Any]")
+
+
+def _harmless(answer: Any) -> Callable[[Hook], Hook]:
+    """Have a hook answer so when it fails, and say it once: what goes wrong with the pool is a miss and ends no engine.
+
+    Only where nothing wrong follows from what it left undone. Other hooks plan, hand over or report loads: if those
+    went on after a failure, a request would wait for ever, or take a block for filled that is not.
+    """
+
+    def decorate(hook: Hook) -> Hook:
+        @functools.wraps(hook)
+        def call(self: KVPoolConnector, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:  # whatever it was: vLLM would end
+                counters = self._side.counters
+                level = logging.DEBUG if counters["hook.errors"] else logging.ERROR
+                counters["hook.errors"] += 1
+                logger.log(level, "kvpool: %s failed", hook.__name__, exc_info=True)
+                return answer
+
+        return call  # type: ignore[return-value]  # of the same signature
+
+    return decorate
 
 
 def _isa(vllm_config: Any, block_tokens: int) -> str:
@@ -157,7 +187,11 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def shutdown(self) -> None:
         """Stop threads and leave the pool."""
-        (self.scheduler if self._role == KVConnectorRole.SCHEDULER else self.worker).close()
+        self._side.close()
+
+    @property
+    def _side(self) -> SchedulerSide | WorkerSide:
+        return self.scheduler if self._role == KVConnectorRole.SCHEDULER else self.worker
 
     # ---- scheduler ----
 
@@ -229,10 +263,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             watch.report_residency(self._groups.main)
             self._client.announce_engine(residency=True)
 
+    @_harmless(None)
     def on_new_request(self, request: Request) -> None:
         """Begin a request."""
         self.scheduler.track(request)
 
+    @_harmless((0, False))
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Return how many tokens the pool can load, asynchronously; None while the lookup runs."""
         return self.scheduler.matched_tokens(request, num_computed_tokens)
@@ -262,6 +298,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         """As below, where the engine does without groups."""
         return self.request_finished_all_groups(request, (block_ids,))
 
+    @_harmless((False, None))
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -269,6 +306,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         by_length = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
         return False, self.scheduler.finished(request, block_ids, handed_over=by_length)
 
+    @_harmless(())
     def take_events(self) -> list[Any]:
         """Return what was stored in the pool, or found gone, since the last call."""
         return self.scheduler.watch.take_events()
@@ -288,6 +326,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     # ---- both ----
 
+    @_harmless(None)
     def get_kv_connector_stats(self) -> KVPoolStats | None:
         """Return what was counted since the last call; the scheduler's side is asked at the end of each step."""
         scheduler = self._role == KVConnectorRole.SCHEDULER

@@ -6,12 +6,15 @@ from the scheduler's side with each step in which something changed; vLLM adds t
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvpool_vllm import tally
+from kvpool_vllm import LOGGER_NAME, tally
+
+logger = logging.getLogger(LOGGER_NAME)
 
 METRIC_PREFIX = "vllm:kvpool_"
 
@@ -68,6 +71,7 @@ class KVPoolPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as abo
             for name, family in tally.GAUGES.items()
         }
         self._gauges: dict[int, dict[str, dict[str, float]]] = {}
+        self._failed = False
         # A counter without a label of its own is there from the start, so that it can be told from a missing one.
         for name, family in tally.COUNTERS.items():
             if not family.label:
@@ -76,6 +80,14 @@ class KVPoolPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as abo
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take what changed."""
+        try:
+            self._observe(transfer_stats_data, engine_idx)
+        except Exception:  # whatever it was: vLLM would end
+            level = logging.DEBUG if self._failed else logging.ERROR
+            self._failed = True
+            logger.log(level, "kvpool: metrics were not counted", exc_info=True)
+
+    def _observe(self, transfer_stats_data: dict[str, Any], engine_idx: int) -> None:
         for name, value in transfer_stats_data["counters"].items():
             self._of(engine_idx, name).inc(value)
         if transfer_stats_data["gauges"]:

@@ -38,7 +38,7 @@ COUNTERS = {
     "prefetch_blocks": Family("", "Blocks that were begun to be read from files while their request waited."),
     "transfers": Family("event", "Prompts to other engines: opened, sealed, ended; from them: received, incomplete."),
     "transfer_misses": Family("reason", "Prompts that were to be moved between engines, and were not."),
-    "errors": Family("operation", "Loads, saves and lookups that ended in an unexpected error."),
+    "errors": Family("operation", "Loads, saves, lookups and answers to the engine that ended in an unexpected error."),
 }
 
 GAUGES = {
@@ -59,6 +59,7 @@ _NAMES = {
     "load.errors": "errors.load",
     "save.errors": "errors.save",
     "lookup.errors": "errors.lookup",
+    "hook.errors": "errors.hook",
     "gate.skipped_tokens": "gate_skipped_tokens",
 }
 _PREFIXES = {
