@@ -177,19 +177,22 @@ class Client:
         return {**self._counters, **self._health.counters()}
 
     def unusable_nodes(self) -> set[str]:
-        """Return who is not asked now because they have failed: ids of nodes, names of ``storages``. Quick."""
+        """Return who is not asked now because they have failed, by the names that ``storages`` has. Quick."""
         own = self._own
         lost = {own.id} if own.id and (own.node is None or not own.node.alive) else set()
         return lost | self._peers.unusable() | self._storage.unusable() if self._health.troubled else lost
 
-    def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, str]]:
-        """Return who would read a backend's files for this host: ids of nodes, and the names of their way to it.
+    def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, ...]]:
+        """Return who would read a backend's files for this host: ids and places of nodes, and names of their way to it.
 
         ``address``: the node that a lookup names.
         """
         node = self._own.node
-        ids = {node.node_id: 0} if node is not None and node.serves(backend, address.node_id) else {}
-        return [(node_id, storage_name(node_id, backend)) for node_id in (ids | {address.node_id: 0})]
+        own = node.node_id if node is not None and node.serves(backend, address.node_id) else ""
+        found: list[tuple[str, ...]] = [(own, storage_name(own, backend))] if own else []
+        if own != address.node_id:
+            found.append((address.node_id, address.place, storage_name(address.node_id, backend)))
+        return found
 
     def warnings(self) -> list[str]:
         """Return what the master said about the namespaces registered here: other engines hash differently."""

@@ -240,9 +240,9 @@ class Peers:
             return peer
 
     def unusable(self) -> set[str]:
-        """Return the ids of the nodes that are left alone."""
+        """Return the places of the nodes that are left alone."""
         with self._lock:
-            return {peer.address.node_id for peer in self._peers.values() if not peer.usable}
+            return {peer.address.place for peer in self._peers.values() if not peer.usable}
 
     def close(self) -> None:
         """Close all channels."""

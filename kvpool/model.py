@@ -129,6 +129,11 @@ class NodeAddress:
     socket_path: str = ""
     boot_id: str = ""
 
+    @property
+    def place(self) -> str:
+        """What tells it from itself at another address: a node that starts again has another port, unless told."""
+        return f"{self.node_id}@{self.host}:{self.port}"
+
 
 class BackendState(IntEnum):
     """What a node can do with a storage backend."""

@@ -305,10 +305,10 @@ def test_shards_that_no_memory_has_are_found() -> None:
 def test_who_reads_files_for_this_host(client: Client, own: FileNode, make: Any) -> None:
     """This host's node where it serves the backend, and the one that the lookup names."""
     other = make("other")
-    both = [("own", storage_name("own", BACKEND)), ("other", storage_name("other", BACKEND))]
+    both = [("own", storage_name("own", BACKEND)), ("other", other.address.place, storage_name("other", BACKEND))]
     assert client.storages(other.address, BACKEND) == both
     assert client.storages(own.address, BACKEND) == both[:1]
-    assert client.storages(other.address, OTHER) == [("other", storage_name("other", OTHER))]
+    assert client.storages(other.address, OTHER) == [("other", other.address.place, storage_name("other", OTHER))]
 
 
 def test_storage_that_was_opened_later_is_noticed(make: Any) -> None:

@@ -111,7 +111,7 @@ class Watch:
 
     def _is_usable(self, address: NodeAddress, backend: bytes, unusable: set[str]) -> bool:
         if not backend:
-            return address.node_id not in unusable
+            return unusable.isdisjoint((address.node_id, address.place))
         return any(unusable.isdisjoint(names) for names in self._client.storages(address, backend))
 
     def _tier(self, address: NodeAddress, tier: str) -> str:

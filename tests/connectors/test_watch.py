@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -30,7 +31,7 @@ class Client:
         self.unusable: set[str] = set()
         self.files = False
 
-    def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, str]]:
+    def storages(self, address: NodeAddress, backend: bytes) -> list[tuple[str, ...]]:
         assert backend == BACKEND
         return [HERE, THERE] if address is FAR else [HERE]
 
@@ -85,6 +86,13 @@ def test_blocks_whose_owners_are_left_alone_end_the_prefix(side: Side) -> None:
     assert side.worth((10, (FAR,))) == 0
     side.watch.worker_report(WorkerMeta(unusable={8: frozenset()}))
     assert side.worth((10, (FAR,))) == 10
+
+
+def test_a_node_that_is_back_elsewhere_is_used(side: Side) -> None:
+    """Its old address is left alone for good: nobody answers there any more."""
+    side.client.unusable = {FAR.place}
+    assert side.worth((10, (FAR,))) == 0
+    assert side.worth((10, (replace(FAR, port=2),))) == 10
 
 
 def test_nodes_that_the_scheduler_misses_itself_count_too(side: Side) -> None:

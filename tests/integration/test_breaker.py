@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -51,7 +52,7 @@ def test_node_that_hangs_is_left_alone_until_it_answers(bare_pool: Pool, how: st
         with hanging(pool, proxy, how):
             assert read().reasons == {"owner_lost": len(KEYS)}
             wait_for(lambda: read().reasons == ALL_REFUSED, "the breaker opens", 5.0)
-            assert client.unusable_nodes() == {"b"}
+            assert client.unusable_nodes() == {f"b@127.0.0.2:{port}"}
             # Probes that fail do not let a call through.
             opened = client.stats()["breaker.opened.b"]
             for _ in range(100):
@@ -121,3 +122,25 @@ def test_stopped_local_node_is_unusable_until_it_is_attached_again(pool: Pool) -
         assert client.unusable_nodes() == {"a"}
     wait_for(lambda: get_chain(client, SPACE, KEYS, SIZE).tiers == {"local": len(KEYS)}, "it is used again")
     assert client.unusable_nodes() == set()
+
+
+def test_node_that_is_back_at_another_address_is_asked_there(bare_pool: Pool) -> None:
+    """What is left alone is its old address; what was counted of it under its name is only ever added to."""
+    pool, seen = bare_pool, Counter[str]()
+    pool.start_master()
+    client = pool.client(breaker_failures=2, **QUICK_PROBES)
+    for _ in range(2):
+        pool.start_node("b", "--port", str(free_port()))
+        put_chain(pool.client("b"), SPACE, KEYS, SIZE)
+        wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
+        lookup = client.lookup(SPACE, KEYS)
+        (owner,) = {owner for run in lookup.runs for owner, *_ in run.owners}
+        assert client.unusable_nodes().isdisjoint({owner.node_id, owner.place})
+        assert get_chain(client, SPACE, KEYS, SIZE, lookup=lookup).prefix == len(KEYS)
+        pool.nodes["b"].kill()
+        wait_for(lambda: get_chain(client, SPACE, KEYS, SIZE, lookup=lookup).reasons == ALL_REFUSED, "it is left alone")  # noqa: B023
+        assert owner.place in client.unusable_nodes()
+        now = Counter({name: count for name, count in client.stats().items() if not name.startswith("breaker.open.")})
+        assert now > seen
+        seen = now
+        wait_for(lambda: client.lookup(SPACE, KEYS).prefix == 0, "the master has noticed")
