@@ -1,4 +1,8 @@
-"""What every test shares: hypothesis prints how to replay a failure, and no setting leaks in from outside."""
+"""What every test shares: hypothesis prints how to replay a failure, and no setting leaks in from outside.
+
+Tests run side by side (``make test``), each where there is room: what it needs is its own, or it is in an
+``xdist_group``, whose tests run one after the other in one process.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +16,12 @@ from tests.faultfs.mount import faulty_mount, faulty_mounts, small_disk  # noqa:
 # machine is shared, and a slow example is no wrong one.
 hypothesis.settings.register_profile("ci", derandomize=False, print_blob=True, deadline=None)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run side by side, begin with those that take long: then nobody waits for one of them at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "integration" not in item.nodeid))
 
 
 @pytest.fixture(scope="session", autouse=True)

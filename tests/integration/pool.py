@@ -59,9 +59,13 @@ def say(text: str) -> None:
 
 
 def free_port() -> int:
-    """Return a port below the range that outgoing connections use: it stays free while nobody listens."""
+    """Return a port below the range that outgoing connections use: it stays free while nobody listens.
+
+    Processes that run tests side by side choose from ports of their own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for _ in range(1000):
-        port = random.randrange(20_000, 30_000)
+        port = random.randrange(20_000, 30_000) // 16 * 16 + worker % 16
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
