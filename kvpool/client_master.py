@@ -170,14 +170,19 @@ class MasterLink:
 
     # ---- the thread ------------------------------------------------------------------------------
 
-    def _drop(self) -> None:
+    def _use(self, pool: ChannelPool | None, slow: grpc.Channel | None = None) -> bool:
+        """Ask this way from now on; returns whether there was a pool before, which is closed."""
         with self._lock:
-            pool, self._pool = self._pool, None
-            slow, self._slow_channel, self._stub = self._slow_channel, None, None
-        if slow is not None:
-            slow.close()
-        if pool is not None:
-            pool.close()
+            pool, self._pool = self._pool, pool
+            slow, self._slow_channel = self._slow_channel, slow
+            self._stub = None if self._slow_channel is None else master_pb2_grpc.MasterStub(self._slow_channel)
+        for old in (pool, slow):
+            if old is not None:
+                old.close()
+        return pool is not None
+
+    def _drop(self) -> None:
+        if self._use(None):
             self._wake.set()
 
     def _keep(self) -> None:
@@ -197,6 +202,7 @@ class MasterLink:
             self._changed()
             self._tried.set()
             self._wake.wait(pause_s)
+        self._drop()  # what was made while we were closed
 
     def _handshake(self) -> None:
         request = master_pb2.HandshakeRequest(protocol=PROTOCOL, client=self._name)
@@ -228,10 +234,9 @@ class MasterLink:
         except KVPoolError as exc:
             pool.close()
             log.warning("lookups go by gRPC, which is slower: the master's data port: %s", exc)
-            self._slow_channel = grpc.insecure_channel(self._address, CHANNEL_OPTIONS)
-            self._stub = master_pb2_grpc.MasterStub(self._slow_channel)
+            self._use(None, grpc.insecure_channel(self._address, CHANNEL_OPTIONS))
         else:
-            self._pool = pool
+            self._use(pool)
 
     def _call(self, method: str, request: object, timeout_s: float) -> Any:
         # A channel of its own each time: calls are rare, and no thread of gRPC's stays in the engine.

@@ -648,7 +648,7 @@ class Storm:
 @pytest.mark.parametrize("mode", ["plain", "layers", "tails_are_kept"])
 def test_storm(pair: Pair, mode: str, seed: int) -> None:
     """Aborts and preemptions at every moment: tokens are right, and every transfer ends."""
-    storm = Storm(pair, seed, transfer_open_timeout="100ms", **MODES[mode])
+    storm = Storm(pair, seed, transfer_open_timeout="20s", **MODES[mode])
     storm.run(60, faults=False)
     assert storm.decoder.side.counters["transfer.received"] > 10
     assert storm.aborted

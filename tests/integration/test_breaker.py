@@ -101,7 +101,7 @@ def test_with_master_and_node_stopped_no_lookup_waits_for_either(pool: Pool) -> 
     wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "the blocks are known")
     with pool.master.stopped():
         wait_for(lambda: client.lookup(SPACE, KEYS).reason != "complete", "the master is missed")
-        assert client.lookup(SPACE, KEYS).prefix == len(KEYS)
+        wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the node answers for it")
         with pool.nodes["a"].stopped():
 
             def left_alone() -> bool:

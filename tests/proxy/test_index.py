@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import pickle
 from contextlib import asynccontextmanager
+from unittest.mock import patch
 
 import grpc
 import pytest
@@ -132,7 +133,10 @@ class Engine(FakeInstance):
 
 @asynccontextmanager
 async def with_master(*engines, prefill=0, known_models=None, **settings):
-    """A master that answers, and a proxy that has learnt its namespaces and its instances' models."""
+    """A master that answers, and a proxy that has learnt its namespaces and its instances' models.
+
+    Hosts are several by their boot ids only: that all are at loopback addresses keeps no proxy from them.
+    """
     master = FakeMaster()
     server = grpc.aio.server()
     admin_pb2_grpc.add_AdminServicer_to_server(master, server)
@@ -141,14 +145,15 @@ async def with_master(*engines, prefill=0, known_models=None, **settings):
     await server.start()
     try:
         settings = {"lookup_timeout": "5s"} | settings
-        async with staged(*engines, prefill=prefill, master=f"127.0.0.1:{port}", **settings) as stage:
-            for number, engine in enumerate(engines):
-                roles = ["kv_producer", "kv_consumer"] if prefill else ["kv_both", "kv_both"]
-                master.announce(engine, role=roles[number >= prefill])
-            count = len(engines) if known_models is None else known_models
-            await until(lambda: stage.proxy._index._spaces and len(stage.proxy._index._models) == count)
-            await known(stage, *engines)
-            yield stage, master
+        with patch("kvpool.proxy.discovery._is_loopback", lambda _: False):
+            async with staged(*engines, prefill=prefill, master=f"127.0.0.1:{port}", **settings) as stage:
+                for number, engine in enumerate(engines):
+                    roles = ["kv_producer", "kv_consumer"] if prefill else ["kv_both", "kv_both"]
+                    master.announce(engine, role=roles[number >= prefill])
+                count = len(engines) if known_models is None else known_models
+                await until(lambda: stage.proxy._index._spaces and len(stage.proxy._index._models) == count)
+                await known(stage, *engines)
+                yield stage, master
     finally:
         await server.stop(0)
 
