@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kvpool.client_rows import BlockRows
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES
 
@@ -78,6 +79,8 @@ class Blocks:
     """
 
     gapped = False
+    rows: BlockRows | None = None
+    """The same blocks, where many may be copied at once."""
 
     def __init__(
         self, blocks: Sequence[Buffer | Sequence[Buffer]], keys: bytes, layers: int, *, writable: bool
@@ -86,11 +89,19 @@ class Blocks:
         if len(blocks) * KEY_BYTES != len(keys):
             raise InvalidArgumentError("blocks", f"{len(blocks)} buffers for {len(keys) // KEY_BYTES} hashes")
         self.layers = layers
+        self._pieces: list[list[Bytes]] | None = None
+        if isinstance(blocks, BlockRows) and len(blocks) and blocks.layer_bytes <= STEP_BYTES:
+            if len(blocks.layers) != layers or (writable and not blocks.writable):
+                problem = f"must be tables that can be written to, one for each of {layers} layers"
+                raise InvalidArgumentError("blocks", problem)
+            self.rows = blocks
+            self.layer_bytes, self.shard_bytes = blocks.layer_bytes, layers * blocks.layer_bytes
+            return
         try:
-            self.pieces = _runs(blocks, writable=writable)
+            self._pieces = _runs(blocks, writable=writable)
         except _GapsError:
             self.gapped = True
-            self.pieces = [_arrays(block, layers, writable=writable) for block in blocks]
+            self._pieces = [_arrays(block, layers, writable=writable) for block in blocks]
         sizes = {pieces[0].nbytes if len(pieces) == 1 else sum(p.nbytes for p in pieces) for pieces in self.pieces}
         if len(sizes) > 1:
             raise InvalidArgumentError("blocks", f"all blocks of a call must have one size, not {sorted(sizes)[:4]}")
@@ -110,37 +121,50 @@ class Blocks:
 
     def __len__(self) -> int:
         """Return the number of blocks."""
-        return len(self.pieces)
+        return len(self.pieces) if self.rows is None else len(self.rows)
+
+    @property
+    def pieces(self) -> list[list[Bytes]]:
+        """Each block's bytes."""
+        if self._pieces is None:
+            self._pieces = list(self.rows or ())
+        return self._pieces
 
     @property
     def simple(self) -> bool:
         """Whether each block is one small run with one checksum."""
-        return self.layers == 1 and self.layer_bytes <= HOLD_BYTES_MAX and not self.gapped
+        return self.layers == 1 and self.layer_bytes <= HOLD_BYTES_MAX and not self.gapped and self.rows is None
 
     def span(self, first: int, end: int, first_layer: int, end_layer: int) -> Blocks:
         """Return the buffers of some layers of consecutive blocks."""
         part = copy(self)
-        part.pieces = self.pieces[first:end]
-        if (first_layer, end_layer) != (0, self.layers):
-            part.pieces = [
+        part.layers = end_layer - first_layer
+        part.shard_bytes = part.layers * self.layer_bytes
+        if self.rows is not None:
+            part.rows, part._pieces = self.rows[first:end].span(first_layer, end_layer), None
+            return part
+        part._pieces = self.pieces[first:end]
+        if part.layers != self.layers:
+            part._pieces = [
                 [layer_of(pieces, layer, self.layer_bytes) for layer in range(first_layer, end_layer)]
                 for pieces in part.pieces
             ]
-            part.layers = end_layer - first_layer
-            part.shard_bytes = part.layers * self.layer_bytes
         return part
 
     def some(self, numbers: Sequence[int]) -> Blocks:
         """Return the buffers of some of the blocks."""
         part = copy(self)
-        part.pieces = [self.pieces[number] for number in numbers]
+        if self.rows is not None:
+            part.rows, part._pieces = self.rows.some(numbers), None
+        else:
+            part._pieces = [self.pieces[number] for number in numbers]
         return part
 
     def gathered(self) -> Blocks:
         """Return a copy without gaps."""
         part = copy(self)
-        part.gapped = False
-        part.pieces = [[np.empty(self.shard_bytes, np.uint8)] for _ in self.pieces]
+        part.gapped, part.rows = False, None
+        part._pieces = [[np.empty(self.shard_bytes, np.uint8)] for _ in self.pieces]
         for source, target in zip(self.pieces, part.pieces, strict=True):
             copy_plain(source, target, self.layer_bytes)
         return part

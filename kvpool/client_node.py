@@ -27,6 +27,7 @@ from kvpool.client_bytes import (
     view,
 )
 from kvpool.client_files import PART_BYTES, check_probe, fetch_ms, reason_of
+from kvpool.client_rows import rows_in, rows_out
 from kvpool.client_unpinned import UnpinnedReads
 from kvpool.core.slot_table import ordered
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
@@ -133,7 +134,8 @@ class LocalNode:
         def hash_early() -> None:
             nonlocal digests
             # More than this would have left the cache before it is copied.
-            if len(blocks) * blocks.shard_bytes <= HASH_FIRST_BYTES_MAX and not blocks.gapped:
+            size = len(blocks) * blocks.shard_bytes
+            if size <= HASH_FIRST_BYTES_MAX and not blocks.gapped and blocks.rows is None:
                 digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
 
         with self._writes(), self._channel(timeout_s) as channel:
@@ -193,6 +195,10 @@ class LocalNode:
     ) -> list[list[int]]:
         """Copy blocks into their slots; returns each one's checksums, computed on the way unless they are known."""
         digests: list[list[int]] = known or [[]] * len(blocks)
+        if blocks.rows is not None and known is None:
+            for (i, _), found in zip(items, rows_in(self._segment.view, blocks.rows, items, copies), strict=True):
+                digests[i] = found
+            return digests
 
         def work(part: Sequence[tuple[int, int]]) -> None:
             for i, offset in part:
@@ -434,6 +440,9 @@ class LocalNode:
         reasons: list[str],
     ) -> None:
         """Copy from the segment: (number of the block, offset, first and end of its checksums) for each."""
+        if blocks.rows is not None:
+            rows_out(self._segment.view, blocks.rows, items, checksums if verify else None, copies, reasons)
+            return
 
         def quick(part: Sequence[tuple[int, int, int, int]]) -> None:
             memory, size, pieces = self._segment.view, blocks.shard_bytes, blocks.pieces

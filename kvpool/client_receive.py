@@ -254,10 +254,13 @@ class _Receive:
         came = False
         at = 0
         asked: _Asked | None = self._ask(parts[0], min(patience, call.left_s))
+        quick = contextlib.ExitStack()
         try:
             while asked is not None:
                 part = parts[at]
                 blocks, layers = asked.answer()
+                if not at:
+                    quick.enter_context(quick_switching)  # only now, as the first answer may take long
                 now, asked = asked, None
                 with contextlib.closing(now):
                     if not blocks:
@@ -271,6 +274,7 @@ class _Receive:
                     self._take(now, part, layers)
                 at += 1
         finally:
+            quick.close()
             if asked is not None:
                 asked.close()
             rest = [part for part in parts if part.layers < call.blocks.layers and part.first < self._limit]
@@ -284,8 +288,7 @@ class _Receive:
         left = self._call.blocks.layers - part.layers
         if not 1 <= layers <= left:
             raise FrameError(f"the node answers with {layers} layers, {left} are left")
-        with quick_switching:
-            reasons = asked.take(part, layers)
+        reasons = asked.take(part, layers)
         part.layers += layers
         for number, reason in enumerate(reasons, part.first):
             if reason and number < self._limit:

@@ -10,6 +10,7 @@ import re
 from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from kvpool.client_rows import BlockRows
 from kvpool.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -182,12 +183,14 @@ class KVBlocks:
 
     def views(
         self, block_ids: Sequence[int], layers: tuple[int, int] | None = None
-    ) -> list[list[npt.NDArray[np.uint8]]]:
+    ) -> Sequence[list[npt.NDArray[np.uint8]]]:
         """Return, for each block, its bytes layer by layer (``layers``: first and end), in host memory.
 
         In C order they are as they are stored.
         """
         host = self._host if layers is None else self._host[layers[0] : layers[1]]
+        if block_ids and all(layer.ndim == 2 for layer in host):
+            return BlockRows(host, block_ids)
         return [[layer[block] for layer in host] for block in block_ids]
 
     def words(self, layers: tuple[int, int] | None = None) -> list[torch.Tensor]:
