@@ -33,6 +33,7 @@ from kvpool.bench.report import Figure
 from kvpool.bench.ttft_data import Prompts
 from kvpool.bench.ttft_engines import engine_python, get_model, need_kvpool, running_engines
 from kvpool.bench.ttft_http import Answer, Server
+from kvpool.client_rows import Bytes
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import format_size
 from kvpool.proxy.prompts import fetch, for_decode, for_prefill
@@ -42,6 +43,11 @@ HITS: Final = 5
 COPIES: Final = 5
 OUTPUT_TOKENS: Final = 2
 COPY_S: Final = 60.0
+RUN: Final = "both copies"
+LAYERS: Final = "both by layers"
+"""Of one run of bytes, the fastest that a copy can be; and as KV lies in the engines, whose layers are tables of their
+own, and in the segment, where a block's layers follow each other. Both by one thread, and without checksums."""
+
 SETTLE_S: Final = 5.0
 """What was transferred has been counted, and what was to be saved has been, by then."""
 
@@ -55,22 +61,31 @@ SECONDS: Final = {
 """Counters of the time that the connectors say they took, where KV leaves an engine and where it comes into one."""
 
 
-def _copier(conn: Connection, path: str, size: int, into: bool) -> None:
-    """Copy between memory of its own and the segment each time it is asked to."""
+def _copier(conn: Connection, path: str, shape: tuple[int, int, int], into: bool) -> None:
+    """Copy between memory of its own and the segment as it is asked to, in one run or by layers."""
+    blocks, layers, piece = shape
+    size = blocks * layers * piece
     own = np.ones(size, np.uint8)
     with Path(path).open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
         segment = np.frombuffer(mapped, np.uint8)
-        source, target = (own, segment) if into else (segment, own)
         if into:
             segment[:] = 1  # every page is there before anything is timed
+        tables, slots = own.reshape(layers, blocks, piece), segment.reshape(blocks, layers, piece)
+        ways = {RUN: [(own, segment)], LAYERS: [(table, slots[:, number]) for number, table in enumerate(tables)]}
         conn.send("ready")
         try:
-            while conn.recv():
-                start = time.monotonic()
-                np.copyto(target, source)
-                conn.send(time.monotonic() - start)
+            while way := conn.recv():
+                conn.send(_copy(ways[way], into))
         finally:
-            del segment, source, target
+            ways.clear()
+            del segment, slots
+
+
+def _copy(pairs: Sequence[tuple[Bytes, Bytes]], into: bool) -> float:
+    start = time.monotonic()
+    for own, segment in pairs:
+        np.copyto(segment if into else own, own if into else segment)
+    return time.monotonic() - start
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +95,22 @@ class Copies:
     into: Helper
     out: Helper
 
-    def measure(self) -> tuple[float, float]:
-        """Return ms of the copy into the segment and of the one out of it, the middle of some."""
-        pairs = [(self.into.ask(True, COPY_S), self.out.ask(True, COPY_S)) for _ in range(COPIES)]
-        return statistics.median(a for a, _ in pairs) * 1000, statistics.median(b for _, b in pairs) * 1000
+    def measure(self, way: str) -> float:
+        """Return ms of the copy into the segment and of the one out of it together, each the middle of some."""
+        pairs = [(self.into.ask(way, COPY_S), self.out.ask(way, COPY_S)) for _ in range(COPIES)]
+        into, out = (statistics.median(each) for each in zip(*pairs, strict=True))
+        return float(into + out) * 1000
 
 
 @contextmanager
-def copies(size: int) -> Iterator[Copies]:
-    """Yield bare copies of so many bytes."""
+def copies(blocks: int, layers: int, piece: int) -> Iterator[Copies]:
+    """Yield bare copies of so many blocks, of which each layer has ``piece`` bytes."""
+    shape = blocks, layers, piece
     descriptor = os.memfd_create("kvpool-bench")
     try:
-        os.ftruncate(descriptor, size)
+        os.ftruncate(descriptor, blocks * layers * piece)
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        with helpers(_copier, [(path, size, True), (path, size, False)]) as (into, out):
+        with helpers(_copier, [(path, shape, True), (path, shape, False)]) as (into, out):
             yield Copies(into, out)
     finally:
         os.close(descriptor)
@@ -111,8 +128,8 @@ class Times:
     """The same for the same prompt when that engine has it in its own cache."""
     whole: list[float] = field(default_factory=list)
     """From the first request of both to the first token."""
-    copied: list[float] = field(default_factory=list)
-    """The bare copies of the same bytes, both of them, close by in time."""
+    copied: dict[str, list[float]] = field(default_factory=lambda: {RUN: [], LAYERS: []})
+    """The bare copies of the same bytes, into the segment and out of it, close by in time."""
     seconds: list[tuple[float, float]] = field(default_factory=list)
     """What the connectors say that they took, as KV left an engine, and as it came into one."""
     computed: list[int] = field(default_factory=list)
@@ -173,23 +190,23 @@ class TransferRun:
         prompt = self._source.tokens(self._tokens + 1)
         before, counted = _seconds(system), Counters([system.decode])
         start = counted.read()
-        into, out = bare.measure()
+        bare_before = {name: bare.measure(name) for name in times.copied}
         prefill_s, answer, whole_s = way(system, prompt)
         hits = [self._stream(system.decode, prompt) for _ in range(HITS)]
-        into_again, out_again = bare.measure()
         if any(hit.text != answer.text for hit in hits):
             self._report.note(
                 f"{system.name}: a hit said something else than the transferred prompt: a near tie, or wrong KV"
             )
-        after, found = _seconds_once_counted(system, before), counted.since(start)
+        for name, found in times.copied.items():
+            found.append(min(bare_before[name], bare.measure(name)))
+        after, counts = _seconds_once_counted(system, before), counted.since(start)
         times.prefill.append(prefill_s * 1000)
         times.first.append(answer.ttft_s * 1000)
         times.hit.append(statistics.median(hit.ttft_s for hit in hits) * 1000)
         times.whole.append(whole_s * 1000)
-        times.copied.append(min(into + out, into_again + out_again))
         times.seconds.append((after[0] - before[0], after[1] - before[1]))
-        if found is not None:  # a hit computes one token
-            times.computed.append(found.tokens[Where.NONE] - HITS)
+        if counts is not None:  # a hit computes one token
+            times.computed.append(counts.tokens[Where.NONE] - HITS)
 
     def _after(self, system: System, prompt: list[int]) -> tuple[float, Answer, float]:
         """Ask the decoding engine when the other has answered, as proxies do."""
@@ -242,14 +259,16 @@ class TransferRun:
             "first_token_ms": _rounded(times.first),
             "own_hit_ms": _rounded(times.hit),
             "prefill_ms": _rounded(times.prefill),
-            "copy_ms": _rounded(times.copied),
+            "copy_ms": _rounded(times.copied[RUN]),
         }
         if way == AFTER:
-            self._add("transfer", times.transfer, "both copies", times.copied, detail)
+            for name, limits in times.copied.items():
+                self._add("transfer", times.transfer, name, limits, detail)
             out_of, into = ([pair[n] * 1000 for pair in times.seconds] for n in range(2))
             if any(into):
                 each = [a + b for a, b in zip(out_of, into, strict=True)]
-                self._add("connector's own time", each, "both copies", times.copied, base | {"in_ms": _rounded(into)})
+                for name, limits in times.copied.items():
+                    self._add("connector's own time", each, name, limits, base | {"in_ms": _rounded(into)})
         self._add("ttft", times.whole, "its prefill", times.prefill, detail)
         if times.computed and max(times.computed) > 1:
             self._report.note(
@@ -305,7 +324,7 @@ def measure_transfer(options: Mapping[str, Any], report: PDReport) -> None:
         seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
         report.note(f"prompts: --seed {seed}; {format_size(tokens * model.token_bytes)} of KV each")
         run = TransferRun(tokens, prompts, Prompts(seed, 3, 4096), report, options["timeout"])
-        with copies(tokens * model.token_bytes) as bare:
+        with copies(tokens // block, model.layers, block * model.token_bytes // model.layers) as bare:
             for name in names:
                 report.step(f"starting two engines, {name}")
                 with ExitStack() as stack:

@@ -110,6 +110,7 @@ class Model:
 
     path: str
     token_bytes: int
+    layers: int = 1
 
 
 def read_model(path: Path) -> Model:
@@ -123,7 +124,8 @@ def read_model(path: Path) -> Model:
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
     size = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads") or 1)
     bytes_each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-    return Model(str(path), 2 * heads * size * (config.get("num_hidden_layers") or 0) * bytes_each)
+    layers = config.get("num_hidden_layers") or 0
+    return Model(str(path), 2 * heads * size * layers * bytes_each, layers)
 
 
 def get_model(model: str, python: Python, folder: Path) -> Model:

@@ -19,7 +19,7 @@ from kvpool.bench.pd_report import PDReport
 from kvpool.bench.pd_results import Asked, Result, Row, Where
 from kvpool.bench.pd_sim import ROUTINGS, Cluster, Simulation
 from kvpool.bench.pd_stage import EngineSizes, Shape, engine_specs
-from kvpool.bench.pd_transfer import AFTER, HITS, WITH, System, TransferRun, copies
+from kvpool.bench.pd_transfer import AFTER, HITS, LAYERS, RUN, WITH, System, TransferRun, copies
 from kvpool.bench.pd_workload import KINDS, Ask, make, marked, read, write
 from kvpool.bench.pool import BenchPool
 from kvpool.bench.ttft_data import Prompts
@@ -346,7 +346,7 @@ def test_a_transfer_is_measured_beside_hits_and_copies():
     """The decoding engine gets what the prefilling one says, or the same id where both are asked at once; then hits."""
     prefill, decode = FakeEngine(FakePool()), FakeEngine(FakePool())
     pair, report = Pair(prefill, decode), PDReport()
-    with serving(prefill, decode), copies(1 << 16) as bare:
+    with serving(prefill, decode), copies(8, 4, 2048) as bare:
         system = System("kvpool", server(prefill), server(decode), at_once=True)
         TransferRun(32, 2, Prompts(1, 3, 4096), report, LIMIT_S).measure(system, bare)
     sent = [side for side, _ in pair.sent]
@@ -356,16 +356,17 @@ def test_a_transfer_is_measured_beside_hits_and_copies():
     assert after == [("prefill", None), ("decode", "f")]
     assert beside[0][1] == beside[1][1] and len(beside[0][1]) == 16
     names = [(figure.name, figure.detail["decode asked"]) for figure in report.figures]
-    assert names == [("transfer", AFTER), ("ttft", AFTER), ("ttft", WITH)]
+    assert names == [("transfer", AFTER)] * 2 + [("ttft", AFTER), ("ttft", WITH)]
+    assert [figure.limit for figure in report.figures[:2]] == [RUN, LAYERS]
     assert all(len(figure.detail["each_ms"]) == 2 and figure.limit_value > 0 for figure in report.figures)
-    assert report.tables("t")[0].row_count == 3
+    assert report.tables("t")[0].row_count == 4
 
 
 def test_an_engine_that_hands_nothing_over_is_said():
     """Nothing is measured where the decoding engine would compute it all."""
     prefill, decode = FakeEngine(FakePool()), FakeEngine(FakePool())
     prefill.answer = lambda handler, _: handler._body(200, "{}")
-    with serving(prefill, decode), copies(1 << 12) as bare:
+    with serving(prefill, decode), copies(2, 2, 1024) as bare:
         system = System("nixl", server(prefill), server(decode))
         with pytest.raises(BenchError, match="does not say where"):
             TransferRun(32, 1, Prompts(1, 3, 4096), PDReport(), LIMIT_S).measure(system, bare)
