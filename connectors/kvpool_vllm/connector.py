@@ -43,6 +43,7 @@ from kvpool_vllm.namespace import (
     total_kv_heads,
     whole_layers,
 )
+from kvpool_vllm.naps import install, nap_for
 from kvpool_vllm.scheduler import SchedulerSide
 from kvpool_vllm.seeds import NAMES
 from kvpool_vllm.settings import autostart, connect, read_settings, role_of, transfer_roles
@@ -171,6 +172,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._block_tokens = self._groups.block_tokens
         self._facts: RankFacts | None = None
         self._resets = 0
+        install()
         if role == KVConnectorRole.SCHEDULER:
             self._outer_config = self._kv_transfer_config if multi is None else multi._kv_transfer_config
             _recompute_on_failure(self._outer_config)
@@ -280,7 +282,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return this step's loads and saves."""
         state = scheduler_output.kv_connector_block_state
-        return self.scheduler.build_meta(scheduler_output.num_scheduled_tokens, state.get_block_ids)
+        meta = self.scheduler.build_meta(scheduler_output.num_scheduled_tokens, state.get_block_ids)
+        nap_for(meta.wait_s)
+        return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' reports."""
@@ -393,6 +397,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Begin a step, before its forward."""
         super().bind_connector_metadata(connector_metadata)
+        nap_for(self._step().wait_s)
         self.worker.begin_step(self._step())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002 -- vLLM's
@@ -419,8 +424,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return the requests whose load ended, aborted ones included, and those whose blocks cannot be named."""
-        if self._step().empty:
-            self.worker.wait_for_progress()
+        if wait_s := self._step().wait_s:
+            self.worker.wait_for_progress(wait_s)
         finished, failed = self.worker.finished_loads(finished_req_ids)
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
@@ -430,7 +435,10 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def build_connector_worker_meta(self) -> WorkerMeta | None:
         """Return what ended, for the scheduler's side."""
-        return self.worker.report()
+        report = self.worker.report()
+        if report is not None and (report.loaded or report.saved):
+            nap_for(0.0)  # the next step may be what was waited for
+        return report
 
     def _step(self) -> StepMeta:
         meta: StepMeta = self._get_connector_metadata()

@@ -73,8 +73,8 @@ class StepMeta:
 
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
-    empty: bool = False
-    """No token is computed in this step: the worker may wait a little for a transfer instead of spinning."""
+    wait_s: float = 0.0
+    """No token is computed in this step: the worker waits so long for a transfer instead of spinning."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,9 +215,9 @@ class SchedulerSide:
     def build_meta(self, scheduled: dict[str, int], block_ids_of: Callable[[str], GroupBlocks]) -> StepMeta:
         """Return this step's work, given the tokens it schedules per request."""
         self._lookups.begin_step(idle=not scheduled)
-        if not scheduled and not self._loads:
-            self._transfers.wait_a_moment()
-        meta = StepMeta(self._loads, self._last_saves + self._transfers.in_time(self._saves.cancel), not scheduled)
+        waits = not scheduled and (bool(self._saves) or any(s.loading for s in self._requests.values()))
+        wait_s = self._transfers.idle(empty=not scheduled, waits=waits, begins=bool(self._loads))
+        meta = StepMeta(self._loads, self._last_saves + self._transfers.in_time(self._saves.cancel), wait_s)
         self._loads, self._last_saves = [], []
         running = [(state.request, n) for name, n in scheduled.items() if (state := self._requests.get(name))]
         self.watch.step_planned(running, self._names.hashes)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvpool.client_transfers import Claimed, TransferPart, TransferState
 from kvpool.model import KEY_BYTES, SHARDS_MAX, NodeAddress
 from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.idle import Idle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +36,6 @@ RENEW_EVERY_S = 3.0
 POLL_FIRST_S = 0.004
 POLL_MAX_S = 0.064
 """How often a transfer that has not been opened is asked for."""
-
-IDLE_WAIT_S = 0.001
-"""What an engine without work waits in a step for a transfer to be opened."""
 
 LOOK_EVERY_S = 1.0
 """How often it is looked whether a transfer has been opened that nobody here waits for any more."""
@@ -285,6 +283,7 @@ class Transfers:
         self._early: list[tuple[Outgoing, SaveJob]] = []
         self._incoming: dict[int, Incoming] = {}
         self._nodes: dict[int, NodeAddress] = {}
+        self._idle = Idle()
         self._told: set[str] = set()
 
     def __len__(self) -> int:
@@ -420,10 +419,17 @@ class Transfers:
         incoming.requests += 1
         return incoming
 
-    def wait_a_moment(self) -> None:
-        """Wait for the master's word, if requests do: for an engine that has nothing to compute, and would spin."""
-        if self._keeper is not None and any(not incoming.settled for incoming in self._incoming.values()):
-            self._keeper.wait_for_news(IDLE_WAIT_S)
+    def idle(self, *, empty: bool, waits: bool, begins: bool) -> float:
+        """Return how long to wait in this step; waits for the master's word if there is nothing else to wait for.
+
+        ``empty``: nothing is computed; ``waits``: loads or saves are under way, whose workers wait; ``begins``: from
+        this step on.
+        """
+        claims = any(not incoming.settled for incoming in self._incoming.values())
+        wait_s = self._idle.wait_s(empty=empty and (waits or claims), begins=begins)
+        if wait_s and not waits and self._idle.quiet and self._keeper is not None:
+            self._keeper.wait_for_news(wait_s)
+        return wait_s
 
     def found(self, incoming: Incoming, request: Any, namespaces: Sequence[Namespace]) -> bool:
         """Return whether it is known where the prompt's blocks are; ``incoming.gone`` says why they will not come."""

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(LOGGER_NAME)
 
-EMPTY_STEP_WAIT_S = 0.001
-"""What an empty step waits for a running transfer: the engine would otherwise spin and starve the copies."""
-
 
 class WorkerSide:
     """Loads and saves of one rank."""
@@ -295,11 +292,11 @@ class WorkerSide:
         gauges = {"queue_depth.load_jobs": len(self._loading), "queue_depth.save_jobs": self._unreported_saves}
         return self._tally.take({**self.counters, **self._client.stats()}, gauges)
 
-    def wait_for_progress(self) -> None:
-        """Give running transfers a moment, when the engine has nothing to compute."""
+    def wait_for_progress(self, wait_s: float) -> None:
+        """Give running transfers so long, when the engine has nothing to compute, or until one of them ends."""
         with self._progress:
             if (self._loading or self._unreported_saves) and not self._loaded and not self._saved:
-                self._progress.wait(EMPTY_STEP_WAIT_S)
+                self._progress.wait(wait_s)
 
     def close(self) -> None:
         """Stop the threads after the jobs that run; drop those that do not."""

@@ -241,8 +241,8 @@ class ModelEngine:
         outputs = self._execute(scheduled, meta, needs_load)
         for name, tokens in scheduled.items():
             self.requests[name].num_computed_tokens += tokens
-        if meta.empty:
-            self.worker.wait_for_progress()
+        if meta.wait_s:
+            self.worker.wait_for_progress(meta.wait_s)
         ended, failed = self.worker.finished_loads(finished)
         assert not failed, "one group of blocks: these are named one by one"
         invalid = self.worker.failed_blocks()

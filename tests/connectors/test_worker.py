@@ -80,7 +80,7 @@ class Harness:
         deadline = time.monotonic() + DEADLINE_S
         while len(ids) < loads or len(total.saved) < saves:
             assert time.monotonic() < deadline
-            self.side.wait_for_progress()
+            self.side.wait_for_progress(0.001)
             ids |= self.side.finished_loads(())[0]
             failed |= self.side.failed_blocks()
             total = total.aggregate(self.side.report() or WorkerMeta())
@@ -232,8 +232,26 @@ def test_groups_have_memories_of_their_own() -> None:
     harness.side.start_loads(StepMeta(loads=[LoadJob("b", target, whole=True)]))
     finished: set[str] = set()
     while not finished:
-        harness.side.wait_for_progress()
+        harness.side.wait_for_progress(0.001)
         finished, failed = harness.side.finished_loads(())
     assert (finished, failed) == ({"b"}, {"b"})
     assert harness.side.failed_blocks() == set(), "block numbers say nothing where there are two groups"
+    harness.side.close()
+
+
+def test_an_empty_step_waits_for_what_ends_and_no_longer() -> None:
+    """It is over when something has ended, and does not wait once nothing is under way."""
+    harness = Harness()
+    long_s = 100 * DEADLINE_S
+    harness.save(1, keys(1), [0])
+    harness.side.wait_for_progress(long_s)
+    assert harness.side.finished_loads(()) == (set(), set())
+    report = harness.side.report()
+    assert report is not None
+    assert report.saved == {1: 1}
+    harness.side.wait_for_progress(long_s)
+    assert harness.side.report() is None
+    harness.load("a", keys(1), [5])
+    harness.side.wait_for_progress(long_s)
+    assert harness.side.finished_loads(())[0] == {"a"}
     harness.side.close()
