@@ -26,7 +26,7 @@ from kvpool.bench.ttft_engines import EngineSpec, end_groups, engine_python, kvp
 from kvpool.proxy.chains import block_keys, can_hash
 from kvpool.rpc.convert import namespace_from_proto
 from kvpool.rpc.v1 import admin_pb2
-from kvpool.server.launch import Child, Children
+from kvpool.server.launch import Child, Children, StartError
 from tests.e2e.conftest import MARGIN_MIN
 from tests.e2e.test_proxy import ASK_S, AT_ONCE, HOST, MOVED, START_S, Server, margin
 from tests.integration.pool import Pool, Process, free_port, say, wait_for
@@ -53,6 +53,11 @@ NODES = {"p0": "a", "p1": "a", "d0": "a", "d1": "b"}
 
 PROXIES = {"at_once": "auto", "after": "after_prefill"}
 SEGMENT = 256 << 20
+
+LAST_WORDS = ("EngineCore encountered a fatal error", "EngineCore failed to start", "output_handler failed")
+"""What an engine's log says before all the errors that follow from that."""
+
+WORDS_SHOWN = 60
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -133,6 +138,8 @@ class Load:
         events = [event.removeprefix("data: ") for event in data.decode().split("\n\n") if event]
         if events[-1:] != ["[DONE]"]:
             return "cut"
+        if any('"error"' in event for event in events):
+            return "broken stream"
         text = "".join(choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"])
         return "right" if text == asked.text else "wrong"
 
@@ -149,7 +156,8 @@ class Site:
         self._folder = folder
         self._model = read_model(model)
         self._python = engine_python(sys.executable, "python")
-        self._children = Children()
+        self._log = folder / "engines.log"
+        self._children = Children(self._write_down)
         self._running: dict[str, Child] = {}
         self.servers = {name: Server(free_port()) for name in (*NODES, *PROXIES)}
         self.proxies: dict[str, Process] = {}
@@ -173,6 +181,18 @@ class Site:
         self.pool.close()
 
     # ---- engines ---------------------------------------------------------------------------------------
+
+    def _write_down(self, line: str) -> None:
+        with self._log.open("a") as log:
+            log.write(f"{line}\n")
+
+    def check_engines(self) -> None:
+        """No engine has ended, nor is about to, other than those that were killed."""
+        lines = self._log.read_text().splitlines()
+        died = [number for number, line in enumerate(lines) if any(words in line for words in LAST_WORDS)]
+        name = lines[died[0]].partition(": ")[0] if died else ""
+        assert not died, "\n".join([line for line in lines[died[0]:] if line.startswith(f"{name}: ")][:WORDS_SHOWN])
+        self._children.check()
 
     def start_engine(self, name: str) -> None:
         """Begin to start an engine, where it was before."""
@@ -206,7 +226,11 @@ class Site:
         def found() -> bool:
             return all(self.servers[name].is_healthy() and self.servers[name].found() == expected for name in PROXIES)
 
-        self._children.wait_until(found, "the proxies do not find the engines", deadline)
+        try:
+            self._children.wait_until(found, "the proxies do not find the engines", deadline)
+        except StartError:
+            self.check_engines()  # which may know why
+            raise
 
     def need(self, *names: str) -> None:
         """See to it that these engines run, and no others."""
@@ -250,6 +274,7 @@ class Site:
         asyncio.run(story())
         longest = ", ".join(f"{seconds:.1f}" for seconds in sorted(load.seconds)[-4:])
         say(f"{proxy}: {dict(load.ends)} in {time.monotonic() - started:.1f} s, the longest {longest} s")
+        self.check_engines()
         assert load.ended == len(asked)
         assert not {"wrong", "cut", "late", "status without a word"} & load.ends.keys(), load.ends
         return load
