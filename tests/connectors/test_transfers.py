@@ -153,6 +153,33 @@ def test_decode_is_asked_at_the_same_time(pair: Pair) -> None:
     assert not pair.pool.open_transfers
 
 
+def test_only_an_engine_without_work_waits_for_prompts(pair: Pair) -> None:
+    """Its workers are told to wait while a claim or a load is outstanding; not beside something to compute."""
+    producer, consumer = pair.both(budget=4)
+    waits: list[tuple[str, bool, bool]] = []
+    build_meta = consumer.side.build_meta
+
+    def build(scheduled: dict[str, int], block_ids_of: Any) -> Any:
+        meta = build_meta(scheduled, block_ids_of)
+        waits.append((decoding.status, bool(scheduled), meta.wait_s > 0))
+        return meta
+
+    consumer.side.build_meta = build  # type: ignore[method-assign]
+    prompt = list(range(30))
+    decoding = pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": "00000000000000ff"})
+    for _ in range(20):
+        consumer.step()
+    pair.submit(consumer, [7] * 12, 8, None)
+    for _ in range(5):
+        consumer.step()
+    pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "00000000000000ff"})
+    pair.drain(producer, consumer)
+    assert ("waiting", False, True) in waits
+    assert ("waiting", True, False) in waits
+    assert ("loading", False, True) in waits
+    assert not any(wait and scheduled for _, scheduled, wait in waits)
+
+
 def test_two_requests_of_one_prompt_at_once(pair: Pair) -> None:
     """Each has a transfer of its own; the tail that they share lives until the last of them has it."""
     producer, consumer = pair.both()
