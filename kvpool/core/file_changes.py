@@ -28,8 +28,12 @@ class FileChanges:
         self.lost: set[bytes] = set()  # backends of which changes were given up: to be scanned
         self._changes_max = changes_max
         self._untold: _Changes = {}
-        self._told: deque[tuple[int, _Changes]] = deque()
+        self._told: deque[tuple[int, _Changes, int]] = deque()  # delta, what it told, fence or 0
         self._told_count = 0
+        self._fences = 0
+        self._fence_due = False
+        self.settled = 0
+        """The newest fence before which all is acknowledged."""
 
     def __len__(self) -> int:
         """Return how many changes are not acknowledged."""
@@ -38,17 +42,27 @@ class FileChanges:
     @property
     def untold(self) -> bool:
         """Whether there is something to tell."""
-        return bool(self._untold)
+        return bool(self._untold) or self._fence_due
+
+    def fence(self) -> int:
+        """Return a number: once ``settled`` is not less, all that was noted, and all that was sent, is acknowledged.
+
+        What was sent in a session that has ended since is not meant.
+        """
+        self._fences += 1
+        self._fence_due = True
+        return self._fences
 
     def note(self, backend: bytes, block_key: bytes, shard: int, shard_bytes: int, added: bool) -> None:
         """Keep a change: a file is there from now on, or it is gone."""
         self._untold[backend, block_key, shard] = (shard_bytes, added)
         if len(self) > self._changes_max:
-            self.lost |= {change[0] for _, told in self._told for change in told}
+            self.lost |= {change[0] for _, told, _ in self._told for change in told}
             self.lost |= {change[0] for change in self._untold}
             self._untold.clear()
             self._told.clear()
             self._told_count = 0
+            self._fence_due = self._fences > self.settled
 
     def take(self, changes_max: int) -> tuple[_Changes, tuple[BlockRun, ...], tuple[BlockRun, ...]]:
         """Return the oldest untold changes, and as runs: those added, those removed."""
@@ -69,21 +83,27 @@ class FileChanges:
 
     def told(self, sequence: int, changes: _Changes) -> None:
         """Say which delta carries what ``take`` has returned, or the last of several deltas that do."""
-        if changes:
-            self._told.append((sequence, changes))
+        fence = self._fences if self._fence_due and not self._untold else 0
+        if fence:
+            self._fence_due = False
+        if changes or fence:
+            self._told.append((sequence, changes, fence))
             self._told_count += len(changes)
 
     def acknowledged(self, sequence: int) -> None:
         """Forget what deltas up to this one have told."""
         while self._told and self._told[0][0] <= sequence:
-            self._told_count -= len(self._told.popleft()[1])
+            _, changes, fence = self._told.popleft()
+            self._told_count -= len(changes)
+            self.settled = max(self.settled, fence)
 
     def tell_again(self) -> None:
         """Count everything that is not acknowledged as not told."""
         again: _Changes = {}
-        for _, changes in self._told:
+        for _, changes, _ in self._told:
             again.update(changes)
         again.update(self._untold)
         self._untold = again
         self._told.clear()
         self._told_count = 0
+        self._fence_due = self._fences > self.settled

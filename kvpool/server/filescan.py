@@ -27,12 +27,21 @@ TRIES_MAX: Final = 8
 
 
 class FileScan(threading.Thread):
-    """One scan; ``tell`` is called on the loop with each piece until it returns True."""
+    """One scan; ``tell`` is called on the loop with each piece until it returns True.
+
+    With ``since`` it is one of files written after that alone, by the storage's clock.
+    """
 
     def __init__(
-        self, store: BlockStore, loop: asyncio.AbstractEventLoop, tell: Callable[[FileScan, Scanned], bool]
+        self,
+        store: BlockStore,
+        loop: asyncio.AbstractEventLoop,
+        tell: Callable[[FileScan, Scanned], bool],
+        since: float = 0.0,
     ) -> None:
         super().__init__(name="kvpool-scan", daemon=True)
+        self.since = since
+        self.url = store.url
         self._store = store
         self._loop = loop
         self._tell = tell
@@ -48,7 +57,7 @@ class FileScan(threading.Thread):
         """Send all pieces; the last one says when it ended early, and why."""
         files = 0
         try:
-            for piece in pieces(self._store):
+            for piece in pieces(self._store, self.since, lambda: self._stopped):
                 files = piece.files
                 self._send(piece)
                 if self._stopped:
@@ -71,15 +80,17 @@ class FileScan(threading.Thread):
             self._loop.call_later(SEND_AGAIN_S, self._post, piece)
 
 
-def pieces(store: BlockStore) -> Iterator[Scanned]:
-    """Yield what a backend holds, as far as its namespaces are known. Raises StoreError."""
+def pieces(store: BlockStore, since: float, stopped: Callable[[], bool]) -> Iterator[Scanned]:
+    """Yield what a backend holds, as far as its namespaces are known, until it is ``stopped``. Raises StoreError."""
     namespaces = tuple(store.namespaces())
     known = {namespace.digest for namespace in namespaces}
     yield Scanned(store.id, False, namespaces=namespaces)
     sizes = _Sizes(store)
     groups: dict[tuple[bytes, int, int], list[bytes]] = {}
     files = keys = 0
-    for file in store.files():
+    for file in store.files(since):
+        if stopped():
+            return
         files += 1
         shard_bytes = sizes.of(file) if file.name.namespace in known else 0
         if not shard_bytes:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from typing import Final
 
 from kvpool.core.file_jobs import LOOKS_MAX, Failure, File, Miss, Read, Remove, Trouble, Wait, Write
@@ -21,11 +23,13 @@ from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.model import Backend, BackendState
 from kvpool.server.filehelper import Opening
+from kvpool.server.filemarks import FileMark
 from kvpool.server.filescan import FileScan
 from kvpool.server.filework import failure_of
 from kvpool.server.fileworker import Batch, Desk, Result, Worker
 from kvpool.tiers.dram import Segment
 from kvpool.tiers.store import BlockStore, StoreError
+from kvpool.tiers.writers import Writers
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +91,10 @@ class FileTier:
         self._probes: dict[int, float] = {}  # since when
         self._probes_lost: Counter[int] = Counter()  # given up, by backend
         self._scans: dict[bytes, FileScan] = {}
-        self._necessary: set[bytes] = set()  # scans that lost changes have asked for
+        self._necessary: set[bytes] = set()  # scans that lost changes have asked for, until the master has them
+        self._fences: dict[bytes, int] = {}  # acknowledged when it has
+        self._marks: list[FileMark | None] = []
+        self._batches: list[set[Batch]] = []  # what threads have in hand, abandoned ones too, by backend
         self._owners: dict[int, Wait] = {}
         self._loop = asyncio.get_running_loop()
         self._woken = False
@@ -100,11 +107,25 @@ class FileTier:
         """The backends, in the order in which they were added."""
         return [desk.store for desk in self._desks]
 
-    def add(self, store: BlockStore, opening: Opening | None = None) -> None:
-        """Serve one more backend; ``opening``: how a process beside this one opens it, too."""
+    def add(
+        self,
+        store: BlockStore,
+        opening: Opening | None = None,
+        writers: Writers | None = None,
+        since: float | None = None,
+    ) -> None:
+        """Serve one more backend; ``opening``: how a process beside this one opens it, too.
+
+        ``writers`` has a directory's marks, ``since`` is what ours says, if there is one.
+        """
         self._desks.append(Desk(store, self._segment, self._view, self._results, self.wake, opening))
         self._workers.append([])
         self._out.append(0)
+        batches: set[Batch] = set()
+        changes = self.state.changes
+        self._batches.append(batches)
+        lost = functools.partial(changes.lost.add, store.id)
+        self._marks.append(FileMark(writers, since, batches, changes, lost) if writers is not None else None)
         self._logged.append(BackendState.UP)
         self.state.add(Backend(store.id, store.url, store.capacity_bytes))
         _start(_clean, store)
@@ -147,7 +168,9 @@ class FileTier:
                         self.wake()  # go on when others have had their turn
                     break
                 self._out[number] += 1
-                desk.batches.put(Batch(number, jobs))
+                batch = Batch(number, jobs)
+                self._batches[number].add(batch)
+                desk.batches.put(batch)
         self._answer()  # what found no room
         if state.storage_changed:
             self._log_states()
@@ -184,6 +207,15 @@ class FileTier:
             await asyncio.sleep(TICK_S / 5)
             self.pump()
 
+    async def leave(self) -> None:
+        """Remove the marks of backends of which the master knows all that we have written, as far as that goes."""
+        threads = [
+            _start(mark.leave)
+            for store, mark in zip(self.stores, self._marks, strict=True)
+            if mark is not None and mark.settled() and self._whole(store.id)
+        ]
+        await self._until(lambda: not any(thread.is_alive() for thread in threads), LAST_S)
+
     def close(self) -> None:
         """Stop giving out work; threads end when what they do does, or with the process."""
         self._timer.cancel()
@@ -201,6 +233,7 @@ class FileTier:
         self.state.scans_asked.clear()
         self.state.changes.lost |= self._necessary
         self._necessary.clear()
+        self._fences.clear()
         for scan in self._scans.values():
             scan.stop()
         self._scans.clear()
@@ -228,8 +261,7 @@ class FileTier:
         for _ in range(min(len(results), RESULTS_MAX)):
             batch, job, failure, value = results.popleft()
             if job is None:
-                if not batch.abandoned:
-                    self._out[batch.number] -= 1
+                self._ended(batch)
             elif isinstance(job, Write):
                 state.write_ended(job, failure, now)
             elif isinstance(job, Read):
@@ -245,6 +277,13 @@ class FileTier:
                 state.learned(job.backend, value if isinstance(value, list) else [], failure, now)
         if results:
             self.wake()
+
+    def _ended(self, batch: Batch) -> None:
+        self._batches[batch.number].discard(batch)
+        if not batch.abandoned:
+            self._out[batch.number] -= 1
+        elif self._marks[batch.number] is not None:  # what it had in hand may be done or not
+            self.state.changes.lost.add(self.stores[batch.number].id)
 
     def _log_states(self) -> None:
         for number, backend in enumerate(self.state.backends):
@@ -270,6 +309,9 @@ class FileTier:
             for store in self.stores:
                 _start(_clean, store)
         self._scan()
+        for store, mark in zip(self.stores, self._marks, strict=True):
+            if mark is not None:
+                mark.tick(now, whole=self._whole(store.id))
         self.pump()
 
     def _look_after(self, number: int, workers: list[Worker], now: float) -> None:
@@ -334,36 +376,65 @@ class FileTier:
         self.state.probed(number, failure, free_bytes, time.monotonic())
         self.pump()
 
+    # ---- scans -----------------------------------------------------------------------------------------
+
+    def _whole(self, backend: bytes) -> bool:
+        """Whether the master has all that scans had to look for."""
+        return backend not in self.state.changes.lost and backend not in self._necessary
+
     def _scan(self) -> None:
-        """Begin the scans that are asked for, and those that a flood of changes made necessary."""
-        asked, lost = self.state.scans_asked, self.state.changes.lost
-        for store in self.stores:
+        """Begin the scans that are asked for, and those that a flood of changes or a death made necessary."""
+        state = self.state
+        asked, lost = state.scans_asked, state.changes.lost
+        for backend, fence in list(self._fences.items()):
+            if state.changes.settled >= fence:
+                del self._fences[backend]
+                self._necessary.discard(backend)
+        for store, mark in zip(self.stores, self._marks, strict=True):
+            wanted = store.id in asked
             necessary = store.id in lost and self.listening()
-            if store.id in self._scans or not (necessary or store.id in asked):
+            running = self._scans.get(store.id)
+            if running is not None and not (wanted and running.since):
                 continue  # what gets lost during a scan makes another one necessary
+            if not (necessary or wanted):
+                continue
+            if running is not None:
+                running.stop()  # all includes what it looks for
             if necessary:
                 lost.discard(store.id)
                 self._necessary.add(store.id)
-            self._scans[store.id] = FileScan(store, self._loop, self._tell)
+                self._fences.pop(store.id, None)
+            since = mark.scan_since if mark is not None and not wanted else 0.0
+            state.counters["scans"] += 1
+            self._scans[store.id] = FileScan(store, self._loop, self._tell, since)
             self._scans[store.id].start()
         asked.clear()
 
     def _tell(self, scan: FileScan, scanned: Scanned) -> bool:
-        if self._scans.get(scanned.backend) is not scan:
+        backend = scanned.backend
+        if self._scans.get(backend) is not scan:
             return True  # nobody wants it any more: let it end
-        if not self.tell(scanned):
+        # The end of a part is none of the scan that the master may have asked for meanwhile.
+        if not self.tell(replace(scanned, last=False, error="") if scan.since else scanned):
             return False
-        if scanned.last:
-            del self._scans[scanned.backend]
-            if scanned.backend in self._necessary:
-                self._necessary.discard(scanned.backend)
-                if scanned.error:
-                    self._loop.call_later(SCAN_AGAIN_S, self.state.changes.lost.add, scanned.backend)
+        if not scanned.last:
+            return True
+        del self._scans[backend]
+        if scan.since:
+            how = f"looking for what is new has failed: {scanned.error}" if scanned.error else "was looked through"
+            log.info("storage %s %s: %d new files", scan.url, how, scanned.files)
+        if backend in self._necessary:
+            if scanned.error:
+                self._loop.call_later(SCAN_AGAIN_S, self.state.changes.lost.add, backend)
+            else:
+                self._fences[backend] = self.state.changes.fence()
         return True
 
 
-def _start(work: Callable[..., None], *arguments: object) -> None:
-    threading.Thread(target=work, args=arguments, name="kvpool-storage", daemon=True).start()
+def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, name="kvpool-storage", daemon=True)
+    thread.start()
+    return thread
 
 
 def _clean(store: BlockStore) -> None:

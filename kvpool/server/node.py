@@ -299,6 +299,7 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
         await asyncio.gather(server.close(close_s), tier.finish())
         close_s = 0.0
         await session.told()
+        await tier.leave()
     running.cancel()
     stopped.cancel()
     await asyncio.gather(running, stopped, return_exceptions=True)

@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from kvpool.config import NodeSettings
 from kvpool.core.filetier import FileTierState
@@ -21,6 +22,7 @@ from kvpool.tiers.dram import Segment
 from kvpool.tiers.measured import Measured, MeasuredStore
 from kvpool.tiers.opening import open_store
 from kvpool.tiers.store import BlockStore
+from kvpool.tiers.writers import Writers
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,14 @@ OPEN_S = 10.0
 
 REOPEN_S = 5.0
 """How often one that could not be opened is tried again."""
+
+
+class Opened(NamedTuple):
+    """A backend, and of a directory its marks, and what ours says; None while we have none."""
+
+    store: MeasuredStore
+    writers: Writers | None
+    since: float | None
 
 
 async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segment, owner: str) -> FileTier | None:
@@ -40,7 +50,7 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
     if not settings.storage_backends:
         return None
     known = Known(settings.data_dir)
-    opened: dict[str, MeasuredStore] = {}
+    opened: dict[str, Opened] = {}
     failed: dict[str, ConfigError] = {}
     for url, found in zip(
         settings.storage_backends,
@@ -50,7 +60,7 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
         if isinstance(found, ConfigError):
             failed[url] = found
             continue
-        if any(found.id == other.id for other in opened.values()):
+        if any(found.store.id == other.store.id for other in opened.values()):
             raise ConfigError("storage_backends", f"{url} is the same backend as another one")
         opened[url] = found
     if not opened and (new := [error for url, error in failed.items() if url not in known.ids]):
@@ -63,8 +73,8 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
         tier, segment, threads=settings.storage_threads, timeout_s=settings.storage_timeout / 1000,
         processes=settings.storage_processes,
     )  # fmt: skip
-    for url, store in opened.items():
-        _add(files, store, _opening(settings, url, store, owner))
+    for url, found in opened.items():
+        _add(files, found, _opening(settings, url, found.store, owner))
     for url, error in failed.items():
         before = f" (it was one before: is it mounted? to begin anew, remove {known.path})" if url in known.ids else ""
         log.warning("%s%s; trying again", error.problem, before)
@@ -72,9 +82,10 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
     return files
 
 
-def _add(files: FileTier, store: MeasuredStore, opening: Opening | None) -> None:
+def _add(files: FileTier, opened: Opened, opening: Opening | None) -> None:
+    store = opened.store
     log.info("storage %s: backend %s of %s", store.url, store.id.hex(), format_size(store.capacity_bytes))
-    files.add(store, opening)
+    files.add(store, opening, opened.writers, opened.since)
 
 
 def _opening(settings: NodeSettings, url: str, store: BlockStore, owner: str) -> Opening | None:
@@ -112,7 +123,7 @@ class Known:
             log.warning("cannot remember the backends in %s: %s", self.path, exc.strerror)
 
 
-async def _open_soon(settings: NodeSettings, url: str, owner: str, known: Known) -> MeasuredStore | ConfigError:
+async def _open_soon(settings: NodeSettings, url: str, owner: str, known: Known) -> Opened | ConfigError:
     """Open a backend within bounds; returns why it cannot be."""
     try:
         return await asyncio.wait_for(_open(settings, url, owner, known), OPEN_S)
@@ -127,36 +138,36 @@ async def _open_later(settings: NodeSettings, url: str, owner: str, known: Known
     while True:
         await asyncio.sleep(REOPEN_S)
         try:
-            store = await _open(settings, url, owner, known)
+            opened = await _open(settings, url, owner, known)
         except ConfigError as exc:
             log.debug("%s", exc)
             continue
         except Exception:  # whatever it is, the next try may succeed
             log.exception("storage %s cannot be opened; trying again", url)
             continue
-        if any(store.id == other.id for other in files.stores):
+        if any(opened.store.id == other.id for other in files.stores):
             log.error("%s is the same backend as another one: not used", url)
         else:
-            _add(files, store, _opening(settings, url, store, owner))
+            _add(files, opened, _opening(settings, url, opened.store, owner))
         return
 
 
-def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio.Future[MeasuredStore]:
+def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio.Future[Opened]:
     """Open one backend in a thread that may never return."""
     loop = asyncio.get_running_loop()
-    result: asyncio.Future[MeasuredStore] = loop.create_future()
+    result: asyncio.Future[Opened] = loop.create_future()
 
-    def done(store: BlockStore | None, error: Exception | None) -> None:
+    def done(opened: Opened | None, error: Exception | None) -> None:
         if result.done():
-            return  # nobody waits any more
-        if store is not None:
-            known.remember(url, store)
-            result.set_result(MeasuredStore(store))
+            return  # nobody waits any more; its mark, if there is one, is another's to take over
+        if opened is not None:
+            known.remember(url, opened.store)
+            result.set_result(opened)
         else:
             result.set_exception(error or KVPoolError("cannot be opened"))
 
     def work() -> None:
-        store: BlockStore | None = None
+        opened: Opened | None = None
         error: Exception | None = None
         try:
             store = open_store(
@@ -168,13 +179,26 @@ def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio
                 fsync=settings.storage_fsync,
                 create=url not in known.ids,
             )
+            opened = Opened(MeasuredStore(store), *_marked(url, store, owner))
         except Exception as exc:  # the loop's to hear, whatever it is
             error = exc
         with contextlib.suppress(RuntimeError):  # the loop is gone
-            loop.call_soon_threadsafe(done, store, error)
+            loop.call_soon_threadsafe(done, opened, error)
 
     threading.Thread(target=work, name="kvpool-open", daemon=True).start()
     return result
+
+
+def _marked(url: str, store: BlockStore, owner: str) -> tuple[Writers | None, float | None]:
+    """Say in a directory that we write there, before we do; objects have no marks: looking for them costs money."""
+    if directory_of(url) is None:
+        return None, None
+    writers = Writers(store.url, owner)
+    try:
+        return writers, writers.keep(None)
+    except OSError as exc:
+        log.warning("%s: no mark can be kept: %s", store.url, exc.strerror)
+        return writers, None
 
 
 def storage_values(tier: FileTier) -> list[Value]:

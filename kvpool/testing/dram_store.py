@@ -94,8 +94,9 @@ class DramStore(MemoryStore):
             super().set_aside(name)
             self.remove([name])
 
-    def files(self) -> Iterator[StoredFile]:
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
         """Yield what is there now."""
+        del since
         with self._lock:
             slots = [(name, self.state.slot(self._space + key, 0)) for key, name in self._names.items()]
             found = [StoredFile(name, slot.shard_bytes) for name, slot in slots if slot is not None]

@@ -175,7 +175,7 @@ def told(node: NodeProcess) -> dict[File, bool]:
     """Return the changes that a node has told and not seen acknowledged."""
     return {
         (key, shard): added
-        for _, changes in node.tier.changes._told
+        for _, changes, _ in node.tier.changes._told
         for (_, key, shard), (_, added) in changes.items()
     }
 

@@ -1,7 +1,8 @@
 """What lies in a backend beside its blocks, the same in a directory and in an object store.
 
 ``kvpool.json`` says whose files these are, ``namespaces/<digest>.json`` what they mean; broken files go to
-``aside/``, blocks lie in ``blocks/`` under the names of ``kvpool/tiers/store.py``.
+``aside/``, blocks lie in ``blocks/`` under the names of ``kvpool/tiers/store.py``. In a directory,
+``writers/`` has a mark of each who writes, see ``kvpool/tiers/writers.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ IDENTITY_FILE: Final = "kvpool.json"
 BLOCKS: Final = "blocks"
 NAMESPACES: Final = "namespaces"
 ASIDE: Final = "aside"
+WRITERS: Final = "writers"
 
 ASIDE_MAX: Final = 64
 """Broken files kept for people to look at; the oldest go."""

@@ -67,8 +67,9 @@ class MemoryStore:
         """Forget what was set aside."""
         self.aside.clear()
 
-    def files(self) -> Iterator[StoredFile]:
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
         """Yield what is there now."""
+        del since
         with self._lock:
             found = [StoredFile(name, len(data)) for name, data in self._files.items()]
         yield from found

@@ -267,8 +267,9 @@ class ObjectStore:
         with self._errors(ASIDE, writing=True):
             self._checked(self._each("rm_file", [self._path(f"{ASIDE}/{name}") for name in gone]))
 
-    def files(self) -> Iterator[StoredFile]:
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
         """Yield every block's object, a few fan-out directories at a time. Raises StoreError."""
+        del since
         for entry in self._block_entries():
             name = FileName.parse(entry["name"])
             if name is not None and entry["type"] == "file":

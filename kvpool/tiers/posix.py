@@ -21,7 +21,16 @@ from typing import Any, Final
 
 from kvpool.model import Namespace
 from kvpool.tiers import posix_io
-from kvpool.tiers.layout import ASIDE, ASIDE_MAX, BLOCKS, NAMESPACES, namespace_path, pack_namespace, parse_namespace
+from kvpool.tiers.layout import (
+    ASIDE,
+    ASIDE_MAX,
+    BLOCKS,
+    NAMESPACES,
+    WRITERS,
+    namespace_path,
+    pack_namespace,
+    parse_namespace,
+)
 from kvpool.tiers.posix_root import Root
 from kvpool.tiers.store import (
     FileName,
@@ -146,10 +155,15 @@ class PosixStore:
         """Remove what was set aside. Raises StoreError."""
         self._drop_aside(0)
 
-    def files(self) -> Iterator[StoredFile]:
-        """Yield every block's file; others come and go meanwhile. Raises StoreError."""
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
+        """Yield every block's file; others come and go meanwhile. Raises StoreError.
+
+        With ``since`` only directories are listed in which something has come or gone after it.
+        """
         for namespace, fan in self._directories():
             prefix = f"{namespace}/{fan}/"
+            if since and not _changed(f"{self._blocks}/{prefix}", since):
+                continue
             for entry in self._entries(f"{self._blocks}/{prefix}"):
                 name = FileName.parse(prefix + entry.name)
                 if name is None:
@@ -158,7 +172,7 @@ class PosixStore:
                     status = entry.stat(follow_symlinks=False)
                 except OSError:  # gone, or stale: then it is not there for us
                     continue
-                if stat.S_ISREG(status.st_mode):
+                if stat.S_ISREG(status.st_mode) and max(status.st_mtime, status.st_ctime) >= since:
                     yield StoredFile(name, status.st_size)
 
     # ---- beside the blocks -------------------------------------------------------------------------
@@ -192,7 +206,8 @@ class PosixStore:
         now = self._now()
         removed = 0
         blocks = (f"{self._blocks}/{namespace}/{fan}" for namespace, fan in self._directories())
-        for directory in itertools.chain((self.url, self._blocks, f"{self.url}/{NAMESPACES}"), blocks):
+        beside = (f"{self.url}/{NAMESPACES}", f"{self.url}/{WRITERS}")
+        for directory in itertools.chain((self.url, self._blocks, *beside), blocks):
             for entry in self._entries(directory):
                 match = _TEMP.fullmatch(entry.name)
                 if match is None or entry.path in _writing:
@@ -394,6 +409,19 @@ def _unlink(path: str) -> None:
     except OSError as exc:
         if exc.errno not in {errno.ENOENT, errno.ENOTDIR}:
             raise
+
+
+def _changed(directory: str, since: float) -> bool:
+    """Whether something may have come or gone in a directory since then."""
+    try:
+        # By opening, as only that asks a server what is there now.
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return True  # whoever lists it finds out why
+    try:
+        return os.fstat(fd).st_mtime >= since
+    finally:
+        os.close(fd)
 
 
 def _renamed(temporary: str, path: str, length: int) -> bool:

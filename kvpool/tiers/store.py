@@ -111,8 +111,11 @@ class BlockStore(Protocol):
     def drop_aside(self) -> None:
         """Remove the broken files that were kept. Raises StoreError."""
 
-    def files(self) -> Iterator[StoredFile]:
-        """Yield every file in no order, while others write and remove. Raises StoreError."""
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
+        """Yield every file in no order, while others write and remove. Raises StoreError.
+
+        Those that were last written before ``since``, by the storage's own clock, may be left out.
+        """
 
     def namespaces(self) -> list[Namespace]:
         """Return the descriptors kept beside the files; those that cannot be read are left out."""

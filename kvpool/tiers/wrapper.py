@@ -79,9 +79,9 @@ class StoreWrapper:
         """See BlockStore."""
         self.around("drop_aside", 0, self.store.drop_aside)
 
-    def files(self) -> Iterator[StoredFile]:
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
         """See BlockStore; ``around`` sees the first step only, as the rest is up to who asks."""
-        found = self.store.files()
+        found = self.store.files(since)
         first = self.around("files", 0, lambda: next(found, None))
         if first is not None:
             yield first

@@ -241,3 +241,44 @@ def test_a_segment_that_is_only_a_buffer_is_not_reported():
     assert node.reporter.heartbeat().used_bytes == 0
     messages = node.reconnect(6)
     assert [run for m in messages if isinstance(m, Inventory) for run in m.added] == []
+
+
+def test_a_fence_is_settled_by_a_delta_that_follows_all_before_it():
+    """Also with nothing to tell; what was noted after it is not waited for, what was noted before it is."""
+    node = Node()
+    changes = node.tier.changes
+    fence = changes.fence()
+    assert changes.untold
+    (empty,) = node.reporter.flush()
+    assert (empty.added, empty.removed) == ((), ())
+    assert not changes.untold
+    assert changes.settled < fence
+    node.reporter.handle(Ack(node.reporter.sequence))
+    assert changes.settled == fence
+    node.added(1)
+    second = changes.fence()
+    node.reporter.flush()
+    node.added(2)
+    node.reporter.flush()
+    node.reporter.handle(Ack(node.reporter.sequence - 1))
+    assert changes.settled == second
+    assert len(changes) == 1
+
+
+def test_a_fence_is_told_again_like_a_change():
+    """A master that asks for everything has not settled it; neither has one that takes a part."""
+    changes = FileChanges()
+    for n in range(3):
+        changes.note(A, block(n), 0, 512, added=True)
+    fence = changes.fence()
+    changes.told(1, changes.take(2)[0])
+    changes.acknowledged(1)
+    assert changes.settled < fence
+    changes.told(2, changes.take(2)[0])
+    changes.tell_again()
+    assert changes.untold
+    changes.acknowledged(2)
+    assert changes.settled < fence
+    changes.told(3, changes.take(2)[0])
+    changes.acknowledged(3)
+    assert changes.settled == fence

@@ -73,6 +73,12 @@ class FilePool:
         )
         return sum(backend.blocks for backend in reply.backends)
 
+    def scanned(self) -> None:
+        """Wait until the master has had the new directory looked through."""
+        admin, request = self.pool.admin(), admin_pb2.BackendsRequest()
+        wait_for(lambda: self.pool.status().counters["scans_asked"] == 1, "the master asks")
+        wait_for(lambda: not any(b.scanning for b in admin.Backends(request, timeout=T).backends), "and is answered")
+
     def fill(self, client: Client, keys: list[bytes], size: int = SIZE) -> None:
         """Store blocks, slowly enough that each is in its file before memory needs its place; all are acknowledged."""
         for at in range(0, len(keys), 16):
@@ -129,6 +135,51 @@ def test_a_node_that_is_asked_to_end_loses_nothing(fs: FilePool) -> None:
     assert fs.pool.nodes["a"].end() == 0
     assert len(fs.files()) == len(keys)
     assert fs.known() == len(keys)
+
+
+def test_a_file_that_nobody_reported_is_found_after_a_death(fs: FilePool) -> None:
+    """Kill -9 between a file's rename and the master's word: the node looks for it when it is back, and only then."""
+    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    fs.fill(client, chain_of(60, 16))
+    fs.scanned()
+    keys = chain_of(61, 24)
+    with fs.pool.master.stopped():
+        put_chain(client, SPACE, keys, SIZE)
+        wait_for(lambda: len(fs.files()) == 40, "they are written, and nobody can be told")
+        fs.pool.nodes["a"].kill()
+        fs.pool.master.kill()  # or it would read what the dead one has sent
+    fs.start_master()
+    wait_for(lambda: fs.known() == 16, "the catalog is read, which knows nothing of them")
+    fs.start_node("a")
+    wait_for(lambda: fs.known() == 40, "the master knows all of them")
+    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    result = get_chain(client, SPACE, keys, SIZE)
+    assert result.prefix == len(keys), result
+    assert result.tiers == {"fs": len(keys)}
+    assert fs.event("a", "scans") == 1
+    assert fs.pool.status().counters["scans_asked"] == 0
+
+
+def test_an_end_in_order_leaves_nothing_to_look_for(fs: FilePool) -> None:
+    """The next node begins without a scan; one whose master was away at the end does not."""
+    keys = chain_of(62, 16)
+    fs.fill(fs.pool.client("a"), keys)
+    fs.scanned()
+    (mark,) = (fs.root / "writers").iterdir()
+    assert fs.pool.nodes["a"].end() == 0
+    assert not mark.exists()
+    fs.start_node("a")
+    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found")
+    put_chain(client, SPACE, chain_of(63, 4), SIZE)
+    wait_for(lambda: fs.known() == 20, "the master knows the new ones, too")
+    assert fs.event("a", "scans") == 0
+    with fs.pool.master.stopped():
+        put_chain(client, SPACE, chain_of(64, 4), SIZE)
+        assert fs.pool.nodes["a"].end() == 0
+    assert len(list((fs.root / "writers").iterdir())) == 1
+    fs.start_node("a")
+    wait_for(lambda: fs.known() == 24, "the master knows what it could not be told")
 
 
 def test_a_lost_catalog_is_rebuilt_from_the_directory(fs: FilePool) -> None:
@@ -335,7 +386,7 @@ def test_one_of_two_directories_may_be_away_when_the_node_starts(bare_pool: Pool
         "all are known to be in files",
     )
     put_chain(client, SPACE, chain_of(52, 60), SIZE)
-    assert get_chain(client, SPACE, keys, SIZE).prefix == len(keys)
+    wait_for(lambda: get_chain(client, SPACE, keys, SIZE).prefix == len(keys), "all are read")
 
 
 def test_without_a_cache_memory_is_a_buffer(bare_pool: Pool) -> None:

@@ -524,11 +524,11 @@ def test_a_scan_ends_whatever_a_store_does(monkeypatch: pytest.MonkeyPatch) -> N
             told.append(scanned)
             return True
 
-        def files() -> Iterator[StoredFile]:
+        def files(since: float) -> Iterator[StoredFile]:
             yield StoredFile(named(2), 1 << 62)
             yield from found
 
-        def defect() -> Iterator[StoredFile]:
+        def defect(since: float) -> Iterator[StoredFile]:
             raise ValueError("a defect")
 
         node.put(1)

@@ -1,0 +1,240 @@
+"""Marks at work: what a node wrote and told nobody is looked for after its death, by itself or by others."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from kvpool.core.filetier import FileTierState
+from kvpool.core.messages import Scanned
+from kvpool.core.segment import SegmentState
+from kvpool.model import Namespace
+from kvpool.server import filemarks
+from kvpool.server.filetier import FileTier
+from kvpool.tiers.dram import Segment, SlotHeader, pack_header
+from kvpool.tiers.posix import PosixStore
+from kvpool.tiers.writers import Writers
+
+SPACE = Namespace(model="demo")
+PAYLOAD = 8192
+T = 20.0
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+class Node:
+    """A segment and a file tier on a directory, and a master that takes what it is told while ``listens``."""
+
+    def __init__(self, root: Path, owner: str, *, listens: bool = True) -> None:
+        self.listens = listens
+        self.told: list[Scanned] = []
+        self.known: set[bytes] = set()
+        self.store = PosixStore(str(root), owner=owner, capacity_bytes=1 << 30)
+        self.segment = Segment.create(64 * (PAYLOAD + 512), lock=False)
+        self.state = SegmentState(self.segment.size)
+        self.state.register(SPACE)
+        self.tier = FileTier(
+            FileTierState(self.state, [], queue_bytes_max=1 << 20), self.segment, threads=2, timeout_s=T
+        )
+        writers = Writers(str(root), owner)
+        self.tier.add(self.store, None, writers, writers.keep(None))
+        self.tier.tell, self.tier.changed, self.tier.listening = self._tell, self._changed, lambda: self.listens
+        self.mark = root / "writers" / writers.name
+        self._sequence = 0
+
+    def _tell(self, scanned: Scanned) -> bool:
+        if self.listens:
+            self.told.append(scanned)
+            self.known |= {run.keys[at : at + 16] for run in scanned.added for at in range(0, len(run.keys), 16)}
+        return self.listens
+
+    def _changed(self) -> None:
+        changes = self.tier.state.changes
+        while self.listens and changes.untold:
+            taken, added, _ = changes.take(1000)
+            self.known |= {run.keys[at : at + 16] for run in added for at in range(0, len(run.keys), 16)}
+            self._sequence += 1
+            changes.told(self._sequence, taken)
+            changes.acknowledged(self._sequence)
+
+    async def put(self, *numbers: int) -> None:
+        """Store blocks and wait until they are in files."""
+        held = self.state.reserve(1, SPACE.digest, (0,), b"".join(map(key, numbers)), PAYLOAD, 1)
+        checksum = xxhash.xxh3_64_intdigest(bytes(PAYLOAD)).to_bytes(8, "little")
+        for slot in self.state.commit(1, held.id, checksum * len(numbers)):
+            header = SlotHeader(SPACE.digest, slot.key, 0, PAYLOAD, 1, slot.generation, slot.checksums or b"")
+            pack_header(self.segment.view, slot.offset, header)
+            self.tier.state.committed([slot])
+        self.tier.pump()
+        await until(lambda: {key(n) for n in numbers} <= self.stored(), "they are written")
+
+    def stored(self) -> set[bytes]:
+        return {file.name.key for file in self.store.files()}
+
+    @property
+    def scans(self) -> int:
+        return self.tier.state.counters["scans"]
+
+    def says(self) -> float:
+        return float(self.mark.read_text())
+
+    def die(self) -> None:
+        """End with nothing in order."""
+        self.listens = False
+        self.tier.close()
+        self.segment.close()
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + T
+    while not condition():
+        assert time.monotonic() < end, what
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Awaitable[None]]], None]:
+    """Return what runs a test on a loop, with marks that are touched all the time and stale soon."""
+    monkeypatch.setattr(filemarks, "REFRESH_S", 0.02)
+    monkeypatch.setattr(filemarks, "CLOCK_S", 0.1)
+
+    def go(test: Callable[[], Awaitable[None]]) -> None:
+        async def bounded() -> None:
+            await asyncio.wait_for(test(), 2 * T)
+
+        asyncio.run(bounded())
+
+    return go
+
+
+Run = Callable[[Callable[[], Awaitable[None]]], None]
+
+
+def test_a_node_that_is_back_looks_for_what_it_told_nobody(tmp_path: Path, run: Run) -> None:
+    """Only that, only once, and its own mark answers for the old one until the master has everything."""
+
+    async def test() -> None:
+        first = Node(tmp_path, "n-01")
+        await first.put(1, 2)
+        await until(lambda: first.known == {key(1), key(2)}, "the master knows")
+        await until(lambda: first.says() > (tmp_path / "blocks").stat().st_mtime + 0.5, "what is known is left behind")
+        first.listens = False
+        await first.put(3, 4)
+        mark = first.says()
+        first.die()
+        again = Node(tmp_path, "n-02", listens=False)
+        await until(lambda: not first.mark.exists(), "its mark is taken over")
+        assert again.says() == mark
+        again.listens = True
+        await until(lambda: again.known == {key(3), key(4)}, "what was not known is")
+        assert not any(scanned.last for scanned in again.told), "nobody has asked for all of it"
+        await until(lambda: again.says() > mark, "and is not looked for again")
+        assert again.scans == 1
+        again.die()
+
+    run(test)
+
+
+def test_a_silent_node_is_taken_for_dead_by_another_one(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It need not come back; one that touches its mark is left alone, also while the master is told nothing."""
+    monkeypatch.setattr(filemarks, "STALE_S", 1.0)
+
+    async def test() -> None:
+        dead, alive, other = (Node(tmp_path, f"{name}-01", listens=False) for name in ("dead", "alive", "other"))
+        await dead.put(1)
+        await alive.put(2)
+        dead.die()
+        other.listens = True
+        await until(lambda: key(1) in other.known, "another one has found it")
+        assert not dead.mark.exists()
+        assert alive.mark.exists()
+        alive.die()
+        await until(lambda: key(2) in other.known, "and that of the next one")
+        other.die()
+
+    run(test)
+
+
+def test_who_ends_in_order_leaves_no_mark(tmp_path: Path, run: Run) -> None:
+    """But for what the master does not know of: then the next process looks."""
+
+    async def test() -> None:
+        first = Node(tmp_path, "n-01")
+        await first.put(1)
+        await until(lambda: first.known == {key(1)}, "the master knows")
+        await first.tier.finish()
+        await first.tier.leave()
+        assert not first.mark.exists()
+        first.die()
+        second = Node(tmp_path, "n-02")
+        await second.put(2)
+        await until(lambda: second.known == {key(2)}, "the master knows")
+        assert second.scans == 0
+        second.listens = False
+        await second.put(3)
+        await second.tier.finish()
+        await second.tier.leave()
+        assert second.mark.exists()
+        second.die()
+        third = Node(tmp_path, "n-03")
+        await until(lambda: key(3) in third.known, "it is found")
+        third.die()
+
+    run(test)
+
+
+def test_a_scan_of_a_part_is_none_that_the_master_asked_for(tmp_path: Path, run: Run) -> None:
+    """Asked for everything while a part is looked through, a node says everything, and only then that it is all."""
+
+    async def test() -> None:
+        first = Node(tmp_path, "n-01", listens=False)
+        await first.put(*range(8))
+        first.die()
+        again = Node(tmp_path, "n-02")
+        again.tier.tell = lambda _: False
+        await until(lambda: again.scans == 1, "a part is looked through")
+        again.tier.state.scans_asked.append(again.store.id)
+        await until(lambda: again.scans == 2, "all of it is")
+        again.tier.tell = again._tell
+        await until(lambda: again.told and again.told[-1].last, "it is told")
+        assert again.known == {key(n) for n in range(8)}
+        assert [scanned.last for scanned in again.told] == [False, True]
+        assert again.told[-1].files == 8
+        await until(lambda: again.tier._whole(again.store.id), "that has done for the part, too")
+        assert again.scans == 2
+        again.die()
+
+    run(test)
+
+
+def test_a_session_that_ends_before_the_master_has_everything_begins_the_scan_again(tmp_path: Path, run: Run) -> None:
+    """What was sent last may be lost: only an acknowledgement of what follows ends the search."""
+
+    async def test() -> None:
+        first = Node(tmp_path, "n-01", listens=False)
+        await first.put(1)
+        first.die()
+        again = Node(tmp_path, "n-02")
+        again.tier.changed = lambda: None  # nothing is acknowledged
+        mark = again.says()
+        await until(lambda: key(1) in again.known, "it is found")
+        await until(lambda: again.tier._fences, "the scan has ended")
+        assert again.says() < mark
+        again.known.clear()
+        again.tier.session_ended()
+        again.tier.changed = again._changed
+        await until(lambda: key(1) in again.known, "it is found again")
+        await until(lambda: again.says() > mark, "and now it is kept")
+        assert again.scans == 2
+        again.die()
+
+    run(test)

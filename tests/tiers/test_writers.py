@@ -1,0 +1,93 @@
+"""Marks of those who write into a directory: kept, seen by others, taken over, removed at an end in order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvpool.tiers.posix import PosixStore
+from kvpool.tiers.store import FileName
+from kvpool.tiers.writers import Writers
+
+NODE = "host-a-1"
+OLD, NEW, OTHER = (f"{name}-{epoch:016x}" for name, epoch in ((NODE, 1), (NODE, 2), ("host-a", 3)))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    PosixStore(str(tmp_path), owner="test", capacity_bytes=1 << 20)
+    return str(tmp_path)
+
+
+def test_others_see_a_mark_since_when_and_that_it_is_touched(root: str) -> None:
+    """What it says stays until it is told otherwise; when it was touched is the filesystem's time."""
+    mine, other = Writers(root, OLD), Writers(root, OTHER)
+    assert other.others() == {}
+    began = mine.keep(None)
+    assert began is not None
+    (seen,) = other.others().values()
+    assert seen.since == began
+    os.utime(Path(root, "writers", mine.name), (1.0, 1.0))
+    assert mine.keep(began) is not None
+    assert mine.keep(began) is not None
+    assert other.others()[mine.name].since == began
+    assert other.others()[mine.name].touched >= seen.touched
+    mine.keep(began + 100)
+    assert other.others()[mine.name].since == began + 100
+    assert mine.others() == {}
+    assert not list(Path(root).rglob("*.tmp"))
+
+
+def test_a_mark_is_of_a_process_and_of_a_node(root: str) -> None:
+    """An earlier process of the same node is told from another node whose name begins alike."""
+    old, new, other = Writers(root, OLD), Writers(root, NEW), Writers(root, OTHER)
+    assert new.ours(old.name)
+    assert not new.ours(other.name)
+    assert not new.ours(new.name)
+    assert not other.ours(new.name)
+
+
+def test_a_mark_that_was_taken_comes_back_and_one_that_left_does_not(root: str) -> None:
+    """Who is believed dead and is not says so again; after an end in order a late touch makes nothing."""
+    mine, other = Writers(root, OLD), Writers(root, OTHER)
+    since = mine.keep(None)
+    mine.keep(since)
+    other.drop([mine.name, "no such mark"])
+    assert other.others() == {}
+    mine.keep(since)
+    assert other.others()[mine.name].since == since
+    mine.leave()
+    assert mine.keep(since) is None
+    assert other.others() == {}
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"nonsense\n", b"nan", b"\xff\xfe", b"inf"])
+def test_a_mark_that_says_nothing_means_all(root: str, spoiled: bytes) -> None:
+    """A death while it was written, or a stranger: everything has to be looked at."""
+    Path(root, "writers").mkdir()
+    Path(root, "writers", "_x-1").write_bytes(spoiled)
+    assert Writers(root, OLD).others()["_x-1"].since == 0.0
+
+
+def test_nothing_is_made_where_the_backend_is_away(tmp_path: Path) -> None:
+    """An unmounted directory stays empty."""
+    with pytest.raises(FileNotFoundError):
+        Writers(str(tmp_path), OLD).keep(None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_since_are_those_that_came_later(root: str) -> None:
+    """Directories in which nothing has changed are not even listed; without a time there is everything."""
+    store = PosixStore(root, owner="test")
+    names = [FileName(bytes(16), bytes([number]) * 16, 0) for number in range(4)]
+    for name in names:
+        store.write(name, memoryview(bytes(512)))
+    for name in names[:2]:
+        path = Path(root, "blocks", str(name))
+        os.utime(path.parent, (1000.0, 1000.0))
+    late = Path(root, "blocks", str(names[3])).stat().st_mtime
+    assert {file.name for file in store.files()} == set(names)
+    assert {file.name for file in store.files(late - 60)} == set(names[2:])
+    assert list(store.files(late + 60)) == []
