@@ -195,7 +195,7 @@ class LocalNode:
     ) -> list[list[int]]:
         """Copy blocks into their slots; returns each one's checksums, computed on the way unless they are known."""
         digests: list[list[int]] = known or [[]] * len(blocks)
-        if blocks.rows is not None and known is None:
+        if blocks.rows is not None:
             for (i, _), found in zip(items, rows_in(self._segment.view, blocks.rows, items, copies), strict=True):
                 digests[i] = found
             return digests

@@ -230,8 +230,8 @@ class _Receive:
         self._call = call
         self._transfer = transfer
         self._way = way
-        total = len(call.blocks) * call.blocks.shard_bytes
-        size = max(1, min(max(total // PARTS, PART_BYTES_MIN), PART_BYTES_MAX) // call.blocks.shard_bytes)
+        each = call.blocks.shard_bytes
+        size = max(1, min(max(-(-len(call.blocks) // PARTS), PART_BYTES_MIN // each), PART_BYTES_MAX // each))
         ends = range(0, len(call.blocks), size)
         self._parts = [_Part(first, min(first + size, len(call.blocks))) for first in ends]
 
