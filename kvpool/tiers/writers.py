@@ -54,17 +54,26 @@ class Writers:
             self._identity.stat()
             if since is not None and since == self._kept:
                 with contextlib.suppress(FileNotFoundError):  # taken by somebody who believed us dead
-                    os.utime(self._path)
-                    return self._path.stat().st_mtime
+                    return self._touch()
             self._directory.mkdir(exist_ok=True)
-            return self._write(since)
+            try:
+                return self._write(since)
+            except OSError:
+                if since is None or self._kept is None or since < self._kept:
+                    raise
+                return self._touch()  # no room for what is new: what it says is older, and holds
+
+    def _touch(self) -> float:
+        os.utime(self._path)
+        return self._path.stat().st_mtime
 
     def _write(self, since: float | None) -> float:
         temporary = self._directory / f".{self.name}.{self.name}.1.tmp"
         try:
             with temporary.open("w", encoding="ascii") as file:
                 now = os.fstat(file.fileno()).st_mtime
-                file.write(f"{now if since is None else since!r}\n")
+                since = now if since is None else since
+                file.write(f"{since!r}\n")
             temporary.replace(self._path)
         except BaseException:
             with contextlib.suppress(OSError):

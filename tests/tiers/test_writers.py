@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -61,6 +62,24 @@ def test_a_mark_that_was_taken_comes_back_and_one_that_left_does_not(root: str) 
     mine.leave()
     assert mine.keep(since) is None
     assert other.others() == {}
+
+
+def test_a_mark_that_cannot_move_on_is_touched(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room, what it says still holds; but it must not claim to answer for an older one."""
+
+    def full(since: float | None) -> float:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    mine, other = Writers(root, OLD), Writers(root, OTHER)
+    began = mine.keep(None)
+    assert began is not None
+    os.utime(Path(root, "writers", mine.name), (1.0, 1.0))
+    monkeypatch.setattr(mine, "_write", full)
+    assert mine.keep(began + 100) is not None
+    assert other.others()[mine.name].since == began
+    assert other.others()[mine.name].touched > 2e9
+    with pytest.raises(OSError, match="no space"):
+        mine.keep(began - 100)
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"nonsense\n", b"nan", b"\xff\xfe", b"inf"])
