@@ -21,7 +21,8 @@ hypothesis.settings.load_profile("ci")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where tests run side by side, begin with those that take long: then nobody waits for one of them at the end."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "integration" not in item.nodeid))
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/integration"))
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -93,6 +93,8 @@ def test_hammer(small_pool: Pool, request: pytest.FixtureRequest) -> None:
     assert counts["checked"] and counts["got local"] and counts["got remote"] and counts["stored"]
     assert not counts["missed corrupt"]
     failed = {name: count for name, count in counts.items() if name.startswith("put failed")}
+    # The node may be kept from running for the half second after which a client goes on without it.
+    assert failed.pop("put failed unavailable", 0) < counts["stored"] / 20, counts
     assert not failed, failed
     still_works(pool)
 
