@@ -33,7 +33,7 @@ serve: setup ## Run a pool: master on 50088 and one node (ARGS="--nodes 2 --segm
 	@exec $(VENV)/bin/kvpool up $(ARGS)
 
 test: lint ## Lint, type check, all tests but those of real engines (PYTEST_ARGS="-k index")
-	$(VENV)/bin/python -m pytest --ignore=tests/e2e -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/e2e -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

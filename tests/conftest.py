@@ -1,7 +1,6 @@
 """What every test shares: hypothesis prints how to replay a failure, and no setting leaks in from outside.
 
-Tests run side by side (``make test``), each where there is room: what it needs is its own, or it is in an
-``xdist_group``, whose tests run one after the other in one process.
+Files of tests run side by side (``make test``), the tests of one file one after the other.
 """
 
 import os
@@ -19,10 +18,10 @@ hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run side by side, begin with those that take long: then nobody waits for one of them at the end."""
+    """Where tests run side by side, begin with files that take long: then nobody waits for one of them at the end."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.nodeid.startswith("tests/integration"))
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        long = {item.path for item in items if item.get_closest_marker("slow") or "simulation" in item.path.parts}
+        items.sort(key=lambda item: (item.path not in long, "integration" not in item.path.parts))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,6 +70,9 @@ class NfsMount:
             _CONFIGURATION.format(port=self._port, mount_port=self._mount_port, directory=self.below, state=state)
         )
         self._processes: list[subprocess.Popen[bytes]] = []
+        # There is one rpcbind on a host, and one server of a kind that it knows: others wait for their turn.
+        self._turn = (Path(tempfile.gettempdir()) / "kvpool-tests-nfs.lock").open("w")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
         client = [sys.executable, "-m", "tests.faultfs.nfs_client", LIBRARY, str(self._port), str(self._mount_port)]
         try:
             self._start_rpcbind()
@@ -112,3 +117,4 @@ class NfsMount:
         for process in reversed(self._processes):
             process.kill()
             process.wait()
+        self._turn.close()

@@ -37,8 +37,6 @@ from tests.integration.pool import (
     wait_for,
 )
 
-pytestmark = pytest.mark.xdist_group("bad_input")  # most share one pool
-
 SIZE = 16 << 10
 KEYS = chain_of(1, 16)
 RANDOM = random.Random(5)

@@ -18,7 +18,7 @@ def test_lookups_fall_back_to_grpc(pool, monkeypatch):
             lambda host, port, timeout_s: connect(host, closed.getsockname()[1], timeout_s),
         )
         with Client(pool.address, node="") as client:
-            answer = client.lookup(Namespace("grpc only"), [bytes(16)], lease=True)
+            answer = client.lookup(Namespace("grpc only"), [bytes(16)], lease=True, timeout_ms=10_000)
             assert answer.reason == "not_stored"
             assert client.renew([12345]) == [12345]
 

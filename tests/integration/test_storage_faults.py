@@ -245,7 +245,6 @@ def test_a_mount_that_dies_and_is_mounted_again(faulty_mount: FaultyMount, stora
     storage.files_are_written(4)
 
 
-@pytest.mark.xdist_group("nfs")
 def test_an_nfs_server_that_is_killed_and_started_again(tmp_path: Path, bare_pool: Pool):
     """A hard mount: whoever asks waits for the server, only not those who ask the pool."""
     if why := why_no_nfs():

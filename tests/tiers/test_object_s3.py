@@ -19,8 +19,6 @@ from kvpool.tiers.store import StoreError, StoreMissingError, StoreReadOnlyError
 from tests.faultfs.s3 import BUCKET, KEY, SECRET, Gate, S3Server
 from tests.integration.pool import wait_for
 
-pytestmark = pytest.mark.xdist_group("s3")  # one server
-
 CAPACITY = 7 << 30
 READERS = 8
 _numbers = itertools.count()

@@ -14,8 +14,6 @@ from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import BlockStore
 from tests.faultfs.nfs import NfsMount, why_no_nfs
 
-pytestmark = pytest.mark.xdist_group("nfs")  # one server, and one rpcbind on a host
-
 
 @pytest.fixture(scope="module")
 def nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NfsMount]:
