@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.engine import Answer, Engine, engine_environment
+from tests.e2e.forked import Forked
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -198,14 +199,20 @@ class EngineProcess:
     """An engine in a process of its own."""
 
     def __init__(self, model: Path, connector: dict[str, Any], environment: dict[str, str], **arguments: Any) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.engine", str(model), json.dumps(connector), json.dumps(arguments)],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        line = [str(model), json.dumps(connector), json.dumps(arguments)]
+        environment = {**os.environ, **environment}
+        self._process: Any
+        if arguments.get("tensor_parallel_size", 1) == 1:
+            self._process = Forked("tests.e2e.engine", line, environment, asks=True)
+        else:  # ranks are processes, which vLLM starts on the CPU with an environment of their own
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.engine", *line],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         self.pid = self._process.pid
         self._up = False
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.e2e import models
-from tests.e2e.conftest import MARGIN_MIN, ROOT, EngineProcess, Pool, Prompts
+from tests.e2e.conftest import MARGIN_MIN, EngineProcess, Pool, Prompts
 from tests.e2e.engine import Answer
+from tests.e2e.forked import Forked
 
 PROMPT = 645
 """Five tokens more than whole blocks of 16 or 32."""
@@ -122,9 +120,8 @@ def test_ranks_with_the_same_head_store_it_once(pool: Pool, home: Path, prompts:
 def test_model_that_cannot_be_shared_is_refused_in_a_sentence(pool: Pool, home: Path) -> None:
     """The engine does not start, and says why."""
     models.make(home / "models", "mamba")
-    line = [sys.executable, "-m", "tests.e2e.engine", str(home / "models" / "mamba"), "{}", json.dumps({})]
-    ended = subprocess.run(
-        line, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ended.returncode != 0
-    assert "model: has KV of kind MambaSpec, which kvpool cannot share: its state is kept for whole" in ended.stderr
+    engine = Forked("tests.e2e.engine", [str(home / "models" / "mamba"), "{}", "{}"], dict(os.environ), merge=True)
+    with engine.stdout as output:
+        said = output.read().decode()
+    assert engine.wait(30) != 0
+    assert "model: has KV of kind MambaSpec, which kvpool cannot share: its state is kept for whole" in said

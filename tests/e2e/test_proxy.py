@@ -19,6 +19,7 @@ import pytest
 from kvpool.bench.ttft_engines import EngineSpec, end_groups, engine_python, kvpool_transfer, read_model
 from kvpool.server.launch import Children, free_port
 from tests.e2e.conftest import MARGIN_MIN, Pool
+from tests.e2e.forked import start_forked
 
 HOST = "127.0.0.1"
 BLOCK_TOKENS = 32
@@ -149,7 +150,7 @@ def served(
                 f"engine {number}", python, read_model(model), 400, BLOCK_TOKENS, 4096,
                 transfer and transfer | {"engine_id": uuid.uuid4().hex}, own | (environment or {}), arguments,
             )  # fmt: skip
-            children.start(spec.name, "kvpool.bench.ttft_exec", spec.command(port, home))
+            start_forked(children, spec.name, spec.command(port, home))
         engines = [Server(port) for port in ports]
         for engine in engines:
             children.wait_until(engine.is_healthy, f"{engine.address} was not ready", deadline)
