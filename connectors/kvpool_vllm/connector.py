@@ -172,7 +172,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._block_tokens = self._groups.block_tokens
         self._facts: RankFacts | None = None
         self._resets = 0
-        install()
+        self._in_step = vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.is_moe
+        if not self._in_step:  # there, naps would hold up what all ranks compute
+            install()
         if role == KVConnectorRole.SCHEDULER:
             self._outer_config = self._kv_transfer_config if multi is None else multi._kv_transfer_config
             _recompute_on_failure(self._outer_config)
@@ -239,6 +241,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
                 self._consumes,
                 self._kv_transfer_config.engine_id,
                 vllm_config.parallel_config.tensor_parallel_size,
+                self._in_step,
             ),
         )
 

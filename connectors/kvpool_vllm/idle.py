@@ -9,6 +9,10 @@ STEPS_BEFORE = 2
 
 FIRST_S = 0.0005
 MAX_S = 0.005
+
+IN_STEP_MAX_S = 0.001
+"""Where all ranks of data parallelism compute in step: an empty step of one is waited for by all."""
+
 GROWTH = 0.05
 """Of the time that was waited already: so much later it may be seen that the wait is over."""
 
@@ -16,7 +20,8 @@ GROWTH = 0.05
 class Idle:
     """The empty steps of one engine, in its scheduler's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_s: float = MAX_S) -> None:
+        self._most_s = most_s
         self._empty = 0
         self._since = 0.0
 
@@ -37,4 +42,4 @@ class Idle:
         if begins or not self._empty:
             self._since = now
         self._empty += 1
-        return min(MAX_S, max(FIRST_S, GROWTH * (now - self._since)))
+        return min(self._most_s, max(FIRST_S, GROWTH * (now - self._since)))

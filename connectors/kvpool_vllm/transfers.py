@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvpool.client_transfers import Claimed, TransferPart, TransferState
 from kvpool.model import KEY_BYTES, SHARDS_MAX, NodeAddress
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.idle import Idle
+from kvpool_vllm.idle import IN_STEP_MAX_S, MAX_S, Idle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +61,8 @@ class Engine:
     consumes: bool = False
     engine_id: str = ""
     tp_size: int = 1
+    in_step: bool = False
+    """Its ranks of data parallelism compute in step."""
 
 
 @dataclass(eq=False, slots=True)
@@ -283,7 +285,7 @@ class Transfers:
         self._early: list[tuple[Outgoing, SaveJob]] = []
         self._incoming: dict[int, Incoming] = {}
         self._nodes: dict[int, NodeAddress] = {}
-        self._idle = Idle()
+        self._idle = Idle(IN_STEP_MAX_S if engine.in_step else MAX_S)
         self._told: set[str] = set()
 
     def __len__(self) -> int:

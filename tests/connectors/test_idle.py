@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvpool_vllm import idle
-from kvpool_vllm.idle import FIRST_S, GROWTH, MAX_S, STEPS_BEFORE, Idle
+from kvpool_vllm.idle import FIRST_S, GROWTH, IN_STEP_MAX_S, MAX_S, STEPS_BEFORE, Idle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,3 +64,11 @@ def test_what_begins_is_waited_for_anew(pass_s: Callable[[float], None]) -> None
     assert empty_steps(steps, 1) == [MAX_S]
     assert steps.wait_s(empty=True, begins=True) == FIRST_S
     assert empty_steps(steps, 1) == [FIRST_S]
+
+
+def test_where_all_ranks_compute_in_step_it_waits_a_moment_at_most(pass_s: Callable[[float], None]) -> None:
+    """Each empty step of one is waited for by the others, which may have work."""
+    steps = Idle(IN_STEP_MAX_S)
+    empty_steps(steps, 1)
+    pass_s(30.0)
+    assert empty_steps(steps, 1) == [IN_STEP_MAX_S]
