@@ -263,6 +263,7 @@ class FileTier:
             if job is None:
                 self._ended(batch)
             elif isinstance(job, Write):
+                batch.unsure |= failure is not None and failure.trouble is Trouble.ERROR  # or its answer got lost
                 state.write_ended(job, failure, now)
             elif isinstance(job, Read):
                 if isinstance(value, tuple):
@@ -282,7 +283,7 @@ class FileTier:
         self._batches[batch.number].discard(batch)
         if not batch.abandoned:
             self._out[batch.number] -= 1
-        elif self._marks[batch.number] is not None:  # what it had in hand may be done or not
+        elif batch.unsure and self._marks[batch.number] is not None:
             self.state.changes.lost.add(self.stores[batch.number].id)
 
     def _log_states(self) -> None:

@@ -38,6 +38,8 @@ class Batch:
     def __init__(self, number: int, jobs: list[Job]) -> None:
         self.number = number
         self.abandoned = False
+        self.unsure = False
+        """Whether a file was begun of which nobody may ever say whether it is there."""
         self.portable = len(jobs) > 1 and all(map(portable, jobs))
         """Whether a process is worth asking: one file is read sooner by whoever has it in hand."""
         self._jobs = deque(jobs)
@@ -173,6 +175,7 @@ class Worker(threading.Thread):
                     desk.wake()
             self._lost = 0
         except HelperEndedError as exc:
+            batch.unsure = any(isinstance(job, Write) for job in jobs[done:])
             batch.put_back(jobs[done:])
             self._lose_helper(exc)
         finally:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import xxhash
 
+from kvpool.core.file_jobs import Read, Write
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
 from kvpool.model import Namespace
 from kvpool.server import filemarks
+from kvpool.server.filehelper import HelperEndedError
 from kvpool.server.filetier import FileTier
+from kvpool.server.filework import perform
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.tiers.posix import PosixStore
+from kvpool.tiers.store import StoreError
 from kvpool.tiers.writers import Writers
 
 SPACE = Namespace(model="demo")
@@ -236,5 +242,107 @@ def test_a_session_that_ends_before_the_master_has_everything_begins_the_scan_ag
         await until(lambda: again.says() > mark, "and now it is kept")
         assert again.scans == 2
         again.die()
+
+    run(test)
+
+
+@pytest.mark.parametrize("operation", ["read_into", "write"])
+def test_what_a_thread_does_late_is_not_looked_for(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, operation: Literal["read_into", "write"]
+) -> None:
+    """Nobody counts on it any more, but it says itself what has become of it."""
+
+    async def test() -> None:
+        node = Node(tmp_path, "n-01")
+        await node.put(1)
+        await until(lambda: node.known == {key(1)}, "the master knows")
+        node.state.evict(node.state.snapshot())
+        goes_on, does = threading.Event(), getattr(node.store, operation)
+
+        def hangs(*arguments: Any) -> None:
+            goes_on.wait(T)
+            does(*arguments)
+
+        monkeypatch.setattr(node.store, operation, hangs)
+        node.tier._timeout_s = 0.2
+        batches = node.tier._batches[0]
+        putting = asyncio.ensure_future(node.put(2)) if operation == "write" else None
+        if putting is None:
+            node.tier.fetch(2, [(SPACE.digest + key(1), 0)], node.store.id, T, lambda _: None)
+        await until(lambda: any(batch.abandoned for batch in batches), "it takes too long")
+        goes_on.set()
+        await until(lambda: not batches, "it ends")
+        assert not node.tier.state.changes.lost
+        assert node.scans == 0
+        if putting is not None:
+            await putting
+            await until(lambda: key(2) in node.known, "the master knows that, too")
+        node.die()
+
+    run(test)
+
+
+def test_a_write_that_fails_late_is_looked_for(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network may have lost the answer only: the file is there."""
+
+    async def test() -> None:
+        node = Node(tmp_path, "n-01")
+        await node.put(1)
+        await until(lambda: node.known == {key(1)}, "the master knows")
+        goes_on, write = threading.Event(), node.store.write
+
+        def fails(*arguments: Any) -> None:
+            write(*arguments)
+            goes_on.wait(T)
+            raise StoreError("it took too long")
+
+        monkeypatch.setattr(node.store, "write", fails)
+        node.tier._timeout_s = 0.2
+        putting = asyncio.ensure_future(node.put(2))
+        await until(lambda: any(batch.abandoned for batch in node.tier._batches[0]), "it takes too long")
+        goes_on.set()
+        await until(lambda: key(2) in node.known, "it is found")
+        assert node.scans == 1
+        await putting
+        node.die()
+
+    run(test)
+
+
+class Process:
+    """Does what a node's process beside it does that hangs when it has done the first job, until it is killed."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._killed = threading.Event()
+        self.kill = self.close = self._killed.set
+
+    def ready(self) -> bool:
+        return True
+
+    def send(self, jobs: Sequence[Read | Write]) -> None:
+        assert perform(self._node.store, self._node.segment.view, jobs[0]) == (None, None)
+
+    def receive(self) -> list[Any]:
+        self._killed.wait(T)
+        raise HelperEndedError
+
+
+def test_what_a_killed_process_had_in_hand_is_looked_for(tmp_path: Path, run: Run) -> None:
+    """A file may be there, and only a look at the directory tells."""
+
+    async def test() -> None:
+        node = Node(tmp_path, "n-01")
+        await node.put(1)
+        await until(lambda: node.known == {key(1)}, "the master knows")
+        for worker in node.tier._workers[0]:
+            worker.helped, worker.helper = True, Process(node)  # type: ignore[assignment]
+        node.tier.state._batch_bytes = node.segment.size
+        node.tier._timeout_s = 0.2
+        putting = asyncio.ensure_future(node.put(2, 3))
+        await until(lambda: key(2) in node.known, "it is found")
+        assert node.scans == 1
+        putting.cancel()
+        node.die()
 
     run(test)
