@@ -98,7 +98,7 @@ class FileMark:
     def _touch(self, since: float | None, taken: list[str]) -> None:
         """Keep our mark, then remove those whose task it names by now."""
         now: float | None = None
-        others: dict[str, Seen] = {}
+        others: dict[str, Seen] | None = None
         try:
             now = self._writers.keep(since)
             if now is not None:
@@ -109,7 +109,7 @@ class FileMark:
         with contextlib.suppress(RuntimeError):  # the loop is gone
             self._loop.call_soon_threadsafe(self._touched, now, others)
 
-    def _touched(self, now: float | None, others: dict[str, Seen]) -> None:
+    def _touched(self, now: float | None, others: dict[str, Seen] | None) -> None:
         self._busy = False
         if now is None:
             return
@@ -117,8 +117,7 @@ class FileMark:
             self.since = now
         if self._next is None:
             self._next, self._waiting, self._fence = now, set(self._batches), 0
-        dead = self._dead(others)
-        if dead:
+        if others is not None and (dead := self._dead(others)):
             log.warning("%s did not end in order: what it wrote last is looked for", ", ".join(sorted(dead)))
             self.since = min(self.since, *(others[name].since for name in dead))
             self._taken, self._due = dead, 0.0

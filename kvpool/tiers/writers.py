@@ -83,7 +83,7 @@ class Writers:
         return now
 
     def others(self) -> dict[str, Seen]:
-        """Return the marks of all others, by name."""
+        """Return the marks of all others that can be read, by name."""
         found = {}
         try:
             paths = list(self._directory.iterdir())
@@ -93,7 +93,7 @@ class Writers:
             if path.name.startswith(".") or path.name == self.name:
                 continue
             # By opening: only that asks a network filesystem's server what is there now.
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            with contextlib.suppress(OSError), path.open("rb") as file:
                 found[path.name] = Seen(_since(file.read(64)), os.fstat(file.fileno()).st_mtime_ns)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,7 +25,7 @@ from kvpool.server.filework import perform
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import StoreError
-from kvpool.tiers.writers import Writers
+from kvpool.tiers.writers import Seen, Writers
 
 SPACE = Namespace(model="demo")
 PAYLOAD = 8192
@@ -143,6 +144,33 @@ def test_a_node_that_is_back_looks_for_what_it_told_nobody(tmp_path: Path, run: 
         assert not any(scanned.last for scanned in again.told), "nobody has asked for all of it"
         await until(lambda: again.says() > mark, "and is not looked for again")
         assert again.scans == 1
+        again.die()
+
+    run(test)
+
+
+def test_a_look_that_fails_is_none(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is back finds its old mark at the first look that succeeds."""
+
+    async def test() -> None:
+        first = Node(tmp_path, "n-01", listens=False)
+        await first.put(1)
+        first.die()
+        fails, others = True, Writers.others
+        failed = 0
+
+        def look(writers: Writers) -> dict[str, Seen]:
+            nonlocal failed
+            if fails:
+                failed += 1
+                raise OSError(errno.EIO, "Input/output error")
+            return others(writers)
+
+        monkeypatch.setattr(Writers, "others", look)
+        again = Node(tmp_path, "n-02")
+        await until(lambda: failed > 2, "it has looked")
+        fails = False
+        await until(lambda: key(1) in again.known, "it is found")
         again.die()
 
     run(test)

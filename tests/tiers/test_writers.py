@@ -90,6 +90,15 @@ def test_a_mark_that_says_nothing_means_all(root: str, spoiled: bytes) -> None:
     assert Writers(root, OLD).others()["_x-1"].since == 0.0
 
 
+def test_one_that_cannot_be_read_hides_no_other(root: str) -> None:
+    """Whatever is wrong with it, the others are seen."""
+    mine, other = Writers(root, OLD), Writers(root, OTHER)
+    other.keep(None)
+    Path(root, "writers", "_a-1").mkdir()
+    Path(root, "writers", "_z-1").symlink_to("_z-1")
+    assert set(mine.others()) == {other.name}
+
+
 def test_nothing_is_made_where_the_backend_is_away(tmp_path: Path) -> None:
     """An unmounted directory stays empty."""
     with pytest.raises(FileNotFoundError):
