@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -25,7 +24,10 @@ REFRESH_S: Final = 10.0
 """How often a mark is touched."""
 
 STALE_S: Final = 60.0
-"""A mark that was not touched for so long is its owner's no more. It may be wrong: that costs a scan."""
+"""A mark that was not touched for so long is its owner's no more. It may be wrong: that costs a scan.
+
+Only the time of looks that succeed counts: while a filesystem is away, nobody can touch anything.
+"""
 
 CLOCK_S: Final = 5.0
 """How far a filesystem's timestamps may be from the order of events."""
@@ -56,7 +58,7 @@ class FileMark:
         self._busy = False
         self._first = True
         self._taken: list[str] = []  # marks of which ours has taken the task
-        self._seen: dict[str, tuple[int, float]] = {}  # touched, and our own time when we saw that first
+        self._seen: dict[str, tuple[int, int]] = {}  # touched, and how many looks ago we saw that first
         self._next: float | None = None  # ``since`` once all that is older is acknowledged
         self._waiting: set[Batch] = set()
         self._fence = 0
@@ -103,7 +105,8 @@ class FileMark:
             now = self._writers.keep(since)
             if now is not None:
                 self._writers.drop(taken)
-                others = self._writers.others()
+                if not taken:  # that is between two looks
+                    others = self._writers.others()
         except OSError as exc:
             log.debug("no mark can be kept: %s", exc)  # nor, then, can files be written
         with contextlib.suppress(RuntimeError):  # the loop is gone
@@ -125,17 +128,14 @@ class FileMark:
 
     def _dead(self, others: dict[str, Seen]) -> list[str]:
         """Return the marks whose owners are gone: at first an earlier process of this node, later whoever is silent."""
-        now = time.monotonic()
         dead = [name for name in others if self._first and self._writers.ours(name)]
         self._first = False
         seen = self._seen
         self._seen = {}
         for name, mark in others.items():
-            before = seen.get(name)
-            if before is None or before[0] != mark.touched:
-                self._seen[name] = (mark.touched, now)
-            else:
-                self._seen[name] = before
-                if now - before[1] >= STALE_S and name not in dead:
-                    dead.append(name)
+            touched, looks = seen.get(name, (None, 0))
+            looks = looks + 1 if touched == mark.touched else 0
+            self._seen[name] = (mark.touched, looks)
+            if looks * REFRESH_S >= STALE_S and name not in dead:
+                dead.append(name)
         return dead

@@ -198,6 +198,35 @@ def test_a_silent_node_is_taken_for_dead_by_another_one(
     run(test)
 
 
+def test_nobody_is_dead_because_a_filesystem_was_away(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All marks stand still then, for however long: only what is seen after that counts."""
+    monkeypatch.setattr(filemarks, "STALE_S", 0.2)
+
+    async def test() -> None:
+        dead = Node(tmp_path, "dead-01", listens=False)
+        await dead.put(1)
+        dead.die()
+        looks, others = [0, 0], Writers.others
+
+        def look(writers: Writers) -> dict[str, Seen]:
+            away = writers.name == "_other-01" and looks[1] == 1 and looks[0] < 20
+            looks[not away] += writers.name == "_other-01"
+            if away:
+                raise OSError(errno.EIO, "Input/output error")
+            return others(writers)
+
+        monkeypatch.setattr(Writers, "others", look)
+        other = Node(tmp_path, "other-01")
+        await until(lambda: key(1) in other.known, "the dead one is missed")
+        assert looks[0] == 20
+        assert looks[1] > filemarks.STALE_S / filemarks.REFRESH_S
+        other.die()
+
+    run(test)
+
+
 def test_who_ends_in_order_leaves_no_mark(tmp_path: Path, run: Run) -> None:
     """But for what the master does not know of: then the next process looks."""
 
