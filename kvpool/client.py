@@ -94,7 +94,7 @@ class Client:
         )  # fmt: skip
         self._near = self._health.guard("this host", self._probe_local)
         self._storage = StorageGuards(self._health)
-        self._peers = Peers(self._health, self._storage, _seconds(connect_timeout_ms, "connect_timeout_ms"))
+        self._peers = Peers(self._health, _seconds(connect_timeout_ms, "connect_timeout_ms"))
         self._gets = Gets(
             self._peers, self._storage, self._copies, self._local, lambda: self._own.id, self._ask_for_get,
             verify_local=self._verify_local,
@@ -191,7 +191,7 @@ class Client:
         own = node.node_id if node is not None and node.serves(backend, address.node_id) else ""
         found: list[tuple[str, ...]] = [(own, storage_name(own, backend))] if own else []
         if own != address.node_id:
-            found.append((address.node_id, address.place, storage_name(address.node_id, backend)))
+            found.append((address.node_id, address.place, storage_name(address.place, backend)))
         return found
 
     def warnings(self) -> list[str]:

@@ -47,9 +47,9 @@ def part_blocks(block_bytes: int, part_bytes: int = PART_BYTES) -> int:
     return max(1, part_bytes // block_bytes)
 
 
-def storage_name(node_id: str, backend: bytes) -> str:
-    """Return what a node's way to a backend is called in the log, in counters and among what is unusable."""
-    return f"{node_id}:fs:{backend.hex()[:8]}"
+def storage_name(node: str, backend: bytes) -> str:
+    """Return what a node's way to a backend is called: by its id in the log and in counters, by its place elsewhere."""
+    return f"{node}:fs:{backend.hex()[:8]}"
 
 
 class StorageGuards:
@@ -60,19 +60,27 @@ class StorageGuards:
         self._lock = threading.Lock()
         self._guards: dict[tuple[str, bytes], Guard] = {}
 
-    def of(self, node_id: str, backend: bytes, probe: Callable[[], None]) -> Guard:
-        """Return the breaker; ``probe`` asks for a file, and raises when the storage does not answer."""
+    def of(self, node_id: str, backend: bytes, probe: Callable[[], None], place: str = "") -> Guard:
+        """Return the breaker; ``probe`` asks for a file, and raises when the storage does not answer.
+
+        ``place``: of the node, unless it is this host's.
+        """
+        key = (place or node_id, backend)
         with self._lock:
-            guard = self._guards.get((node_id, backend))
+            guard = self._guards.get(key)
             if guard is None:
-                guard = self._health.guard(storage_name(node_id, backend), probe)
-                self._guards[node_id, backend] = guard
+                guard = self._guards[key] = self._health.guard(storage_name(node_id, backend), probe)
             return guard
 
-    def unusable(self) -> set[str]:
-        """Return the names of what is left alone."""
+    def all(self) -> list[Guard]:
+        """Return all breakers."""
         with self._lock:
-            return {guard.name for guard in self._guards.values() if not guard.closed}
+            return list(self._guards.values())
+
+    def unusable(self) -> set[str]:
+        """Return the names of what is left alone: by the nodes' places, this host's by its id."""
+        with self._lock:
+            return {storage_name(*key) for key, guard in self._guards.items() if not guard.closed}
 
 
 def judge(guard: Guard, reasons: Sequence[str]) -> None:

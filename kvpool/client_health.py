@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from kvpool.core.breaker import Breaker
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError
@@ -111,6 +111,13 @@ class Guard:
                 log.exception("probe of %s", self.name)
 
 
+def _count(guard: Guard, counts: Counter[str]) -> None:
+    if guard.breaker.opened:
+        counts[f"breaker.open.{guard.name}"] |= not guard.closed
+        counts[f"breaker.opened.{guard.name}"] += guard.breaker.opened
+        counts[f"breaker.rejected.{guard.name}"] += guard.rejected
+
+
 class Health:
     """All guards of a client."""
 
@@ -120,6 +127,7 @@ class Health:
         self._interval_s = probe_interval_s
         self._lock = threading.Lock()
         self._guards: list[Guard] = []
+        self._forgotten = Counter[str]()
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._closed = False
@@ -131,18 +139,24 @@ class Health:
             self._guards.append(guard)
         return guard
 
+    def forget(self, guards: Collection[Guard]) -> None:
+        """Never probe for these again; what they have counted stays counted."""
+        with self._lock:
+            for guard in [guard for guard in self._guards if guard in guards]:
+                self._guards.remove(guard)
+                _count(guard, self._forgotten)
+                if guard.breaker.opened:
+                    self._forgotten[f"breaker.open.{guard.name}"] = 0
+
     def counters(self) -> dict[str, int]:
         """Return for each breaker that has ever opened: ``breaker.open.NAME`` (0 or 1), ``opened``, ``rejected``.
 
         A node that comes back at another address has another breaker of the same name: what both counted is added up.
         """
         with self._lock:
-            used = [guard for guard in self._guards if guard.breaker.opened]
-        counts = Counter[str]()
-        for guard in used:
-            counts[f"breaker.open.{guard.name}"] = int(not guard.closed)
-            counts[f"breaker.opened.{guard.name}"] += guard.breaker.opened
-            counts[f"breaker.rejected.{guard.name}"] += guard.rejected
+            counts = self._forgotten.copy()
+            for guard in self._guards:
+                _count(guard, counts)
         return dict(counts)
 
     @property

@@ -86,10 +86,10 @@ class Wanted:
 class Peer:
     """One remote node, behind a circuit breaker."""
 
-    def __init__(self, address: NodeAddress, health: Health, storage: StorageGuards, connect_s: float) -> None:
+    def __init__(self, address: NodeAddress, health: Health, connect_s: float) -> None:
         self.address = address
         self.guard = health.guard(address.node_id, self._probe)
-        self._storage = storage
+        self._storage = StorageGuards(health)
 
         def connect(timeout_s: float) -> Channel:
             return Channel.connect_tcp(address.host, address.port, min(timeout_s, connect_s))
@@ -102,6 +102,15 @@ class Peer:
     def usable(self) -> bool:
         """Whether it is worth asking."""
         return self.guard.closed
+
+    @property
+    def guards(self) -> list[Guard]:
+        """All its breakers."""
+        return [self.guard, *self._storage.all()]
+
+    def unusable(self) -> set[str]:
+        """Return what of it is left alone: its place, names of its ways to storage."""
+        return self._storage.unusable() | (set() if self.usable else {self.address.place})
 
     def close(self) -> None:
         """Close its channels."""
@@ -121,7 +130,10 @@ class Peer:
 
     def storage(self, namespace: bytes, backend: bytes) -> Guard:
         """Return the breaker of this node's way to a backend."""
-        return self._storage.of(self.address.node_id, backend, lambda: self._probe_storage(namespace, backend))
+        address = self.address
+        return self._storage.of(
+            address.node_id, backend, lambda: self._probe_storage(namespace, backend), address.place
+        )
 
     def _probe_storage(self, namespace: bytes, backend: bytes) -> None:
         nothing = node_pb2.Get(namespace=namespace, shards=[0], fetch_ms=fetch_ms(PROGRESS_S), backend=backend)
@@ -223,12 +235,13 @@ class Peer:
 class Peers:
     """All remote nodes, by address."""
 
-    def __init__(self, health: Health, storage: StorageGuards, connect_s: float) -> None:
+    def __init__(self, health: Health, connect_s: float) -> None:
         self._health = health
-        self._storage = storage
         self._connect_s = connect_s
         self._lock = threading.Lock()
         self._peers: dict[tuple[str, int], Peer] = {}
+        self._last: dict[str, tuple[str, int]] = {}
+        """Where each node was seen last."""
 
     def at(self, address: NodeAddress) -> Peer:
         """Return the node at an address."""
@@ -236,13 +249,24 @@ class Peers:
             place = (address.host, address.port)
             peer = self._peers.get(place)
             if peer is None:
-                peer = self._peers[place] = Peer(address, self._health, self._storage, self._connect_s)
+                peer = self._peers[place] = Peer(address, self._health, self._connect_s)
+            if self._last.get(address.node_id) != place:
+                self._last[address.node_id] = place
+                self._forget_others(peer, address.node_id)
             return peer
 
+    def _forget_others(self, present: Peer, node_id: str) -> None:
+        """A node that has moved is not missed where it was; a place that answers is kept, for answers may be old."""
+        for place, peer in list(self._peers.items()):
+            if peer is not present and peer.address.node_id == node_id and peer.unusable():
+                del self._peers[place]
+                self._health.forget(peer.guards)
+                peer.close()
+
     def unusable(self) -> set[str]:
-        """Return the places of the nodes that are left alone."""
+        """Return what is left alone: places of nodes, names of their ways to storage."""
         with self._lock:
-            return {peer.address.place for peer in self._peers.values() if not peer.usable}
+            return {name for peer in self._peers.values() for name in peer.unusable()}
 
     def close(self) -> None:
         """Close all channels."""

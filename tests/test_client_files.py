@@ -233,12 +233,39 @@ def test_other_nodes_storage_has_a_breaker_of_its_own(client: Client, make: Any)
     asked = len([blocks for blocks, _ in other.fetches if blocks > 1])
     assert get(client, in_files(other, backend=OTHER)).reasons == {"breaker_open": BLOCKS}
     assert len([blocks for blocks, _ in other.fetches if blocks > 1]) == asked
-    assert client.unusable_nodes() == {storage_name("other", OTHER)}
+    assert client.unusable_nodes() == {storage_name(other.address.place, OTHER)}
     other.memory = {key: bytes(content_of(key, SIZE)) for key in KEYS}
     in_memory = Lookup(BLOCKS, "complete", runs=[Run(BLOCKS, [(other.address, "dram", (0,), b"")])])
     assert get(client, in_memory).tiers == {"remote": BLOCKS}
     other.storage = "up"
     wait_for(lambda: not client.unusable_nodes(), "a probe finds the storage well")
+
+
+def test_files_are_read_by_a_node_that_is_back_at_another_address(make: Any, tmp_path: Path) -> None:
+    """Its old address is left alone, and no longer asked or told of once it is seen at the new one."""
+    files = {key: bytes(content_of(key, SIZE)) for key in KEYS}
+
+    def left_alone(node: FileNode) -> bool:
+        unusable = client.unusable_nodes()
+        return not any(unusable.isdisjoint(names) for names in client.storages(node.address, BACKEND))
+
+    name = storage_name("b", BACKEND)
+    with Client(None, node=str(tmp_path / "none"), breaker_failures=2, breaker_probe_interval_ms=50) as client:
+        client.register(SPACE)
+        before, back = make("b"), make("back")
+        back.name = before.name
+        before.files = back.files = files
+        assert get(client, in_files(before)).prefix == BLOCKS
+        before.close()
+        for _ in range(2):
+            assert get(client, in_files(before)).reasons == {"owner_lost": BLOCKS}
+        assert get(client, in_files(before)).reasons == {"breaker_open": BLOCKS}
+        assert (left_alone(before), left_alone(back)) == (True, False)
+        assert client.stats()[f"breaker.open.{name}"] == 1
+        assert get(client, in_files(back)).prefix == BLOCKS
+        assert client.unusable_nodes() == set()
+        counts = {kind: client.stats()[f"breaker.{kind}.{name}"] for kind in ("open", "opened", "rejected")}
+        assert counts == {"open": 0, "opened": 1, "rejected": BLOCKS}
 
 
 def test_a_node_that_ends_while_it_reads_is_a_miss(client: Client, own: FileNode) -> None:
@@ -305,10 +332,11 @@ def test_shards_that_no_memory_has_are_found() -> None:
 def test_who_reads_files_for_this_host(client: Client, own: FileNode, make: Any) -> None:
     """This host's node where it serves the backend, and the one that the lookup names."""
     other = make("other")
-    both = [("own", storage_name("own", BACKEND)), ("other", other.address.place, storage_name("other", BACKEND))]
+    place = other.address.place
+    both = [("own", storage_name("own", BACKEND)), ("other", place, storage_name(place, BACKEND))]
     assert client.storages(other.address, BACKEND) == both
     assert client.storages(own.address, BACKEND) == both[:1]
-    assert client.storages(other.address, OTHER) == [("other", other.address.place, storage_name("other", OTHER))]
+    assert client.storages(other.address, OTHER) == [("other", place, storage_name(place, OTHER))]
 
 
 def test_storage_that_was_opened_later_is_noticed(make: Any) -> None:

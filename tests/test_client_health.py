@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from kvpool.client_health import BreakerOpenError, Guard, Health
+from kvpool.client_peers import Peers
 from kvpool.errors import FrameError, InvalidArgumentError, OverloadedError, UnavailableError
+from kvpool.model import NodeAddress
 
 PROBE_S = 0.01
 T = 10.0
@@ -136,3 +138,27 @@ def test_counts_of_a_name_never_fall(health: Health) -> None:
     counters = health.counters()
     assert counters["breaker.opened.b"] == 2
     assert counters["breaker.rejected.b"] == 6
+
+
+def test_a_node_that_moves_is_not_missed_where_it_was(health: Health) -> None:
+    """However often, and back again too: only where it was seen last counts, and only what failed is forgotten."""
+    places = [NodeAddress("b", "127.0.0.1", port) for port in (1, 2)]
+    peers = Peers(health, 0.1)
+    for moves in range(4):
+        peer = peers.at(places[moves % 2])
+        assert peer.usable
+        assert peers.unusable() == set()
+        assert health.counters().get("breaker.open.b", 0) == 0
+        fail(peer.guard, UnavailableError("gone"))
+        fail(peer.guard, UnavailableError("gone"))
+        assert peers.unusable() == {peer.address.place}
+        counts = {"breaker.open.b": 1, "breaker.opened.b": moves + 1, "breaker.rejected.b": 0}
+        assert health.counters() == counts
+    well = peers.at(places[0])
+    peers.at(places[1])
+    assert peers.at(places[0]) is well
+    deadline = time.monotonic() + T
+    while health.troubled:
+        assert time.monotonic() < deadline, "somebody still probes"
+        time.sleep(0.001)
+    peers.close()

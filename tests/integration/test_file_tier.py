@@ -244,6 +244,25 @@ def test_one_node_reads_what_another_one_wrote_before_it_died(fs: FilePool) -> N
     assert result.tiers == {"fs": len(keys)}
 
 
+def test_files_are_read_by_a_node_that_is_back_at_another_address(fs: FilePool) -> None:
+    """Engines without a node of their own have left alone the node that was killed; they load from it again."""
+    keys = chain_of(10, 16)
+    fs.fill(fs.pool.client("a"), keys)
+    client = fs.pool.client(breaker_failures=2, transfer_timeout_ms=10_000)
+    fs.pool.nodes["a"].kill()  # what it has in memory is gone
+    for _ in range(2):
+        fs.start_node("a", "--port", str(free_port()))
+        wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
+        lookup = client.lookup(SPACE, keys)
+        ((address, backend),) = {(address, backend) for run in lookup.runs for address, _, _, backend in run.owners}
+        unusable = client.unusable_nodes()
+        assert any(unusable.isdisjoint(names) for names in client.storages(address, backend))
+        assert get_chain(client, SPACE, keys, SIZE, lookup=lookup).tiers == {"fs": len(keys)}
+        fs.pool.nodes["a"].kill()
+        refused = {"breaker_open": len(keys)}
+        wait_for(lambda: get_chain(client, SPACE, keys, SIZE, lookup=lookup).reasons == refused, "it is left alone")  # noqa: B023
+
+
 def test_two_nodes_that_write_the_same_blocks_do_not_disturb_each_other(fs: FilePool) -> None:
     """Same name, same bytes: whoever renames first, there is one whole file of each."""
     fs.start_node("b")
