@@ -101,19 +101,22 @@ class FileMark:
         """Keep our mark, then remove those whose task it names by now."""
         now: float | None = None
         others: dict[str, Seen] | None = None
+        left = taken
         try:
             now = self._writers.keep(since)
             if now is not None:
                 self._writers.drop(taken)
+                left = []
                 if not taken:  # that is between two looks
                     others = self._writers.others()
         except OSError as exc:
             log.debug("no mark can be kept: %s", exc)  # nor, then, can files be written
         with contextlib.suppress(RuntimeError):  # the loop is gone
-            self._loop.call_soon_threadsafe(self._touched, now, others)
+            self._loop.call_soon_threadsafe(self._touched, now, others, left)
 
-    def _touched(self, now: float | None, others: dict[str, Seen] | None) -> None:
+    def _touched(self, now: float | None, others: dict[str, Seen] | None, left: list[str]) -> None:
         self._busy = False
+        self._taken = left
         if now is None:
             return
         if self.since is None:

@@ -59,9 +59,12 @@ class Writers:
             try:
                 return self._write(since)
             except OSError:
-                if since is None or self._kept is None or since < self._kept:
+                if since is None or self._kept is None:
                     raise
-                return self._touch()  # no room for what is new: what it says is older, and holds
+                now = self._touch()  # no room for what is new: what it says still holds
+                if since < self._kept:
+                    raise  # but it does not say all
+                return now
 
     def _touch(self) -> float:
         os.utime(self._path)

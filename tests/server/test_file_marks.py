@@ -176,6 +176,33 @@ def test_a_look_that_fails_is_none(tmp_path: Path, run: Run, monkeypatch: pytest
     run(test)
 
 
+def test_a_mark_that_cannot_be_taken_for_want_of_room_is_taken_later(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says is looked for at once, and not again when there is room."""
+
+    async def test() -> None:
+        first = Node(tmp_path, "n-01", listens=False)
+        await first.put(1)
+        first.die()
+        again = Node(tmp_path, "n-02")
+        full, write = True, Writers._write
+
+        def written(writers: Writers, since: float | None) -> float:
+            if full and writers.name == "_n-02":
+                raise OSError(errno.ENOSPC, "no space left")
+            return write(writers, since)
+
+        monkeypatch.setattr(Writers, "_write", written)
+        await until(lambda: key(1) in again.known, "it is found")
+        full = False
+        await until(lambda: not first.mark.exists(), "its mark is taken over")
+        assert again.scans == 1
+        again.die()
+
+    run(test)
+
+
 def test_a_silent_node_is_taken_for_dead_by_another_one(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,8 +78,10 @@ def test_a_mark_that_cannot_move_on_is_touched(root: str, monkeypatch: pytest.Mo
     assert mine.keep(began + 100) is not None
     assert other.others()[mine.name].since == began
     assert other.others()[mine.name].touched > 2e9
+    os.utime(Path(root, "writers", mine.name), (1.0, 1.0))
     with pytest.raises(OSError, match="no space"):
         mine.keep(began - 100)
+    assert other.others()[mine.name].touched > 2e9
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"nonsense\n", b"nan", b"\xff\xfe", b"inf"])
