@@ -101,6 +101,7 @@ class Known:
     def __init__(self, data_dir: str | None) -> None:
         self.path = Path(data_dir) / "backends.json" if data_dir is not None else None
         self.ids: dict[str, str] = {}
+        self.writers: dict[str, Writers] = {}  # of directories, each for all attempts to open it
         if self.path is not None:
             with contextlib.suppress(OSError, ValueError):  # nothing is remembered, as at first
                 found = json.loads(self.path.read_text())
@@ -159,7 +160,7 @@ def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio
 
     def done(opened: Opened | None, error: Exception | None) -> None:
         if result.done():
-            return  # nobody waits any more; its mark, if there is one, is another's to take over
+            return  # nobody waits any more; its mark, if there is one, is the next attempt's
         if opened is not None:
             known.remember(url, opened.store)
             result.set_result(opened)
@@ -179,7 +180,7 @@ def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio
                 fsync=settings.storage_fsync,
                 create=url not in known.ids,
             )
-            opened = Opened(MeasuredStore(store), *_marked(url, store, owner))
+            opened = Opened(MeasuredStore(store), *_marked(url, store, owner, known))
         except Exception as exc:  # the loop's to hear, whatever it is
             error = exc
         with contextlib.suppress(RuntimeError):  # the loop is gone
@@ -189,11 +190,11 @@ def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio
     return result
 
 
-def _marked(url: str, store: BlockStore, owner: str) -> tuple[Writers | None, float | None]:
+def _marked(url: str, store: BlockStore, owner: str, known: Known) -> tuple[Writers | None, float | None]:
     """Say in a directory that we write there, before we do; objects have no marks: looking for them costs money."""
     if directory_of(url) is None:
         return None, None
-    writers = Writers(store.url, owner)
+    writers = known.writers.setdefault(url, Writers(store.url, owner))
     try:
         return writers, writers.keep(None)
     except OSError as exc:

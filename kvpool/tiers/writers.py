@@ -44,14 +44,17 @@ class Writers:
         self._lock = threading.Lock()
 
     def keep(self, since: float | None) -> float | None:
-        """Touch our mark, or make it; None: it counts from now on. Returns the filesystem's time, None after ``leave``.
+        """Touch our mark, or make it; returns the filesystem's time, None after ``leave``.
 
-        Nothing is made where the backend itself is away, as when its filesystem is not mounted.
+        ``since``: None leaves what it says, or has a new one count from now on. Nothing is made where the backend
+        itself is away, as when its filesystem is not mounted.
         """
         with self._lock:
             if self._left:
                 return None
             self._identity.stat()
+            if since is None:
+                since = self._kept  # an attempt to open that nobody waits for: another one has begun to write
             if since is not None and since == self._kept:
                 with contextlib.suppress(FileNotFoundError):  # taken by somebody who believed us dead
                     return self._touch()

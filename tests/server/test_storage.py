@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,36 @@ def test_a_new_backend_that_cannot_be_made_ends_the_start(opening, tmp_path):
     (tmp_path / "kv").write_text("a file")
     with pytest.raises(ConfigError, match="storage_backends"):
         opening()
+
+
+def test_an_attempt_that_comes_late_leaves_the_mark_alone(opening, tmp_path, monkeypatch):
+    """By then another one has succeeded, and what was written since is the mark's to answer for."""
+    (before,) = opening()
+    goes_on, open_store = threading.Event(), storage.open_store
+    hanging = [True]
+
+    def opens(*arguments: Any, **options: Any) -> Any:
+        if hanging and hanging.pop():
+            goes_on.wait(T)
+        return open_store(*arguments, **options)
+
+    monkeypatch.setattr(storage, "OPEN_S", 0.5)
+    monkeypatch.setattr(storage, "open_store", opens)
+    mark, clock = tmp_path / "kv" / "writers" / "_a", tmp_path / "kv" / "clock"
+    says: list[float] = []
+
+    def is_late(tier: FileTier) -> bool:
+        if not tier.stores:
+            return False
+        clock.touch()
+        if not says:
+            says.append(float(mark.read_text()))
+        if clock.stat().st_mtime > says[0]:
+            goes_on.set()
+        return goes_on.is_set() and not any(thread.name == "kvpool-open" for thread in threading.enumerate())
+
+    assert opening(is_late) == [before]
+    assert float(mark.read_text()) == says[0]
 
 
 def test_another_backend_in_its_place_is_taken_and_remembered(opening, tmp_path, caplog):

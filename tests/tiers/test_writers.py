@@ -92,6 +92,16 @@ def test_a_mark_that_says_nothing_means_all(root: str, spoiled: bytes) -> None:
     assert Writers(root, OLD).others()["_x-1"].since == 0.0
 
 
+def test_a_mark_that_is_there_is_not_made_anew(root: str) -> None:
+    """An attempt to open the directory may come late: what was written meanwhile is answered for."""
+    mine, other = Writers(root, OLD), Writers(root, OTHER)
+    began = mine.keep(None)
+    assert began is not None
+    mine.keep(began - 100)
+    assert mine.keep(None) is not None
+    assert other.others()[mine.name].since == began - 100
+
+
 def test_one_that_cannot_be_read_hides_no_other(root: str) -> None:
     """Whatever is wrong with it, the others are seen."""
     mine, other = Writers(root, OLD), Writers(root, OTHER)
