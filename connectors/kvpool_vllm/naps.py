@@ -25,13 +25,16 @@ NAME = "sched_yield"
 PART = 4
 """A nap is this part of what an empty step waits."""
 
+FROM_S = 0.004
+"""Where steps wait for less, the wait may be over at any moment, and who naps is late for it."""
+
 _nap_s = 0.0
 
 
 def nap_for(wait_s: float) -> None:
     """From now on, nap instead of yielding, where steps wait so long; 0 for yielding as usual."""
     global _nap_s
-    _nap_s = wait_s / PART
+    _nap_s = wait_s / PART if wait_s >= FROM_S else 0.0
 
 
 def napping(usual: Callable[[], Any]) -> Callable[[], None]:

@@ -47,6 +47,15 @@ def test_loops_nap_only_while_told(done: list[str]) -> None:
     assert done == ["yield", f"nap {0.004 / naps.PART}", "yield"]
 
 
+def test_who_may_be_needed_at_any_moment_does_not_nap(done: list[str]) -> None:
+    """Naps are for long waits: a load of some milliseconds is over before, and is not made longer."""
+    engine = sys.modules["made_up_engine"]
+    naps.install("made_up_engine")
+    naps.nap_for(naps.FROM_S / 2)
+    engine.sched_yield()
+    assert done == ["yield"]
+
+
 def test_loops_are_taken_once(done: list[str]) -> None:
     """Several connectors in a process do not stand in each other's way."""
     engine = sys.modules["made_up_engine"]
