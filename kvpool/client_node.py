@@ -72,10 +72,12 @@ class LocalNode:
         self.backends = frozenset(attached.backends)
         self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
         self._memory: Bytes = np.frombuffer(self._segment.view, np.uint8)
+        self._view = view(self._memory)
+        """The same; the segment's own is gone when it is closed, which others may do while a copy is about to begin."""
         self._unpinned: UnpinnedReads | None = None
         if ordered(platform.machine()):
             with contextlib.suppress(LookupError):  # a node that keeps no table
-                self._unpinned = UnpinnedReads(self._segment.view, self._copy_items, self._touch)
+                self._unpinned = UnpinnedReads(self._view, self._copy_items, self._touch)
         self._registered: set[bytes] = set()
         self.alive = True
         self.writer = secrets.randbits(63) | 1
@@ -196,7 +198,7 @@ class LocalNode:
         """Copy blocks into their slots; returns each one's checksums, computed on the way unless they are known."""
         digests: list[list[int]] = known or [[]] * len(blocks)
         if blocks.rows is not None:
-            for (i, _), found in zip(items, rows_in(self._segment.view, blocks.rows, items, copies), strict=True):
+            for (i, _), found in zip(items, rows_in(self._view, blocks.rows, items, copies), strict=True):
                 digests[i] = found
             return digests
 
@@ -209,7 +211,7 @@ class LocalNode:
                     copy_plain(blocks.pieces[i], [slot], blocks.layer_bytes)
 
         def quick(part: Sequence[tuple[int, int]]) -> None:
-            memory, size, pieces = self._segment.view, blocks.shard_bytes, blocks.pieces
+            memory, size, pieces = self._view, blocks.shard_bytes, blocks.pieces
             for i, offset in part:
                 memory[offset : offset + size] = view(pieces[i][0])
 
@@ -441,11 +443,11 @@ class LocalNode:
     ) -> None:
         """Copy from the segment: (number of the block, offset, first and end of its checksums) for each."""
         if blocks.rows is not None:
-            rows_out(self._segment.view, blocks.rows, items, checksums if verify else None, copies, reasons)
+            rows_out(self._view, blocks.rows, items, checksums if verify else None, copies, reasons)
             return
 
         def quick(part: Sequence[tuple[int, int, int, int]]) -> None:
-            memory, size, pieces = self._segment.view, blocks.shard_bytes, blocks.pieces
+            memory, size, pieces = self._view, blocks.shard_bytes, blocks.pieces
             for i, offset, first, _ in part:
                 (target,) = pieces[i]
                 view(target)[:] = memory[offset : offset + size]
