@@ -293,7 +293,8 @@ def test_a_directory_that_is_deleted(tmp_path: Path, storage_on: Any):
     """It is made again with the same id; what was in it is a miss, what comes is written."""
     storage = storage_on(tmp_path / "files")
     before = storage.backend().id
-    shutil.rmtree(tmp_path / "files")
+    (tmp_path / "files").rename(tmp_path / "gone")  # at once: the node writes there meanwhile
+    shutil.rmtree(tmp_path / "gone")
     storage.memory_goes_on(3)
     assert storage.is_asked() == 0
     storage.is_said_to_be(UP)
