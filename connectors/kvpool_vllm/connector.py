@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import sys
 import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +47,7 @@ from kvpool_vllm.scheduler import SchedulerSide
 from kvpool_vllm.seeds import NAMES
 from kvpool_vllm.settings import autostart, connect, read_settings, role_of, transfer_roles
 from kvpool_vllm.stats import KVPoolPromMetrics, KVPoolStats
+from kvpool_vllm.tally import say_once
 from kvpool_vllm.transfers import Engine
 from kvpool_vllm.worker import WorkerSide
 
@@ -123,10 +123,7 @@ def _harmless(answer: Any) -> Callable[[Hook], Hook]:
             try:
                 return hook(self, *args, **kwargs)
             except Exception:  # whatever it was: vLLM would end
-                counters = self._side.counters
-                level = logging.DEBUG if counters["hook.errors"] else logging.ERROR
-                counters["hook.errors"] += 1
-                logger.log(level, "kvpool: %s failed", hook.__name__, exc_info=True)
+                say_once(self._side.counters, "hook.errors", f"kvpool: {hook.__name__} failed")
                 return answer
 
         return call  # type: ignore[return-value]  # of the same signature

@@ -6,12 +6,24 @@ changed since the last step, under ``FAMILY`` or ``FAMILY.LABEL``. Plain data, w
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvpool_vllm import LOGGER_NAME
+
+logger = logging.getLogger(LOGGER_NAME)
+
 Data = dict[str, dict[str, Any]]
 """``counters``: name to what was added; ``gauges``: source (a rank, or the scheduler) to name to value."""
+
+
+def say_once(counters: Counter[str], counter: str, text: str) -> None:
+    """Count an exception that is being handled; all but the first are too many for the log."""
+    logger.log(logging.DEBUG if counters[counter] else logging.ERROR, text, exc_info=True)
+    counters[counter] += 1
 
 
 @dataclass(frozen=True, slots=True)

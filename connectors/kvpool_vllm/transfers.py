@@ -427,8 +427,8 @@ class Transfers:
         ``empty``: nothing is computed; ``waits``: loads or saves are under way, whose workers wait; ``begins``: from
         this step on.
         """
-        claims = any(not incoming.settled for incoming in self._incoming.values())
-        wait_s = self._idle.wait_s(empty=empty and (waits or claims), begins=begins)
+        empty = empty and (waits or any(not incoming.settled for incoming in self._incoming.values()))
+        wait_s = self._idle.wait_s(empty=empty, begins=begins)
         if wait_s and not waits and self._idle.quiet and self._keeper is not None:
             self._keeper.wait_for_news(wait_s)
         return wait_s

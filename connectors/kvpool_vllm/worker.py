@@ -23,7 +23,7 @@ from kvpool_vllm.layer_saves import Forward, LayerSaves
 from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.receives import Receives
-from kvpool_vllm.tally import Data, Tally
+from kvpool_vllm.tally import Data, Tally, say_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -193,7 +193,7 @@ class WorkerSide:
                     logger.log(level, "a load lacks blocks (%s), they are computed instead", result.reasons)
                     break
         except Exception:  # whatever it was, it is a miss: the engine waits for this report
-            self._say_once("load.errors", "a load failed, its blocks are computed instead")
+            say_once(self.counters, "load.errors", "a load failed, its blocks are computed instead")
             arrived = 0
         finally:
             self._end_load(job, arrived, LoadSeen(time.monotonic() - started, dict(tiers)))
@@ -253,7 +253,7 @@ class WorkerSide:
             results = [result for part in self._own_parts(job) for result in self._store(part, job.transfer)]
             stored = not any(result.failed for result in results)
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
-            self._say_once("save.errors", "a save failed, its blocks are not stored")
+            say_once(self.counters, "save.errors", "a save failed, its blocks are not stored")
         finally:
             self.counters["save.us"] += round((time.monotonic() - started) * 1e6)
             self._end_save(job, stored=stored)
@@ -337,11 +337,6 @@ class WorkerSide:
             if not blocks:
                 break
         return min(results, key=lambda result: result.prefix)
-
-    def _say_once(self, counter: str, text: str) -> None:
-        """Count an exception that is being handled; all but the first are too many for the log."""
-        logger.log(logging.DEBUG if self.counters[counter] else logging.ERROR, text, exc_info=True)
-        self.counters[counter] += 1
 
     def _own_parts(self, job: SaveJob) -> list[Part]:
         """Return what is this rank's to store: ranks that hold the same take turns, block by block."""

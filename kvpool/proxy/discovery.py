@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from kvpool.config import boot_id
 from kvpool.proxy.fleet import Fleet
 from kvpool.proxy.routing import Instance, Role
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
+from kvpool.server.peers import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,4 @@ class Discovery:
 
 def _is_loopback(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host == "localhost" or is_loopback(host)

@@ -63,7 +63,7 @@ class FileScan(threading.Thread):
                 if self._stopped:
                     return
         except Exception as exc:  # a thread's last resort: a scan without an end would never be asked for again
-            if not isinstance(exc, (StoreError, OSError)):  # which say that the storage is away
+            if not isinstance(exc, StoreError):
                 log.exception("the scan of %s failed", self._store.url)
             self._send(Scanned(self._store.id, True, files, error=str(exc) or repr(exc)))
 

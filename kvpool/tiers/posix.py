@@ -416,12 +416,12 @@ def _changed(directory: str, since: float) -> bool:
     try:
         # By opening, as only that asks a server what is there now.
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return os.fstat(fd).st_mtime >= since
+        finally:
+            os.close(fd)
     except OSError:
         return True  # whoever lists it finds out why
-    try:
-        return os.fstat(fd).st_mtime >= since
-    finally:
-        os.close(fd)
 
 
 def _renamed(temporary: str, path: str, length: int) -> bool:

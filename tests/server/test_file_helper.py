@@ -33,12 +33,12 @@ from kvpool.tiers.dram import AttachedSegment, Segment, SlotHeader, pack_header
 from kvpool.tiers.measured import MeasuredStore
 from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import FileName
+from tests.server.waiting import T, until
 
 SPACE = Namespace(model="demo", layers=2)
 PAYLOAD = 8192
 EXTENT = PAYLOAD + 512
 MANY = range(1, 65)
-T = 20.0
 
 
 def key(number: int) -> bytes:
@@ -127,13 +127,6 @@ class Node:
         await until(lambda: len(list(self.posix.files())) == len(MANY), "they are written")
         await until(self.idle, "nothing is held")
         self.drop()
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < end, what
-        await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +25,10 @@ from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import StoreError
 from kvpool.tiers.writers import Seen, Writers
+from tests.server.waiting import T, until
 
 SPACE = Namespace(model="demo")
 PAYLOAD = 8192
-T = 20.0
 
 
 def key(number: int) -> bytes:
@@ -97,13 +96,6 @@ class Node:
         self.listens = False
         self.tier.close()
         self.segment.close()
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < end, what
-        await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from kvpool.tiers import blockfile
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.tiers.memory_store import MemoryStore
 from kvpool.tiers.store import FileName, StoredFile, StoreError, StoreFullError
+from tests.server.waiting import T, until
 
 SPACE = Namespace(model="demo")
 PAYLOAD = 8192
 SLOTS = 64
-T = 20.0
 TIMEOUT_S = 0.2
 
 
@@ -101,13 +101,6 @@ class Node:
     def idle(self) -> bool:
         held = self.state._owners.get(FILES_OWNER)
         return held is None or not (held.pins or held.reservations)
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < end, what
-        await asyncio.sleep(0.005)
 
 
 def with_node(test: Callable[[Node], Awaitable[None]], slots: int = SLOTS) -> None:
