@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvpool.client_rows import BlockRows
+from kvpool.client_rows import BlockRows, digest64
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES
 
@@ -40,9 +40,6 @@ PIECES_A_THREAD = 8
 
 PART_BYTES_MIN = 2 << 20
 """Less than this is not worth a thread of its own."""
-
-digest64: Callable[[Any], int] = xxhash.xxh3_64_intdigest
-"""One-shot xxh3-64 of a buffer; typed for arrays, which have the buffer protocol."""
 
 _BYTE = np.dtype(np.uint8)
 T = TypeVar("T")

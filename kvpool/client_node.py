@@ -20,14 +20,13 @@ from kvpool.client_bytes import (
     CopyThreads,
     copy_hashed,
     copy_plain,
-    digest64,
     hash_layers,
     pack_digests,
     unpack_digests,
     view,
 )
 from kvpool.client_files import PART_BYTES, check_probe, fetch_ms, reason_of
-from kvpool.client_rows import rows_in, rows_out
+from kvpool.client_rows import digest64, rows_in, rows_out
 from kvpool.client_unpinned import UnpinnedReads
 from kvpool.core.slot_table import ordered
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError

@@ -18,7 +18,6 @@ from kvpool.client_bytes import (
     Blocks,
     Bytes,
     CopyThreads,
-    digest64,
     hash_layers,
     layer_of,
     pack_digests,
@@ -29,6 +28,7 @@ from kvpool.client_bytes import (
 )
 from kvpool.client_files import StorageGuards, check_probe, fetch_ms, judge, part_blocks, reason_of
 from kvpool.client_health import BreakerOpenError, Guard, Health
+from kvpool.client_rows import digest64
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError, UnknownNamespaceError
 from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import namespace_to_proto

@@ -27,7 +27,8 @@ RUN_BYTES = 256 << 10
 UNIT_BYTES = 2 << 20
 """What a thread takes at a time, some layers of a run of blocks."""
 
-_digest64: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+digest64: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+"""One-shot xxh3-64 of a buffer; typed for arrays, which have the buffer protocol."""
 
 
 class BlockRows(Sequence[list[Bytes]]):
@@ -167,7 +168,7 @@ class _RowCopy:
             layer[where] = slots
             if verify:
                 rows = layer[where] if isinstance(where, slice) else [layer[number] for number in numbers.tolist()]
-                digests.append(list(map(_digest64, rows)))
+                digests.append(list(map(digest64, rows)))
         return digests
 
     def into(self, unit: _Unit) -> list[list[int]]:
@@ -175,7 +176,7 @@ class _RowCopy:
         where, digests = _where(self._numbers[unit.first : unit.end]), []
         for layer, slots in self._slots(unit):
             np.copyto(slots, layer[where])
-            digests.append(list(map(_digest64, slots)))
+            digests.append(list(map(digest64, slots)))
         return digests
 
     def _slots(self, unit: _Unit) -> Iterator[tuple[Bytes, Bytes]]:
