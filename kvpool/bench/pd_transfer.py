@@ -48,6 +48,14 @@ LAYERS: Final = "both by layers"
 """Of one run of bytes, the fastest that a copy can be; and as KV lies in the engines, whose layers are tables of their
 own, and in the segment, where a block's layers follow each other. Both by one thread, and without checksums."""
 
+COLD: Final = "both by layers, cold"
+"""The second, made once and as soon after a prefill as the transfer is: the others repeat a copy until caches and
+address translation know its memory."""
+
+QUIET_S: Final = 1.5
+"""An engine's processes yield in a loop for a second after their last step. On a machine that both engines share,
+that takes a core from the other one, by chance for all of that second."""
+
 SETTLE_S: Final = 5.0
 """What was transferred has been counted, and what was to be saved has been, by then."""
 
@@ -96,10 +104,12 @@ class Copies:
     out: Helper
 
     def measure(self, way: str) -> float:
-        """Return ms of the copy into the segment and of the one out of it together, each the middle of some."""
-        pairs = [(self.into.ask(way, COPY_S), self.out.ask(way, COPY_S)) for _ in range(COPIES)]
-        into, out = (statistics.median(each) for each in zip(*pairs, strict=True))
-        return float(into + out) * 1000
+        """Return ms of the copy into the segment and of the one out of it together, the middle of some."""
+        return statistics.median(self.once(way) for _ in range(COPIES))
+
+    def once(self, way: str) -> float:
+        """Return ms of one copy into the segment and one out of it together."""
+        return 1000 * (float(self.into.ask(way, COPY_S)) + float(self.out.ask(way, COPY_S)))
 
 
 @contextmanager
@@ -128,7 +138,7 @@ class Times:
     """The same for the same prompt when that engine has it in its own cache."""
     whole: list[float] = field(default_factory=list)
     """From the first request of both to the first token."""
-    copied: dict[str, list[float]] = field(default_factory=lambda: {RUN: [], LAYERS: []})
+    copied: dict[str, list[float]] = field(default_factory=lambda: {RUN: [], LAYERS: [], COLD: []})
     """The bare copies of the same bytes, into the segment and out of it, close by in time."""
     seconds: list[tuple[float, float]] = field(default_factory=list)
     """What the connectors say that they took, as KV left an engine, and as it came into one."""
@@ -190,15 +200,17 @@ class TransferRun:
         prompt = self._source.tokens(self._tokens + 1)
         before, counted = _seconds(system), Counters([system.decode])
         start = counted.read()
-        bare_before = {name: bare.measure(name) for name in times.copied}
+        bare_before = {name: bare.measure(name) for name in (RUN, LAYERS)}
         prefill_s, answer, whole_s = way(system, prompt)
-        hits = [self._stream(system.decode, prompt) for _ in range(HITS)]
+        time.sleep(QUIET_S)
+        times.copied[COLD].append(bare.once(LAYERS))
+        hits = [self._stream_quietly(system.decode, prompt) for _ in range(HITS)]
         if any(hit.text != answer.text for hit in hits):
             self._report.note(
                 f"{system.name}: a hit said something else than the transferred prompt: a near tie, or wrong KV"
             )
-        for name, found in times.copied.items():
-            found.append(min(bare_before[name], bare.measure(name)))
+        for name, before_ms in bare_before.items():
+            times.copied[name].append(min(before_ms, bare.measure(name)))
         after, counts = _seconds_once_counted(system, before), counted.since(start)
         times.prefill.append(prefill_s * 1000)
         times.first.append(answer.ttft_s * 1000)
@@ -212,9 +224,9 @@ class TransferRun:
         """Ask the decoding engine when the other has answered, as proxies do."""
         start = time.monotonic()
         params = self._prefill(system, for_prefill(_body(prompt)))
-        prefilled = time.monotonic()
-        answer = self._stream(system.decode, prompt, for_decode({}, params))
-        return prefilled - start, answer, prefilled - start + answer.ttft_s
+        prefill_s = time.monotonic() - start
+        answer = self._stream_quietly(system.decode, prompt, for_decode({}, params))
+        return prefill_s, answer, prefill_s + answer.ttft_s
 
     def _with(self, system: System, prompt: list[int]) -> tuple[float, Answer, float]:
         """Ask both at the same time."""
@@ -243,6 +255,11 @@ class TransferRun:
         if not isinstance(params, dict):
             raise BenchError(f"{system.name}: the prefilling engine does not say where the prompt's KV is")
         return params
+
+    def _stream_quietly(self, engine: Server, prompt: Sequence[int], more: Mapping[str, Any] | None = None) -> Answer:
+        """Ask when no engine does anything."""
+        time.sleep(QUIET_S)
+        return self._stream(engine, prompt, more)
 
     def _stream(self, engine: Server, prompt: Sequence[int], more: Mapping[str, Any] | None = None) -> Answer:
         answer = engine.complete(prompt, OUTPUT_TOKENS, self._timeout_s, **(more or {}))

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from click.testing import CliRunner
 
-from kvpool.bench import pd_workload
+from kvpool.bench import pd_transfer, pd_workload
 from kvpool.bench.harness import BenchError
 from kvpool.bench.pd import Work
 from kvpool.bench.pd_counts import Counters
@@ -19,7 +19,7 @@ from kvpool.bench.pd_report import PDReport
 from kvpool.bench.pd_results import Asked, Result, Row, Where
 from kvpool.bench.pd_sim import ROUTINGS, Cluster, Simulation
 from kvpool.bench.pd_stage import EngineSizes, Shape, engine_specs
-from kvpool.bench.pd_transfer import AFTER, HITS, LAYERS, RUN, WITH, System, TransferRun, copies
+from kvpool.bench.pd_transfer import AFTER, COLD, HITS, LAYERS, RUN, WITH, System, TransferRun, copies
 from kvpool.bench.pd_workload import KINDS, Ask, make, marked, read, write
 from kvpool.bench.pool import BenchPool
 from kvpool.bench.ttft_data import Prompts
@@ -342,10 +342,11 @@ class Pair:
         send_chunk(handler, b"")
 
 
-def test_a_transfer_is_measured_beside_hits_and_copies():
+def test_a_transfer_is_measured_beside_hits_and_copies(monkeypatch):
     """The decoding engine gets what the prefilling one says, or the same id where both are asked at once; then hits."""
     prefill, decode = FakeEngine(FakePool()), FakeEngine(FakePool())
     pair, report = Pair(prefill, decode), PDReport()
+    monkeypatch.setattr(pd_transfer, "QUIET_S", 0.0)
     with serving(prefill, decode), copies(8, 4, 2048) as bare:
         system = System("kvpool", server(prefill), server(decode), at_once=True)
         TransferRun(32, 2, Prompts(1, 3, 4096), report, LIMIT_S).measure(system, bare)
@@ -356,10 +357,10 @@ def test_a_transfer_is_measured_beside_hits_and_copies():
     assert after == [("prefill", None), ("decode", "f")]
     assert beside[0][1] == beside[1][1] and len(beside[0][1]) == 16
     names = [(figure.name, figure.detail["decode asked"]) for figure in report.figures]
-    assert names == [("transfer", AFTER)] * 2 + [("ttft", AFTER), ("ttft", WITH)]
-    assert [figure.limit for figure in report.figures[:2]] == [RUN, LAYERS]
+    assert names == [("transfer", AFTER)] * 3 + [("ttft", AFTER), ("ttft", WITH)]
+    assert [figure.limit for figure in report.figures[:3]] == [RUN, LAYERS, COLD]
     assert all(len(figure.detail["each_ms"]) == 2 and figure.limit_value > 0 for figure in report.figures)
-    assert report.tables("t")[0].row_count == 4
+    assert report.tables("t")[0].row_count == 5
 
 
 def test_an_engine_that_hands_nothing_over_is_said():
