@@ -7,7 +7,7 @@ before; what a node is told to be acknowledged waits for it.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ class SharedFiles:
         self.namespaces: dict[bytes, Namespace] = {}
         self.acknowledged: set[File] = set()
         """Files that a node was told the master will not forget; those found missing since are not among them."""
+        self._gone: Counter[File] = Counter()
+        """How often each was removed, or got lost: what is acknowledged late may be there again, by another's write."""
+        self._written: dict[tuple[str, File], int] = {}
+        self._noted: dict[tuple[str, File], int] = {}
+        """How often a file had gone when a node wrote it; of the write that it tells of."""
 
     def pump(self, node: NodeProcess) -> None:
         """Let a node do what it has to do: one job after another, each in its own time."""
@@ -59,30 +64,31 @@ class SharedFiles:
             node.storing = True
             early = self._random.random() < 0.5  # is the file there when its node dies now?
             for job in jobs if early else ():
-                self._perform(job)
+                self._perform(node, job)
             self._cluster.after(2 * IO_S * self._random.random(), node, self._done, node, jobs, early)
         for backend in tier.scans_asked:
             if backend == BACKEND:
                 self._cluster.after(IO_S, node, self._scan, node, node.session, list(self.files.items()))
         tier.scans_asked.clear()
 
-    def _perform(self, job: Job) -> None:
+    def _perform(self, node: NodeProcess, job: Job) -> None:
         if isinstance(job, Write):
             self.files[job.file] = job.shard_bytes
+            self._written[node.name, job.file] = self._gone[job.file]
             if job.namespace is not None:
                 self.namespaces[job.namespace.digest] = job.namespace
         elif isinstance(job, Remove):
             for file in job.files:
-                self.files.pop(file, None)
-                self.acknowledged.discard(file)
+                self._lose(file)
 
     def _done(self, node: NodeProcess, jobs: list[Job], early: bool) -> None:
         node.storing = False
         now = self._cluster.clock()
         for job in jobs:
             if not early:
-                self._perform(job)
+                self._perform(node, job)
             if isinstance(job, Write):
+                self._noted[node.name, job.file] = self._written[node.name, job.file]
                 slot = node.segment.slot(*job.file)
                 assert slot is not None, "what is being written stays"
                 assert slot.start == job.start, "what is being written stays where it is"
@@ -93,6 +99,11 @@ class SharedFiles:
                 node.tier.learned(job.backend, list(self.namespaces.values()), None, now)
         self._cluster.changed(node)
         self.pump(node)
+
+    def _lose(self, file: File) -> int:
+        self._gone[file] += 1
+        self.acknowledged.discard(file)
+        return self.files.pop(file, 0)
 
     def _probed(self, node: NodeProcess, number: int) -> None:
         node.tier.probed(number, None, None, self._cluster.clock())
@@ -118,8 +129,7 @@ class SharedFiles:
         readers = [node for node in self._cluster.nodes if node.tier.backends[0].readable]
         if self.files and readers:
             file = self._random.choice(list(self.files))
-            size = self.files.pop(file)
-            self.acknowledged.discard(file)
+            size = self._lose(file)
             node = self._random.choice(readers)
             node.tier.changes.note(BACKEND, *file, size, added=False)
             self._cluster.changed(node)
@@ -137,7 +147,7 @@ class SharedFiles:
         for file, added in before.items():
             if file in after:
                 continue
-            if added and file in self.files:
+            if added and file in self.files and self._noted[node.name, file] == self._gone[file]:
                 self.acknowledged.add(file)
             elif not added:
                 self.acknowledged.discard(file)
