@@ -38,7 +38,7 @@ from kvpool.errors import InvalidArgumentError
 from kvpool.model import format_size
 from kvpool.proxy.prompts import fetch, for_decode, for_prefill
 
-HITS: Final = 5
+HITS: Final = 3
 """Times that a prompt is sent again: the middle one is what a hit in the engine's own cache takes."""
 COPIES: Final = 5
 OUTPUT_TOKENS: Final = 2

@@ -184,11 +184,11 @@ class PosixStore:
             if entry.name.startswith("."):
                 continue
             try:
-                with open(entry.path, "rb") as file:
-                    namespace = parse_namespace(entry.name, file.read(1 << 16))
+                said, _ = posix_io.read_small(entry.path, 1 << 16)
             except OSError as exc:
                 log.warning("%s cannot be read: %s", entry.path, exc.strerror)
                 continue
+            namespace = parse_namespace(entry.name, said)
             if namespace is not None:
                 found.append(namespace)
         return found
@@ -196,8 +196,9 @@ class PosixStore:
     def keep_namespace(self, namespace: Namespace) -> None:
         """Write a descriptor unless it is there. Raises StoreError."""
         path = f"{self.url}/{namespace_path(namespace.digest)}"
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if parse_namespace(os.path.basename(path), file.read(1 << 16)) == namespace:
+        with contextlib.suppress(OSError):
+            said, _ = posix_io.read_small(path, 1 << 16)
+            if parse_namespace(os.path.basename(path), said) == namespace:
                 return
         self._replace(path, memoryview(pack_namespace(namespace)))
 

@@ -119,6 +119,21 @@ def fill(path: str, target: memoryview, unit: int) -> None:
             os.close(fd)
 
 
+def read_small(path: str, most: int) -> tuple[bytes, os.stat_result]:
+    """Return at most so many bytes of a file, and its status. Raises OSError, also for what is no regular file.
+
+    By opening, as only that asks a network filesystem's server what is there now.
+    """
+    fd = os.open(path, _OLD)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return os.read(fd, most), status
+    finally:
+        os.close(fd)
+
+
 def spread(directory: str) -> None:
     """Have ext4 put each directory below this one into a part of the disk of its own, as it does below its root.
 

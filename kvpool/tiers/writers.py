@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from kvpool.tiers import posix_io
 from kvpool.tiers.layout import IDENTITY_FILE, WRITERS
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]")
@@ -98,9 +99,9 @@ class Writers:
         for path in paths:
             if path.name.startswith(".") or path.name == self.name:
                 continue
-            # By opening: only that asks a network filesystem's server what is there now.
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                found[path.name] = Seen(_since(file.read(64)), os.fstat(file.fileno()).st_mtime_ns)
+            with contextlib.suppress(OSError):
+                said, status = posix_io.read_small(str(path), 64)
+                found[path.name] = Seen(_since(said), status.st_mtime_ns)
         return found
 
     def ours(self, name: str) -> bool:

@@ -92,6 +92,16 @@ def test_the_layout_is_what_other_nodes_expect(store, root):
     assert (root / "blocks" / str(NAME)).read_bytes() == extent_of(NAME)
 
 
+def test_nobody_waits_for_a_fifo_at_the_place_of_a_description(store, root):
+    """What is no file is as if it were not there, and is replaced."""
+    spaces = [Namespace(model=name) for name in ("one", "two")]
+    store.keep_namespace(spaces[0])
+    os.mkfifo(root / "namespaces" / f"{spaces[1].digest.hex()}.json")
+    assert store.namespaces() == [spaces[0]]
+    store.keep_namespace(spaces[1])
+    assert sorted(space.model for space in store.namespaces()) == ["one", "two"]
+
+
 def test_a_block_appears_under_its_name_whole(store, root, monkeypatch):
     """Until the rename it has another name, beside its place, that says who writes it."""
     seen = []

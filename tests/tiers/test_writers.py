@@ -108,6 +108,7 @@ def test_one_that_cannot_be_read_hides_no_other(root: str) -> None:
     other.keep(None)
     Path(root, "writers", "_a-1").mkdir()
     Path(root, "writers", "_z-1").symlink_to("_z-1")
+    os.mkfifo(Path(root, "writers", "_b-1"))  # which nobody ever opens to write
     assert set(mine.others()) == {other.name}
 
 
