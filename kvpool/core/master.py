@@ -187,6 +187,10 @@ class MasterState:
         return effects
 
     def _hello(self, session: int, hello: Hello, up: float) -> list[Effect]:
+        known = self._sessions.get(session)
+        if known is not None and known.address.node_id != hello.address.node_id:
+            self.counters["hellos_refused"] += 1
+            return [Close(session, f"it is node {known.address.node_id}'s")]
         effects = self._learn(hello.namespaces)
         node = self.nodes.get(hello.address.node_id)
         if node is not None and hello.epoch in node.superseded:
@@ -427,7 +431,7 @@ class MasterState:
                     del self.nodes[node_id]
                     self.backends.forget(node)
                     if node.session is not None:
-                        del self._sessions[node.session]
+                        self._sessions.pop(node.session, None)
                         effects.append(Close(node.session, "silent for too long"))
                 continue
             lost_tail = not node.awaiting and node.heard_sequence > node.sequence

@@ -17,6 +17,9 @@ from kvpool.model import KEY_BYTES, Namespace
 SEED: Final = "vllm-none-hash"
 """Of engines that run without PYTHONHASHSEED."""
 
+BLOCK_TOKENS_MAX: Final = 1 << 14
+"""Engines have blocks of some dozens of tokens; whoever says more is not believed."""
+
 _Block = tuple[bytes, tuple[int, ...], None]
 
 
@@ -58,7 +61,7 @@ def _hashes(algorithm: str, seed: str, block_tokens: int, tokens: Sequence[int])
 
 def can_hash(namespace: Namespace, seed: str = SEED) -> bool:
     """Return whether engines of this namespace hash as this module does."""
-    if namespace.hash_algorithm not in _FORMS:
+    if namespace.hash_algorithm not in _FORMS or namespace.block_tokens > BLOCK_TOKENS_MAX:
         return False
     block = range(namespace.block_tokens)
     return _hashes(namespace.hash_algorithm, seed, len(block), block)[0].hex()[:32] == namespace.hash_fingerprint

@@ -235,7 +235,11 @@ class Exchange:
     async def _prefill_at(self, ticket: Ticket, asking: Asking, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return what a prefill instance says of the prompt's KV, the ticket's or another one; None for nothing."""
         outcomes = self._fleet.metrics.prefills
-        raw = json.dumps(body).encode()
+        try:
+            raw = json.dumps(body).encode()
+        except BaseException:  # what could be read may be nested too deeply to be written from here
+            self._fleet.end(ticket)
+            raise
         failed: AttemptError | None = None
         for _ in range(self._settings.attempts_max):
             if failed is not None:

@@ -12,7 +12,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import grpc
@@ -69,6 +69,7 @@ class PoolIndex:
         self._stub = admin_pb2_grpc.AdminStub(channel)
         self._seed = settings.hash_seed or chains.SEED
         self._spaces: dict[str, list[Namespace]] = {}
+        self._taken: set[bytes] = set()
         self._models: dict[str, dict[str, str]] = {}  # of each instance: names it serves a model under -> its label
         self._tokenized: OrderedDict[bytes, list[int]] = OrderedDict()
         self._tokens = 0
@@ -207,9 +208,15 @@ class PoolIndex:
 
     def _take(self, namespaces: Sequence[Namespace]) -> None:
         """Keep the namespaces whose keys can be computed, one KV cache group each."""
+        if {one.digest for one in namespaces} == self._taken:
+            return
+        self._taken = {one.digest for one in namespaces}
         spaces: dict[str, list[Namespace]] = {}
+        groups: dict[Namespace, set[str]] = {}
         for one in namespaces:
-            if any(one.differences(other) == ["kv_group"] for other in namespaces):
+            groups.setdefault(replace(one, kv_group=""), set()).add(one.kv_group)
+        for one in namespaces:
+            if len(groups[replace(one, kv_group="")]) > 1:
                 continue  # of a hybrid model: what lies of one group says too little
             if chains.can_hash(one, self._seed):
                 spaces.setdefault(one.model, []).append(one)

@@ -169,6 +169,9 @@ class Proxy:
         except InvalidArgumentError as exc:
             status = "400"
             return error_response(400, str(exc))
+        except RecursionError:
+            status = "400"
+            return error_response(400, "the request is nested too deeply")
         except web.HTTPException as exc:
             status = str(exc.status)
             raise

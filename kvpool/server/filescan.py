@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -38,13 +39,16 @@ class FileScan(threading.Thread):
         loop: asyncio.AbstractEventLoop,
         tell: Callable[[FileScan, Scanned], bool],
         since: float = 0.0,
+        longest: int = FILE_BYTES_MAX,
     ) -> None:
+        """``longest``: bytes of a file that could be loaded; no other is opened."""
         super().__init__(name="kvpool-scan", daemon=True)
         self.since = since
         self.url = store.url
         self._store = store
         self._loop = loop
         self._tell = tell
+        self._longest = longest
         self._sent = threading.Event()
         self._stopped = False
 
@@ -57,7 +61,7 @@ class FileScan(threading.Thread):
         """Send all pieces; the last one says when it ended early, and why."""
         files = 0
         try:
-            for piece in pieces(self._store, self.since, lambda: self._stopped):
+            for piece in pieces(self._store, self.since, lambda: self._stopped, self._longest):
                 files = piece.files
                 self._send(piece)
                 if self._stopped:
@@ -80,12 +84,14 @@ class FileScan(threading.Thread):
             self._loop.call_later(SEND_AGAIN_S, self._post, piece)
 
 
-def pieces(store: BlockStore, since: float, stopped: Callable[[], bool]) -> Iterator[Scanned]:
+def pieces(
+    store: BlockStore, since: float, stopped: Callable[[], bool], longest: int = FILE_BYTES_MAX
+) -> Iterator[Scanned]:
     """Yield what a backend holds, as far as its namespaces are known, until it is ``stopped``. Raises StoreError."""
     namespaces = tuple(store.namespaces())
     known = {namespace.digest for namespace in namespaces}
     yield Scanned(store.id, False, namespaces=namespaces)
-    sizes = _Sizes(store)
+    sizes = _Sizes(store, longest)
     groups: dict[tuple[bytes, int, int], list[bytes]] = {}
     files = keys = 0
     for file in store.files(since):
@@ -110,8 +116,9 @@ def _runs(groups: dict[tuple[bytes, int, int], list[bytes]]) -> tuple[BlockRun, 
 class _Sizes:
     """Payload bytes of files: their length tells it to within 512 bytes, one file of each length says it."""
 
-    def __init__(self, store: BlockStore) -> None:
+    def __init__(self, store: BlockStore, longest: int) -> None:
         self._store = store
+        self._longest = min(longest, FILE_BYTES_MAX)
         self._known: dict[tuple[bytes, int], int] = {}
         self._tries: dict[tuple[bytes, int], int] = {}
 
@@ -125,11 +132,11 @@ class _Sizes:
         return found
 
     def _read(self, file: StoredFile) -> int:
-        if file.bytes > FILE_BYTES_MAX:
+        if not 0 < file.bytes <= self._longest:
             return 0
         try:
-            extent = memoryview(bytearray(file.bytes))
+            extent = memoryview(mmap.mmap(-1, file.bytes))  # unlike a bytearray's, nobody has to clear its bytes
             self._store.read_into(file.name, extent)
             return blockfile.parse(extent).shard_bytes
-        except (StoreError, MemoryError):
+        except (StoreError, OSError, MemoryError):
             return 0

@@ -407,7 +407,7 @@ class FileTier:
                 self._fences.pop(store.id, None)
             since = mark.scan_since if mark is not None and not wanted else 0.0
             state.counters["scans"] += 1
-            self._scans[store.id] = FileScan(store, self._loop, self._tell, since)
+            self._scans[store.id] = FileScan(store, self._loop, self._tell, since, self._segment.size)
             self._scans[store.id].start()
         asked.clear()
 

@@ -273,9 +273,10 @@ class Catalog:
                 self._lost = True
                 self._start_anew(exc)
                 self._transact(changes)
-        except (OSError, lmdb.Error, ConfigError) as exc:
+        except Exception as exc:  # whatever it is, the thread must live: nodes wait for what it acknowledges
             if not self.problem:
-                log.warning("the catalog %s cannot be written: %s", self._path, exc)
+                foreign = not isinstance(exc, (OSError, lmdb.Error, ConfigError))
+                log.warning("the catalog %s cannot be written: %s", self._path, exc, exc_info=foreign)
             self.problem = f"the catalog cannot be written ({exc}): what changes now may be forgotten at a restart"
             if self._held_keys <= HELD_KEYS_MAX:
                 return
@@ -292,7 +293,7 @@ class Catalog:
             with self._env.begin(write=True) as txn:
                 for change in changes:
                     change(txn)
-        except (OSError, lmdb.Error):
+        except Exception:
             self._groups, self._numbers = known  # those of the transaction are gone with it
             raise
 
@@ -398,7 +399,10 @@ class Catalog:
         while chunk := list(islice(cursor, READ_CHUNK)):
             entries.append(b"".join([key for key, _ in chunk]))
             times.append(b"".join([value or _NO_TIME for _, value in chunk]))
-        return FileList(dict(self._groups), b"".join(entries), b"".join(times))
+        try:
+            return FileList(dict(self._groups), b"".join(entries), b"".join(times))
+        except ValueError as exc:  # an entry of another length
+            raise lmdb.CorruptedError(str(exc)) from exc
 
 
 def _fill_up(path: Path) -> None:

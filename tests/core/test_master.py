@@ -228,6 +228,21 @@ def test_silence_makes_suspect_then_dead_then_forgotten(pool):
     assert (pool.state(), pool.prefix(1)) == ("live", 1)
 
 
+def test_a_session_is_of_one_node(pool):
+    """Whoever says another name on it is sent away, and the master goes on when both are forgotten."""
+    pool.join(1, "a", run(1))
+    pool.hello(1, "b")
+    assert pool.closed == [1]
+    assert list(pool.master.nodes) == ["a"]
+    pool.close(1)
+    for _ in range(round(FORGET_DEAD_S) + 12):
+        pool.clock.advance(0.99)
+        pool.perform(pool.master.handle(Tick(), pool.clock()))
+    assert pool.master.nodes == {}
+    pool.join(2, "b", run(1))
+    assert pool.state("b") == "live"
+
+
 def test_a_forgotten_node_begins_anew(pool):
     """A session that was silent for very long is closed, so that its node says Hello again."""
     pool.join(1)

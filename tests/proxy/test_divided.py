@@ -45,6 +45,25 @@ class TestTheTwoRequests:
 
         play(story())
 
+    @pytest.mark.parametrize("start", ["after_prefill", "with_prefill"])
+    def test_what_can_be_read_and_not_be_written_keeps_no_place(self, start):
+        """Somewhere below the interpreter's limit lie requests that are nested too deeply to be passed on."""
+
+        async def story():
+            prefill, decode = FakeInstance("p"), FakeInstance("d")
+            async with staged(prefill, decode, prefill=1, decode_start=start) as stage:
+                seen = set()
+                for depth in range(860, 1000, 2):
+                    raw = b'{"prompt": "p", "x": ' + b"[" * depth + b"]" * depth + b"}"
+                    async with stage.client.post(stage.url + COMPLETIONS, data=raw) as response:
+                        await response.read()
+                        seen.add(response.status)
+                assert seen == {200, 400}
+                every = stage.proxy.fleet.router.instances.values()
+                await until(lambda: not any(one.requests for one in every))
+
+        play(story())
+
     @pytest.mark.parametrize("more", [{"n": 2}, {"prompt": ["a", "b"]}, {"echo": True, "logprobs": 1},
                                       {"prompt_logprobs": 1}], ids=str)  # fmt: skip
     def test_what_cannot_be_divided_is_not(self, more):

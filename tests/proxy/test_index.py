@@ -45,6 +45,7 @@ class TestHashes:
         assert not can_hash(namespace(algorithm, hash_fingerprint="0" * 32))
         assert not can_hash(namespace(algorithm), seed="0")
         assert not can_hash(namespace("sha256", hash_algorithm="xxhash"))
+        assert not can_hash(namespace("sha256", block_tokens=(1 << 32) - 1))  # which would be gigabytes to try
 
     @pytest.mark.parametrize("algorithm", SEEN)
     def test_the_second_block_covers_the_first(self, algorithm):

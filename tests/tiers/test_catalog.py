@@ -156,6 +156,28 @@ def test_what_was_kept_survives_a_kill(tmp_path, opened):
     assert {number for *_, number in found} == set(range(len(found)))
 
 
+def test_a_defect_of_ours_does_not_end_the_thread(opened, caplog, monkeypatch):
+    """What nobody has thought of is said; nothing is lost, and what comes later is written and acknowledged."""
+    catalog = opened()
+    tries: queue.SimpleQueue = queue.SimpleQueue()
+
+    def fail(changes):
+        tries.put(len(changes))
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_transact", fail)
+        catalog.files_added(files(1))
+        for _ in range(2):
+            tries.get(timeout=10)
+        assert "ZeroDivisionError" in caplog.text
+        assert catalog.problem
+    catalog.files_added(files(2))
+    kept(catalog)
+    assert names(read(catalog)[0]) == expected(files(1, 2))
+    assert (catalog.problem, catalog.take_lost()) == ("", False)
+
+
 def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -171,7 +193,12 @@ def _no_pages(path: Path) -> None:
         file.write(bytes(size - 2 * 4096))
 
 
-@pytest.mark.parametrize("damage", [_truncate, _foreign, _no_pages])
+def _entry_of_another_length(path: Path) -> None:
+    with lmdb.open(str(path), subdir=False, max_dbs=16) as env, env.begin(write=True) as txn:
+        txn.put(b"\0\0\0\1" + bytes(17), b"", db=env.open_db(b"files", txn=txn, create=False))
+
+
+@pytest.mark.parametrize("damage", [_truncate, _foreign, _no_pages, _entry_of_another_length])
 def test_a_broken_file_is_set_aside(tmp_path, opened, caplog, damage):
     """Whatever is wrong with it: one clear line, the file kept for people, an empty catalog that works."""
     catalog = opened()
