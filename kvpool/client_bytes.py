@@ -7,12 +7,13 @@ what was just copied is hashed out of the cache.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any, TypeVar
 
@@ -380,19 +381,42 @@ class CopyThreads:
         size = max(1, len(items) // (parts * PIECES_A_THREAD))
         pieces = iter([items[at : at + size] for at in range(0, len(items), size)])
 
-        def take_turns() -> None:
-            for piece in pieces:  # advancing an iterator over a list is atomic
-                work(piece)
+        helping = 0
+        changed = threading.Condition()
+        failed: list[BaseException] = []
+
+        def help_out() -> None:
+            nonlocal helping
+            with changed:
+                helping += 1
+            try:
+                for piece in pieces:  # advancing an iterator over a list is atomic
+                    work(piece)
+            except BaseException as exc:
+                failed.append(exc)
+            finally:
+                with changed:
+                    helping -= 1
+                    changed.notify()
 
         executor = self.executor()
-        futures = [executor.submit(take_turns) for _ in range(parts - 1)]
+        futures = []
         try:
-            take_turns()
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the caller does it all
+                futures = [executor.submit(help_out) for _ in range(parts - 1)]
+            for piece in pieces:
+                work(piece)
         finally:
-            # Nobody may leave while a thread still writes to the caller's buffers.
-            wait(futures)
-        for future in futures:
-            future.result()
+            # Nobody may leave while a thread still writes to the caller's buffers. One that has not begun, busy with
+            # another's work or not even started, finds nothing to do when it does.
+            for _ in pieces:
+                pass
+            for future in futures:
+                future.cancel()
+            with changed:
+                changed.wait_for(lambda: not helping)
+        if failed:
+            raise failed[0]
 
     def executor(self) -> ThreadPoolExecutor:
         """Return the threads; a forked child makes its own."""

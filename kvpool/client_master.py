@@ -266,6 +266,8 @@ def _ask_by_grpc(
         return _ask_of_transfers(stub, frame, payload, timeout_s)
     except grpc.RpcError as exc:
         raise error_of(exc) from exc
+    except ValueError as exc:  # the channel was closed just now
+        raise UnavailableError(str(exc)) from exc
 
 
 def _ask_of_transfers(

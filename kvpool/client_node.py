@@ -47,6 +47,9 @@ PARTS_AHEAD = 3
 
 CONNECT_S = 0.5
 HASH_FIRST_BYTES_MAX = 4 << 20
+PATIENCE_S = 0.02
+"""A node that does not answer within less than this may be well: its caller is late."""
+
 CONTROL_S = 0.5
 """A node that answers no question for so long is stopped: go on without it."""
 
@@ -510,12 +513,17 @@ class LocalNode:
 
     @contextlib.contextmanager
     def _channel(self, timeout_s: float, pool: ChannelPool | None = None) -> Iterator[Channel]:
-        """Lend a channel; when it breaks, the node counts as gone until it is attached anew."""
+        """Lend a channel; when it breaks, the node counts as gone until it is attached anew.
+
+        Not when an answer has not come because the caller had next to no time left for it.
+        """
+        start = time.monotonic()
         try:
             with (pool or self._pool).channel(timeout_s) as channel:
                 yield channel
         except (UnavailableError, FrameError):
-            self.alive = False
+            if timeout_s >= PATIENCE_S or time.monotonic() - start < timeout_s:
+                self.alive = False
             raise
 
     def _places(self, payload: memoryview, blocks: int, columns: int, shard_bytes: int) -> tuple[int, ...]:

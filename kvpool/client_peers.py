@@ -342,8 +342,10 @@ def _fetch(
 ) -> list[Wanted]:
     """Ask one node for some blocks; returns those that another owner may still have."""
     peer, items = request.peer, request.items
+    left_s = deadline - time.monotonic()
     try:
-        answers = peer.get(namespace, items, want, max(0.001, deadline - time.monotonic()), request.backend)
+        # What another one took too long for is not this one's failure.
+        answers = peer.get(namespace, items, want, left_s, request.backend) if left_s > 0 else ["late"] * len(items)
     except BreakerOpenError:
         answers = ["breaker_open"] * len(items)
     except UnavailableError:

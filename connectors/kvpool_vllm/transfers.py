@@ -216,22 +216,27 @@ class Keeper:
                 self._calls.clear()
                 now = time.monotonic()
                 due = [entry for entry in self._claiming.values() if entry[1] <= now]
-            try:
-                for call in calls:
-                    call()
-                for incoming, _, pause_s in due:
-                    self._claim(incoming, pause_s)
-                if self._unwanted and time.monotonic() >= look_at:
-                    look_at = time.monotonic() + LOOK_EVERY_S
-                    self._end_unwanted()
-                if time.monotonic() >= renew_at:
-                    renew_at = time.monotonic() + RENEW_EVERY_S
-                    with self._changed:
-                        held = sorted(self._held)
-                    if held:
-                        self._client.transfers.renew(held)
-            except Exception:  # whatever it was, the thread must live: nobody else says these things
-                logger.exception("transfers")
+            for call in calls:
+                self._try(call)
+            for incoming, _, pause_s in due:
+                self._try(self._claim, incoming, pause_s)
+            if self._unwanted and time.monotonic() >= look_at:
+                look_at = time.monotonic() + LOOK_EVERY_S
+                self._try(self._end_unwanted)
+            if time.monotonic() >= renew_at:
+                renew_at = time.monotonic() + RENEW_EVERY_S
+                with self._changed:
+                    held = sorted(self._held)
+                if held:
+                    self._try(self._client.transfers.renew, held)
+
+    @staticmethod
+    def _try(call: Callable[..., object], *arguments: object) -> None:
+        """Whatever becomes of it, the others are said, too: nobody else says these things."""
+        try:
+            call(*arguments)
+        except Exception:
+            logger.exception("transfers")
 
     def _end_unwanted(self) -> None:
         with self._changed:

@@ -14,7 +14,7 @@ from kvpool.client_transfers import TransferPart
 from kvpool_vllm.names import Names
 from kvpool_vllm.settings import Role
 from kvpool_vllm.testing import Faults, MemoryPool, MemoryTransfers
-from kvpool_vllm.transfers import Engine
+from kvpool_vllm.transfers import Engine, Keeper, Outgoing
 from tests.connectors.model_engine import GROUPS, NAMESPACE, TOKENS, ModelEngine, Request, expected
 
 DEADLINE_S = 30.0
@@ -689,3 +689,38 @@ def test_storm_with_faults(pair: Pair, mode: str, seed: int) -> None:
     storm = Storm(pair, seed, transfer_open_timeout="100ms", **MODES[mode])
     storm.run(60, faults=True)
     assert storm.decoder.side.counters["transfer.received"] > 0
+
+
+def test_what_cannot_be_said_keeps_nothing_else_from_being_said():
+    """An opening that fails in a way of its own counts as refused, and what was to be said with it is."""
+    entered, go_on, said = threading.Event(), threading.Event(), []
+
+    class Broken:
+        class transfers:  # noqa: N801 - as the client's
+            @staticmethod
+            def end(transfers: list[int]) -> None:
+                said.append(("end", transfers))
+                entered.set()
+                assert go_on.wait(DEADLINE_S)
+
+            @staticmethod
+            def open(*_: Any) -> bool:
+                raise ValueError("cannot be said")
+
+            @staticmethod
+            def seal(transfer: int, ttl_ms: int) -> None:
+                said.append(("seal", transfer))
+
+    keeper = Keeper(Broken(), "an engine")  # type: ignore[arg-type]  # stands in for Client
+    outgoing = Outgoing(1, [], 0)
+    keeper.end(3)
+    assert entered.wait(DEADLINE_S)
+    keeper.open(outgoing, [], [])  # in one batch with what follows
+    keeper.seal(2, 1000)
+    go_on.set()
+    deadline = time.monotonic() + DEADLINE_S
+    while ("seal", 2) not in said:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert outgoing.refused
+    keeper.close()

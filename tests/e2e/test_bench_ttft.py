@@ -49,6 +49,8 @@ def start(own: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "kvpool.cli.bench", "ttft", *SMALL, *arguments],
         env={**os.environ, "TMPDIR": str(own)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Started in the background of a script the tests ignore SIGINT, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one thread here
     )  # fmt: skip
 
 
