@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -58,16 +59,23 @@ def say(text: str) -> None:
     print(text)  # noqa: T201
 
 
+_given: deque[int] = deque(maxlen=100)
+
+
 def free_port() -> int:
     """Return a port below the range that outgoing connections use: it stays free while nobody listens.
 
-    Processes that run tests side by side choose from ports of their own.
+    Processes that run tests side by side choose from ports of their own; none is given twice in a row of many, as it
+    may be some time until somebody listens.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for _ in range(1000):
         port = random.randrange(20_000, 30_000) // 16 * 16 + worker % 16
+        if port in _given:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.append(port)
             return port
     raise AssertionError("no free port")
 
