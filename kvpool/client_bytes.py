@@ -392,7 +392,7 @@ class CopyThreads:
             try:
                 for piece in pieces:  # advancing an iterator over a list is atomic
                     work(piece)
-            except BaseException as exc:
+            except BaseException as exc:  # whatever it is, it is the caller's
                 failed.append(exc)
             finally:
                 with changed:
@@ -400,10 +400,10 @@ class CopyThreads:
                     changed.notify()
 
         executor = self.executor()
-        futures = []
         try:
             with contextlib.suppress(RuntimeError):  # no thread can be started: the caller does it all
-                futures = [executor.submit(help_out) for _ in range(parts - 1)]
+                for _ in range(parts - 1):
+                    executor.submit(help_out)
             for piece in pieces:
                 work(piece)
         finally:
@@ -411,8 +411,6 @@ class CopyThreads:
             # another's work or not even started, finds nothing to do when it does.
             for _ in pieces:
                 pass
-            for future in futures:
-                future.cancel()
             with changed:
                 changed.wait_for(lambda: not helping)
         if failed:

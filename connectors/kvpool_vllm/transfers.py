@@ -235,7 +235,7 @@ class Keeper:
         """Whatever becomes of it, the others are said, too: nobody else says these things."""
         try:
             call(*arguments)
-        except Exception:
+        except Exception:  # whatever it was, the thread must live
             logger.exception("transfers")
 
     def _end_unwanted(self) -> None:

@@ -431,7 +431,7 @@ class MasterState:
                     del self.nodes[node_id]
                     self.backends.forget(node)
                     if node.session is not None:
-                        self._sessions.pop(node.session, None)
+                        del self._sessions[node.session]
                         effects.append(Close(node.session, "silent for too long"))
                 continue
             lost_tail = not node.awaiting and node.heard_sequence > node.sequence

@@ -208,15 +208,17 @@ class PoolIndex:
 
     def _take(self, namespaces: Sequence[Namespace]) -> None:
         """Keep the namespaces whose keys can be computed, one KV cache group each."""
-        if {one.digest for one in namespaces} == self._taken:
+        digests = {one.digest for one in namespaces}
+        if digests == self._taken:
             return
-        self._taken = {one.digest for one in namespaces}
+        self._taken = digests
         spaces: dict[str, list[Namespace]] = {}
+        models = [replace(one, kv_group="") for one in namespaces]
         groups: dict[Namespace, set[str]] = {}
-        for one in namespaces:
-            groups.setdefault(replace(one, kv_group=""), set()).add(one.kv_group)
-        for one in namespaces:
-            if len(groups[replace(one, kv_group="")]) > 1:
+        for model, one in zip(models, namespaces, strict=True):
+            groups.setdefault(model, set()).add(one.kv_group)
+        for model, one in zip(models, namespaces, strict=True):
+            if len(groups[model]) > 1:
                 continue  # of a hybrid model: what lies of one group says too little
             if chains.can_hash(one, self._seed):
                 spaces.setdefault(one.model, []).append(one)

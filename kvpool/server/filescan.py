@@ -11,18 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvpool.core.messages import BlockRun, Scanned
-from kvpool.model import LAYERS_MAX, SHARD_BYTES_MAX
 from kvpool.tiers import blockfile
-from kvpool.tiers.dram import header_area
 from kvpool.tiers.store import BlockStore, StoredFile, StoreError
 
 log = logging.getLogger(__name__)
 
 PIECE_KEYS: Final = 8192
 SEND_AGAIN_S: Final = 0.02
-FILE_BYTES_MAX: Final = header_area(LAYERS_MAX) + SHARD_BYTES_MAX
-"""No block's file is longer."""
-
 TRIES_MAX: Final = 8
 """Files of one length that are opened to learn how long their payload is."""
 
@@ -38,8 +33,8 @@ class FileScan(threading.Thread):
         store: BlockStore,
         loop: asyncio.AbstractEventLoop,
         tell: Callable[[FileScan, Scanned], bool],
-        since: float = 0.0,
-        longest: int = FILE_BYTES_MAX,
+        since: float,
+        longest: int,
     ) -> None:
         """``longest``: bytes of a file that could be loaded; no other is opened."""
         super().__init__(name="kvpool-scan", daemon=True)
@@ -84,9 +79,7 @@ class FileScan(threading.Thread):
             self._loop.call_later(SEND_AGAIN_S, self._post, piece)
 
 
-def pieces(
-    store: BlockStore, since: float, stopped: Callable[[], bool], longest: int = FILE_BYTES_MAX
-) -> Iterator[Scanned]:
+def pieces(store: BlockStore, since: float, stopped: Callable[[], bool], longest: int) -> Iterator[Scanned]:
     """Yield what a backend holds, as far as its namespaces are known, until it is ``stopped``. Raises StoreError."""
     namespaces = tuple(store.namespaces())
     known = {namespace.digest for namespace in namespaces}
@@ -118,7 +111,7 @@ class _Sizes:
 
     def __init__(self, store: BlockStore, longest: int) -> None:
         self._store = store
-        self._longest = min(longest, FILE_BYTES_MAX)
+        self._longest = longest
         self._known: dict[tuple[bytes, int], int] = {}
         self._tries: dict[tuple[bytes, int], int] = {}
 
