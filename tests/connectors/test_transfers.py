@@ -274,7 +274,7 @@ def test_partial_block_is_not_stored_before_the_master_knows_that_it_will_go(
     monkeypatch.setattr(MemoryTransfers, "open", late)
     prompt = list(range(26))
     params = pair.prefill(producer, prompt).returned
-    assert asked.is_set()
+    assert asked.wait(DEADLINE_S)  # by the thread that keeps transfers
     whole = len(prompt) // TOKENS
     pair.until(lambda: len(pair.pool.shards) == whole, producer)
     for _ in range(20):
