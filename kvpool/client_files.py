@@ -42,9 +42,10 @@ def fetch_ms(left_s: float) -> int:
     return max(1, int(1000 * (left_s - min(ANSWER_S_MAX, left_s / 4))))
 
 
-def part_blocks(block_bytes: int, part_bytes: int = PART_BYTES) -> int:
-    """Return how many blocks make a part."""
-    return max(1, part_bytes // block_bytes)
+def part_blocks(blocks: int, block_bytes: int, part_bytes: int) -> int:
+    """Return how many of so many blocks, at least one, make a part; parts are of much the same size."""
+    parts = -(-blocks // max(1, part_bytes // block_bytes))
+    return -(-blocks // parts)
 
 
 def storage_name(node: str, backend: bytes) -> str:

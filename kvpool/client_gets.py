@@ -170,7 +170,7 @@ class Gets:
             for number in numbers:
                 call.note(number, "breaker_open")
             return 0
-        size = part_blocks(call.blocks.shard_bytes, node.part_bytes())
+        size = part_blocks(len(numbers), call.blocks.shard_bytes, node.part_bytes())
         parts = [numbers[at : at + size] for at in range(0, len(numbers), size)]
         asked = [(b"".join(map(call.key, part)), call.blocks.some(part)) for part in parts]
         seen: list[str] = []

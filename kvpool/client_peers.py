@@ -26,7 +26,7 @@ from kvpool.client_bytes import (
     unpack_digests,
     view,
 )
-from kvpool.client_files import StorageGuards, check_probe, fetch_ms, judge, part_blocks, reason_of
+from kvpool.client_files import PART_BYTES, StorageGuards, check_probe, fetch_ms, judge, part_blocks, reason_of
 from kvpool.client_health import BreakerOpenError, Guard, Health
 from kvpool.client_rows import digest64
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError, UnknownNamespaceError
@@ -284,8 +284,8 @@ class Peers:
         while wanted:
             requests = []
             for (peer, backend), items in self._by_owner(namespace, wanted, reasons).items():
-                most = part_blocks(want.bytes) if backend else max(1, REQUEST_BYTES // want.bytes)
-                size = max(1, min(most, -(-len(items) // copies.threads)))
+                most = part_blocks(len(items), want.bytes, PART_BYTES if backend else REQUEST_BYTES)
+                size = min(most, -(-len(items) // copies.threads))
                 requests += [_Request(peer, backend, items[at : at + size]) for at in range(0, len(items), size)]
             again: list[Wanted] = []  # list.extend is atomic
 

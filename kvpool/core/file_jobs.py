@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
@@ -77,8 +79,10 @@ class Read:
     file: File
     places: list[int]  # backends where it may lie, the first one next
     named: bool  # the index says that it lies there
+    deadline: float = math.inf  # the first of those who wait for it
     waits: dict[Wait, None] = field(default_factory=dict)
-    queue: OrderedDict[File, Read] | None = None
+    queue: ReadQueue | None = None
+    turn: int = 0  # among those that the queue has seen
     backend: int = -1  # that reads it now
     reservation: int = 0
     start: int = 0
@@ -87,6 +91,52 @@ class Read:
     layers: int = 0
     sized: bool = False  # its length was told by the file itself
     learned: bool = False  # its namespace was looked for in the backend
+
+
+class ReadQueue:
+    """Reads, those first that have to be done first: a call that asks for much gets all of it before a later one.
+
+    Those without a deadline are last; of equal ones, the first to come.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Read]] = []  # with those that have left it, which cost too much to look for
+        self._length = 0
+        self._turns = 0
+
+    def __len__(self) -> int:
+        """Return how many reads are in it."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Read]:
+        """Yield the reads in their order."""
+        for _, turn, read in sorted(self._heap):
+            if read.queue is self and read.turn == turn:
+                yield read
+
+    def add(self, read: Read, *, first: bool = False) -> None:
+        """Take a read that is in no queue; ``first``: before all others."""
+        self._turns += 1
+        read.queue, read.turn = self, self._turns
+        heapq.heappush(self._heap, (-math.inf if first else read.deadline, self._turns, read))
+        self._length += 1
+
+    def pop(self) -> Read:
+        """Take the first read out. Raises IndexError when there is none."""
+        while True:
+            _, turn, read = heapq.heappop(self._heap)
+            if read.queue is self and read.turn == turn:
+                read.queue = None
+                self._length -= 1
+                return read
+
+    def remove(self, read: Read) -> None:
+        """Take out a read that is in it."""
+        read.queue = None
+        self._length -= 1
+        if len(self._heap) > 2 * self._length + 64:
+            self._heap = [each for each in self._heap if each[2].queue is self and each[2].turn == each[1]]
+            heapq.heapify(self._heap)
 
 
 @dataclass(slots=True, eq=False)
@@ -131,12 +181,12 @@ class BackendWork:
         self.state = BackendState.UP
         self.reason = ""
         self.full = False  # the master's word: write nothing
-        self.reads: OrderedDict[File, Read] = OrderedDict()  # somebody waits
-        self.ahead: OrderedDict[File, Read] = OrderedDict()  # somebody will
+        self.reads = ReadQueue()  # somebody waits
+        self.ahead = ReadQueue()  # somebody will
         self.writes: OrderedDict[File, int] = OrderedDict()  # bytes
         self.removes: deque[Remove] = deque()
         self.running: dict[File, Read] = {}
-        self.learning: OrderedDict[File, Read] = OrderedDict()  # wait for namespaces
+        self.learning = ReadQueue()  # wait for namespaces
         self.learn_asked = True
         self.kept: set[bytes] = set()  # namespaces that lie beside the files
         self.missing: dict[File, int] = {}  # not found: true only if the backend proves to be itself

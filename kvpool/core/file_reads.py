@@ -6,7 +6,8 @@ that a thread has in hand goes on without it, and its block is there for the nex
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from kvpool.core.file_jobs import (
     Job,
     Miss,
     Read,
+    ReadQueue,
     Trouble,
     Wait,
     ranked,
@@ -72,7 +74,7 @@ class FileReads:
                 if len(self._reads) >= READS_MAX:
                     wait.misses[file] = Miss.NOT_IN_TIME
                     continue
-                read = self._new_read(file, backend)
+                read = self._new_read(file, backend, deadline)
                 if read is None:
                     wait.misses[file] = Miss.STORAGE_DOWN
                     continue
@@ -80,8 +82,8 @@ class FileReads:
             elif read.backend >= 0 and not self._backends[read.backend].readable:
                 wait.misses[file] = Miss.STORAGE_DOWN
                 continue
-            elif read.backend < 0 and self._is_put_off(read):
-                self._queue(read, self._backends[read.places[0]].reads)
+            elif read.backend < 0 and (deadline < read.deadline or read.queue is None):
+                self._hurry(read, deadline)
             wait.reads[file] = read
             read.waits[wait] = None
         if wait.reads:
@@ -105,11 +107,9 @@ class FileReads:
 
     def drop_ahead(self, backend: BackendWork) -> None:
         """Forget what is to be read ahead: nobody waits for it."""
-        for read in backend.ahead.values():
-            read.queue = None
-            del self._reads[read.file]
         self.counters["prefetch_dropped"] += len(backend.ahead)
-        backend.ahead.clear()
+        while backend.ahead:
+            del self._reads[backend.ahead.pop().file]
 
     def cancel(self, wait: Wait) -> None:
         """Forget a request: nobody is there to be answered."""
@@ -141,33 +141,34 @@ class FileReads:
             self._segment.release(FILES_OWNER, pin)
         wait.pins.clear()
 
-    def _new_read(self, file: File, backend: bytes) -> Read | None:
+    def _new_read(self, file: File, backend: bytes, deadline: float = math.inf) -> Read | None:
         if backend:
             places = [n for n, work in enumerate(self._backends) if work.id == backend and work.readable]
         else:
             places = ranked(file, self._backends, lambda work: work.readable)
         if not places:
             return None
-        read = self._reads[file] = Read(file, places, bool(backend))
+        read = self._reads[file] = Read(file, places, bool(backend), deadline)
         return read
 
-    def _is_put_off(self, read: Read) -> bool:
-        """Whether a read is only to be done ahead, or met a put of its block, which may have been given up since."""
-        backend = self._backends[read.places[0]]
-        return read.queue is backend.ahead or (read.queue is None and backend.readable)
+    def _hurry(self, read: Read, deadline: float) -> None:
+        """Have a read done by a new deadline that waits for its turn, or for a put of its block that may be given up.
 
-    def _queue(self, read: Read, queue: OrderedDict[File, Read], *, first: bool = False) -> None:
+        What waits for its namespace, or for a backend that is down, goes on waiting.
+        """
+        backend = self._backends[read.places[0]]
+        read.deadline = min(read.deadline, deadline)
+        if read.queue is not backend.learning and (read.queue is not None or backend.readable):
+            self._queue(read, backend.reads)
+
+    def _queue(self, read: Read, queue: ReadQueue, *, first: bool = False) -> None:
         self._unqueue(read)
-        queue[read.file] = read
-        read.queue = queue
-        if first:
-            queue.move_to_end(read.file, last=False)
+        queue.add(read, first=first)
 
     @staticmethod
     def _unqueue(read: Read) -> None:
         if read.queue is not None:
-            del read.queue[read.file]
-            read.queue = None
+            read.queue.remove(read)
 
     def _drop_unwanted(self, read: Read) -> None:
         """Forget a read that nobody waits for any more, unless a thread has it in hand."""
@@ -211,7 +212,7 @@ class FileReads:
 
     # ---- jobs for threads ----------------------------------------------------------------------------
 
-    def take(self, number: int, queue: OrderedDict[File, Read], among: int = 1) -> list[Job]:
+    def take(self, number: int, queue: ReadQueue, among: int = 1) -> list[Job]:
         """Return the next reads of a backend's queue, with slots reserved for them: a share of the few there are."""
         backend = self._backends[number]
         files_max = min(BATCH_FILES, -(-len(queue) // among))
@@ -219,8 +220,7 @@ class FileReads:
         size = 0
         while queue and backend.looked < LOOKS_MAX and len(jobs) < files_max and size < self._batch_bytes:
             backend.looked += 1
-            read = queue.popitem(last=False)[1]
-            read.queue = None
+            read = queue.pop()
             namespace = self._segment.namespace(read.file[0][:DIGEST_BYTES])
             if namespace is None:
                 if read.learned:
@@ -297,7 +297,7 @@ class FileReads:
 
     def learned(self, backend: BackendWork) -> None:
         """Go on with the reads that waited for the namespaces that a backend keeps."""
-        for read in list(backend.learning.values()):
+        for read in list(backend.learning):
             self._queue(read, backend.reads if read.waits else backend.ahead)
 
     def shard_bytes(self, file: File) -> int:
@@ -308,7 +308,7 @@ class FileReads:
         """Have what was to be read from a backend that is down read elsewhere, or tell who waits."""
         for read in list(backend.running.values()):
             self._failed(read, Miss.STORAGE_DOWN)
-        for read in [*backend.reads.values(), *backend.ahead.values(), *backend.learning.values()]:
+        for read in [*backend.reads, *backend.ahead, *backend.learning]:
             self._unqueue(read)
             self._next_place(read, Miss.STORAGE_DOWN)
 

@@ -33,7 +33,7 @@ from kvpool.core.segment import SegmentState, Slot
 from kvpool.core.slots import block_keys
 from kvpool.model import Backend, BackendState, Namespace, mask_shards
 
-BATCH_BYTES: Final = 2 << 20
+BATCH_BYTES: Final = 1 << 20
 """What a thread is given at a time at most: small files must not cost a turn of the loop each."""
 
 REMOVE_FILES: Final = 16

@@ -28,9 +28,10 @@ from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
 from kvpool.errors import KVPoolError
 from kvpool.processes import module_command
 from kvpool.server.child import die_with_parent
-from kvpool.server.filework import Brought, perform
+from kvpool.server.filework import Brought, perform, perform_reads
 from kvpool.tiers import posix_io
 from kvpool.tiers.opening import open_store
+from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import BlockStore
 from kvpool.transport.shm import AttachedSegment
 
@@ -104,10 +105,10 @@ class FileHelper:
                 self._end("it found another backend, or is of another version")
         return True
 
-    def send(self, jobs: Sequence[Read | Write]) -> None:
-        """Have jobs done, whose answers then have to be received. Raises HelperEndedError."""
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Have ``portable`` jobs done, whose answers then have to be received, in order. Raises HelperEndedError."""
         try:
-            self._sock.send(marshal.dumps([_packed(job) for job in jobs]))
+            self._sock.send(marshal.dumps([_packed(job) for job in jobs if isinstance(job, Read | Write)]))
         except OSError as exc:
             self._end(str(exc))
 
@@ -179,10 +180,17 @@ class _OwnMemory:
     def __init__(self) -> None:
         self._view = memoryview(b"")
 
-    def perform(self, store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | None, Brought]:
-        """Do a job as ``filework.perform`` does."""
+    def perform(
+        self,
+        store: BlockStore,
+        view: memoryview,
+        jobs: list[Read | Write],
+        until: float,  # noqa: ARG002 -- _perform's signature
+    ) -> list[tuple[Failure | None, Brought]]:
+        """Do the first job."""
+        job = jobs[0]
         if not isinstance(job, Read):
-            return perform(store, view, job)
+            return [perform(store, view, job)]
         if len(self._view) < job.size:
             self._view = memoryview(mmap.mmap(-1, job.size))
         slot = view[job.start : job.start + job.size]
@@ -190,7 +198,7 @@ class _OwnMemory:
         failure, brought = perform(store, self._view, job)
         if failure is None:
             slot[:] = self._view[: job.size]
-        return failure, brought
+        return [(failure, brought)]
 
 
 def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> None:
@@ -199,30 +207,46 @@ def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> N
         opening.directory, owner=f"{os.getpid()}-{opening.owner}", direct=opening.direct, fsync=opening.fsync,
         create=False,
     )  # fmt: skip
-    work = perform
+    work = _perform
     if opening.direct and not posix_io.reads_end(opening.directory):
         work = _OwnMemory().perform
     segment.prefault()  # or the first file in each slot takes twice as long
     sock.send(marshal.dumps((__version__, store.id)))  # the package may have been replaced since the node started
     clock = time.monotonic
     while request := sock.recv(MESSAGE_BYTES_MAX):
+        jobs = [_unpacked(packed) for packed in marshal.loads(request)]  # noqa: S302 - of the node
         answers: list[tuple[Any, ...]] = []
         size, posted = 0, clock()
-        for packed in marshal.loads(request):  # noqa: S302 - of the node
+        while jobs:
             started = clock()
-            failure, brought = work(store, segment.view, _unpacked(packed))
+            done = work(store, segment.view, jobs, posted + POST_S)
+            del jobs[: len(done)]
             now = clock()
-            if failure is None:
-                answers.append((now - started, "", "", 0, brought))
-            else:
-                text = failure.text[:TEXT_CHARS_MAX]
-                answers.append((now - started, failure.trouble.value, text, failure.actual_bytes, None))
-            size += 512 + (len(brought[1]) if isinstance(brought, tuple) else 0)
-            if now - posted > POST_S or size > REPLY_BYTES:
-                sock.send(marshal.dumps(answers))
-                answers, size, posted = [], 0, now
+            for failure, brought in done:
+                answers.append(_packed_answer((now - started) / len(done), failure, brought))
+                size += 512 + (len(brought[1]) if isinstance(brought, tuple) else 0)
+                if now - posted > POST_S or size > REPLY_BYTES:
+                    sock.send(marshal.dumps(answers))
+                    answers, size, posted = [], 0, now
         if answers:
             sock.send(marshal.dumps(answers))
+
+
+def _packed_answer(seconds: float, failure: Failure | None, brought: Brought) -> tuple[Any, ...]:
+    if failure is None:
+        return seconds, "", "", 0, brought
+    return seconds, failure.trouble.value, failure.text[:TEXT_CHARS_MAX], failure.actual_bytes, None
+
+
+def _perform(
+    store: BlockStore, view: memoryview, jobs: list[Read | Write], until: float
+) -> list[tuple[Failure | None, Brought]]:
+    """Do the first jobs, at least one and none that would begin after ``until``."""
+    if isinstance(store, PosixStore):
+        reads = [job for job in jobs if isinstance(job, Read)]
+        if len(reads) == len(jobs):
+            return perform_reads(store, view, reads, until)
+    return [perform(store, view, jobs[0])]
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 TICK_S: Final = 0.05
 """How often deadlines of operations and probes are looked at."""
 
-BATCHES_AHEAD: Final = 2
-"""Batches given out for each thread: it finds the next one when it has ended one."""
+BATCHES_AHEAD: Final = 3
+"""Batches given out for each thread: one in hand, one that its process has been sent, and one to be sent then."""
 
 RESULTS_MAX: Final = 256
 """Results that the loop takes at a time."""
@@ -328,10 +328,11 @@ class FileTier:
             started = worker.started
             if not worker.retired.is_set() and started is not None and now - started > self._timeout_s:
                 worker.retire()
-                if worker.batch is not None and not worker.batch.abandoned:
-                    worker.batch.abandoned = True
-                    worker.batch.give_back(self._results)
-                    self._out[number] -= 1
+                for batch in list(worker.batches):
+                    if not batch.abandoned:
+                        batch.abandoned = True
+                        batch.give_back(self._results)
+                        self._out[number] -= 1
                 self.state.stuck(number, now - started, now)
         if not backend.readable:
             self._empty(number)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 from kvpool.core.file_jobs import Failure, File, Job, Learn, Read, Remove, Trouble, Write
 from kvpool.model import DIGEST_BYTES, Namespace
 from kvpool.tiers import blockfile
 from kvpool.tiers.dram import HEADER_ALIGN_BYTES, header_area
+from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import (
     BlockStore,
     FileName,
@@ -49,6 +51,31 @@ def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | No
     except Exception as exc:  # a thread's last resort: a defect of a store must not end it
         return failure_of(exc), None
     return None, None
+
+
+def perform_reads(
+    store: PosixStore, view: memoryview, jobs: Sequence[Read], until: float
+) -> list[tuple[Failure | None, Brought]]:
+    """Do the first jobs, at least one and none that would begin after ``until``; returns what ``perform`` does of each.
+
+    Step by step for all of them, not one after the other: see ``posix_io.fill_all``.
+    """
+    names = [_name(job.file) for job in jobs]
+    targets = [view[job.start : job.start + job.size] for job in jobs]
+    try:
+        tried = store.try_read(names, targets, until)
+    except Exception as exc:  # as in ``perform``
+        return [(failure_of(exc), None)]
+    done: list[tuple[Failure | None, Brought]] = []
+    for job, name, target, there in zip(jobs, names, targets, tried, strict=False):
+        if there:
+            try:
+                done.append((None, blockfile.content(target, name, job.layers)))
+                continue
+            except StoreBrokenError:
+                pass
+        done.append(perform(store, view, job))
+    return done
 
 
 def failure_of(exc: Exception) -> Failure:

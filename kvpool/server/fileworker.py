@@ -84,6 +84,8 @@ class Desk:
     opening: Opening | None = None
     """How a process opens the backend, None where none can."""
     batches: queue.SimpleQueue[Batch | None] = field(default_factory=queue.SimpleQueue)
+    idle: set[Worker] = field(default_factory=set)
+    """Threads that wait for a batch, or are about to take one."""
 
 
 class Worker(threading.Thread):
@@ -93,11 +95,12 @@ class Worker(threading.Thread):
         """``number``: the backend's; ``helped``: it may have a process."""
         super().__init__(name=f"kvpool-files-{number}", daemon=True)
         self.started: float | None = None
-        self.batch: Batch | None = None
+        self.batches: list[Batch] = []  # what is in hand, and what the process has been sent besides
         self.helped = helped and desk.opening is not None
         self.helper: FileHelper | None = None
         self.retired = threading.Event()
         self._desk = desk
+        self._ahead: list[Job] = []  # of the second batch
         self._help_at = 0.0
         self._lost = 0  # processes in a row that ended before they had done a batch
 
@@ -110,19 +113,33 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Do batch after batch."""
-        desk = self._desk
-        while not self.retired.is_set() and (batch := desk.batches.get()) is not None:
-            self.batch = batch
+        while not self.retired.is_set() and (self.batches or self._take()):
+            batch = self.batches[0]
             helper = self._ready_helper() if self.helped and batch.portable else None
             if helper is not None:
                 self._delegate(helper, batch)
             self._do(batch)
-            self.batch = None
-            batch.give_back(desk.results)
-            desk.results.append((batch, None, None, None))
-            desk.wake()
+            self._end(batch)
+        for batch in list(self.batches):
+            self._end(batch)
         if self.helper is not None:
             self.helper.close()
+
+    def _take(self) -> bool:
+        """Wait for a batch; False when there will be none."""
+        desk = self._desk
+        desk.idle.add(self)
+        batch = desk.batches.get()
+        if batch is not None:
+            self.batches.append(batch)
+        desk.idle.discard(self)
+        return batch is not None
+
+    def _end(self, batch: Batch) -> None:
+        self.batches.remove(batch)
+        batch.give_back(self._desk.results)
+        self._desk.results.append((batch, None, None, None))
+        self._desk.wake()
 
     def _do(self, batch: Batch) -> None:
         """Do a batch, or what is left of it."""
@@ -150,19 +167,33 @@ class Worker(threading.Thread):
             return None
 
     def _lose_helper(self, exc: Exception) -> None:
+        if self._ahead:
+            self._undo(self.batches[1], self._ahead)
+            self._ahead = []
         self.helper = None
         self._help_at = time.monotonic() + min(HELPER_AGAIN_S * 2**self._lost, HELPER_AGAIN_MAX_S)
         self._lost = min(self._lost + 1, 10)
         if not self.retired.is_set() and self._lost == 1:
             log.warning("%s: a thread goes on alone: %s", self._desk.store.url, exc)
 
+    @staticmethod
+    def _undo(batch: Batch, jobs: list[Job]) -> None:
+        """Put back what a process may have begun."""
+        batch.unsure |= any(isinstance(job, Write) for job in jobs)
+        batch.put_back(jobs)
+
     def _delegate(self, helper: FileHelper, batch: Batch) -> None:
         """Have a batch done by the process; what it leaves when it ends goes back into the batch."""
-        desk, jobs, done = self._desk, batch.rest(), 0
+        desk, done = self._desk, 0
+        jobs, self._ahead = self._ahead, []
+        sent = bool(jobs)
+        jobs = jobs or batch.rest()
         self.started = time.monotonic()
         try:
-            helper.send([job for job in jobs if isinstance(job, Read | Write)])
+            if not sent:
+                helper.send(jobs)
             while done < len(jobs):
+                self._send_ahead(helper)
                 answers = helper.receive()
                 self.started = time.monotonic()
                 for seconds, failure, brought in answers:
@@ -175,11 +206,29 @@ class Worker(threading.Thread):
                     desk.wake()
             self._lost = 0
         except HelperEndedError as exc:
-            batch.unsure = any(isinstance(job, Write) for job in jobs[done:])
-            batch.put_back(jobs[done:])
+            self._undo(batch, jobs[done:])
             self._lose_helper(exc)
         finally:
             self.started = None
+
+    def _send_ahead(self, helper: FileHelper) -> None:
+        """Send the process a second batch, to be begun at once after the first. Raises HelperEndedError."""
+        desk = self._desk
+        if len(self.batches) > 1 or desk.idle:
+            return
+        try:
+            batch = desk.batches.get_nowait()
+        except queue.Empty:
+            return
+        if batch is None or not batch.portable:
+            desk.batches.put(batch)  # the next one's, who may be somebody else
+            return
+        self.batches.append(batch)
+        if self.retired.is_set():  # the loop may have looked at what this thread has in hand before
+            self._end(batch)
+        else:
+            self._ahead = batch.rest()
+            helper.send(self._ahead)
 
 
 def _note(store: MeasuredStore, job: Job, seconds: float, failure: Failure | None) -> None:

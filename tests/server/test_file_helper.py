@@ -232,10 +232,14 @@ def test_a_process_that_stands_still_is_killed_and_followed_by_another(with_node
         stopped = [helper.pid for helper in node.helpers]
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
-        assert set((await node.fetch(*MANY)).values()) <= {Miss.STORAGE_DOWN}
+        fetched = asyncio.ensure_future(node.fetch(*MANY))
+        workers = node.tier._workers[0]
+        await until(lambda: any(len(worker.batches) > 1 for worker in workers), "one is sent a second batch")
+        assert set((await fetched).values()) <= {Miss.STORAGE_DOWN}
         backend = node.tier.state.backends[0]
         assert backend.counters["down"] == 1
         await until(lambda: node.state.reserved == 0, "slots are free: nobody can fill them any more")
+        await until(lambda: node.tier._out == [0], "nobody counts on what they were sent")
         await until(lambda: backend.state is BackendState.UP, "it comes back")
         assert await node.fetch(*MANY) == {}
         await until(lambda: not {helper.pid for helper in node.helpers} & set(stopped), "they are not used any more")
@@ -390,7 +394,12 @@ def test_what_arrives_after_the_end_of_a_process_is_not_in_a_slot(
         asked.append(target)
         PosixStore.read_into(store, name, target)
 
+    def try_read(names: Any, targets: list[memoryview], until: float) -> list[bool]:
+        asked.extend(targets)
+        return PosixStore.try_read(store, names, targets, until)
+
     monkeypatch.setattr(store, "read_into", read_into)
+    monkeypatch.setattr(store, "try_read", try_read)
     monkeypatch.setattr(filehelper, "open_store", lambda *_, **__: store)
     monkeypatch.setattr(posix_io, "reads_end", lambda _: end)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -10,6 +10,7 @@ import shutil
 import stat
 import struct
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -569,6 +570,49 @@ def without_direct(real, path, flags, *args):
         os.close(real(path, flags & ~os.O_DIRECT, *args))
         raise OSError(errno.EINVAL, "Invalid argument")
     return real(path, flags, *args)
+
+
+# ---- many at once ----------------------------------------------------------------------------------
+
+
+def test_files_that_are_right_are_read_at_a_stretch(root, monkeypatch):
+    """Of the others it is said that they are not, in their places; none of them costs a descriptor."""
+    store = PosixStore(str(root), owner="me", capacity_bytes=GIB, direct=False)
+    names = [name_of(number) for number in range(7)]
+    for name in names:
+        store.write(name, memoryview(extent_of(name)))
+    size = len(extent_of(NAME))
+    path = {name: root / "blocks" / str(name) for name in names}
+    path[names[1]].unlink()
+    os.truncate(path[names[2]], size - 1)
+    os.truncate(path[names[3]], size + 1)
+    path[names[4]].unlink()
+    os.mkfifo(path[names[4]])
+    path[names[5]].unlink()
+    path[names[5]].symlink_to(path[names[0]])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    targets = [memoryview(bytearray(size)) for _ in names]
+    assert store.try_read(names, targets, time.monotonic() + 60) == [True, *[False] * 5, True]
+    assert targets[0] == extent_of(names[0])
+    assert targets[6] == extent_of(names[6])
+    Disturbed(monkeypatch, "preadv", errno.EIO, lambda _, __, views, ___: len(views[0]) - 1)
+    assert store.try_read(names[:1] * 3, targets[:3], time.monotonic() + 60) == [False, False, True]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_takes_long_is_told_early(store, monkeypatch):
+    """Nobody hears of a file while others are read: after the time that was given none is begun."""
+    names = [name_of(number) for number in range(4)]
+    for name in names:
+        store.write(name, memoryview(extent_of(name)))
+    targets = [memoryview(bytearray(len(extent_of(NAME)))) for _ in names]
+    assert len(store.try_read(names, targets, 0.0)) == 1
+    reads = []
+    monkeypatch.setattr(posix_io.time, "monotonic", lambda: len(reads))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args) or real(*args))
+    assert len(store.try_read(names, targets, 2.0)) == 2
+    assert len(reads) == 2
 
 
 def test_no_direct_where_the_filesystem_has_none(root, monkeypatch):
