@@ -167,8 +167,8 @@ class FileTier:
                     if state.backends[number].looked >= LOOKS_MAX:
                         self.wake()  # go on when others have had their turn
                     break
+                batch = Batch(number, jobs, busy=self._out[number] >= self._threads)
                 self._out[number] += 1
-                batch = Batch(number, jobs)
                 self._batches[number].add(batch)
                 desk.batches.put(batch)
         self._answer()  # what found no room

@@ -35,13 +35,14 @@ _GIVEN_BACK: Final = Failure(Trouble.GIVEN_BACK, "the backend is down")
 class Batch:
     """Jobs that a thread does one after the other; ``abandoned`` when nobody counts on it any more."""
 
-    def __init__(self, number: int, jobs: list[Job]) -> None:
+    def __init__(self, number: int, jobs: list[Job], *, busy: bool = False) -> None:
+        """``number``: the backend's; ``busy``: all threads have something to do already."""
         self.number = number
         self.abandoned = False
         self.unsure = False
         """Whether a file was begun of which nobody may ever say whether it is there."""
-        self.portable = len(jobs) > 1 and all(map(portable, jobs))
-        """Whether a process is worth asking: one file is read sooner by whoever has it in hand."""
+        self.portable = (busy or len(jobs) > 1) and all(map(portable, jobs))
+        """Whether a process is worth asking: a single file is read sooner by whoever has it in hand."""
         self._jobs = deque(jobs)
 
     def next(self) -> Job | None:
