@@ -43,7 +43,12 @@ def opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             finally:
                 tier.close()
 
-        return asyncio.run(serve())
+        try:
+            return asyncio.run(serve())
+        finally:
+            for thread in threading.enumerate():  # the next one's directory has the same name
+                if thread.name.startswith(("kvpool-storage", "kvpool-files")):
+                    thread.join(T)
 
     return run
 
