@@ -9,17 +9,20 @@ what a network filesystem was asked for, is done to memory of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import marshal
 import mmap
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -28,7 +31,7 @@ from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
 from kvpool.errors import KVPoolError
 from kvpool.processes import module_command
 from kvpool.server.child import die_with_parent
-from kvpool.server.filework import Brought, perform, perform_reads
+from kvpool.server.filework import Finish, begin_reads, perform
 from kvpool.tiers import posix_io
 from kvpool.tiers.opening import open_store
 from kvpool.tiers.posix import PosixStore
@@ -174,23 +177,30 @@ def _unpacked(packed: tuple[Any, ...]) -> Read | Write:
 # ---- the process ---------------------------------------------------------------------------------------
 
 
+Begin = Callable[[BlockStore, memoryview, Sequence[Read | Write], float], tuple[int, Finish]]
+"""Does the first jobs as far as the disk is needed: at least one, and none begun after a time of the monotonic clock.
+
+Returns how many, and what does the rest.
+"""
+
+
 class _OwnMemory:
     """Files are read into it first where a read by O_DIRECT may go on when the process that asked for it is no more."""
 
     def __init__(self) -> None:
         self._view = memoryview(b"")
 
-    def perform(
+    def begin(
         self,
         store: BlockStore,
         view: memoryview,
-        jobs: list[Read | Write],
-        until: float,  # noqa: ARG002 -- _perform's signature
-    ) -> list[tuple[Failure | None, Brought]]:
+        jobs: Sequence[Read | Write],
+        until: float,  # noqa: ARG002 -- as all that begins
+    ) -> tuple[int, Finish]:
         """Do the first job."""
         job = jobs[0]
         if not isinstance(job, Read):
-            return [perform(store, view, job)]
+            return _perform_one(store, view, job)
         if len(self._view) < job.size:
             self._view = memoryview(mmap.mmap(-1, job.size))
         slot = view[job.start : job.start + job.size]
@@ -198,7 +208,70 @@ class _OwnMemory:
         failure, brought = perform(store, self._view, job)
         if failure is None:
             slot[:] = self._view[: job.size]
-        return [(failure, brought)]
+        return 1, lambda: [(failure, brought)]
+
+
+def _begin(store: BlockStore, view: memoryview, jobs: Sequence[Read | Write], until: float) -> tuple[int, Finish]:
+    """Do the first jobs, several files at a stretch where all are to be read."""
+    if isinstance(store, PosixStore):
+        reads = [job for job in jobs if isinstance(job, Read)]
+        if len(reads) == len(jobs):
+            return begin_reads(store, view, reads, until)
+    return _perform_one(store, view, jobs[0])
+
+
+def _perform_one(store: BlockStore, view: memoryview, job: Job) -> tuple[int, Finish]:
+    done = [perform(store, view, job)]
+    return 1, lambda: done
+
+
+class _Answers(threading.Thread):
+    """Looks at what was read, and answers, while the next files are read."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(name="kvpool-answers", daemon=True)
+        self._sock = sock
+        self._begun: queue.SimpleQueue[tuple[float, Finish, bool] | None] = queue.SimpleQueue()
+
+    def put(self, seconds: float, finish: Finish, *, last: bool) -> None:
+        """Take jobs that have been begun, which took so long; ``last``: of a batch."""
+        self._begun.put((seconds, finish, last))
+
+    def end(self) -> None:
+        """Answer what was begun, and wait until that is done."""
+        self._begun.put(None)
+        self.join()
+
+    def run(self) -> None:
+        """Answer until the end; without a node this process has nothing left to do."""
+        try:
+            self._answer()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self) -> None:
+        answers: list[tuple[Any, ...]] = []
+        size, posted = 0, time.monotonic()
+        while (begun := self._begun.get()) is not None:
+            seconds, finish, last = begun
+            started = time.monotonic()
+            done = finish()
+            now = time.monotonic()
+            each = (seconds + now - started) / len(done)
+            for failure, brought in done:
+                if failure is None:
+                    answers.append((each, "", "", 0, brought))
+                else:
+                    text = failure.text[:TEXT_CHARS_MAX]
+                    answers.append((each, failure.trouble.value, text, failure.actual_bytes, None))
+                size += 512 + (len(brought[1]) if isinstance(brought, tuple) else 0)
+                if now - posted > POST_S or size > REPLY_BYTES:
+                    self._sock.send(marshal.dumps(answers))
+                    answers, size, posted = [], 0, now
+            if last and answers:
+                self._sock.send(marshal.dumps(answers))
+                answers, size, posted = [], 0, now
 
 
 def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> None:
@@ -207,46 +280,24 @@ def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> N
         opening.directory, owner=f"{os.getpid()}-{opening.owner}", direct=opening.direct, fsync=opening.fsync,
         create=False,
     )  # fmt: skip
-    work = _perform
+    begin: Begin = _begin
     if opening.direct and not posix_io.reads_end(opening.directory):
-        work = _OwnMemory().perform
+        begin = _OwnMemory().begin
     segment.prefault()  # or the first file in each slot takes twice as long
     sock.send(marshal.dumps((__version__, store.id)))  # the package may have been replaced since the node started
     clock = time.monotonic
-    while request := sock.recv(MESSAGE_BYTES_MAX):
-        jobs = [_unpacked(packed) for packed in marshal.loads(request)]  # noqa: S302 - of the node
-        answers: list[tuple[Any, ...]] = []
-        size, posted = 0, clock()
-        while jobs:
-            started = clock()
-            done = work(store, segment.view, jobs, posted + POST_S)
-            del jobs[: len(done)]
-            now = clock()
-            for failure, brought in done:
-                answers.append(_packed_answer((now - started) / len(done), failure, brought))
-                size += 512 + (len(brought[1]) if isinstance(brought, tuple) else 0)
-                if now - posted > POST_S or size > REPLY_BYTES:
-                    sock.send(marshal.dumps(answers))
-                    answers, size, posted = [], 0, now
-        if answers:
-            sock.send(marshal.dumps(answers))
-
-
-def _packed_answer(seconds: float, failure: Failure | None, brought: Brought) -> tuple[Any, ...]:
-    if failure is None:
-        return seconds, "", "", 0, brought
-    return seconds, failure.trouble.value, failure.text[:TEXT_CHARS_MAX], failure.actual_bytes, None
-
-
-def _perform(
-    store: BlockStore, view: memoryview, jobs: list[Read | Write], until: float
-) -> list[tuple[Failure | None, Brought]]:
-    """Do the first jobs, at least one and none that would begin after ``until``."""
-    if isinstance(store, PosixStore):
-        reads = [job for job in jobs if isinstance(job, Read)]
-        if len(reads) == len(jobs):
-            return perform_reads(store, view, reads, until)
-    return [perform(store, view, jobs[0])]
+    answers = _Answers(sock)
+    answers.start()
+    try:
+        while request := sock.recv(MESSAGE_BYTES_MAX):
+            jobs = [_unpacked(packed) for packed in marshal.loads(request)]  # noqa: S302 - of the node
+            while jobs:
+                started = clock()
+                count, finish = begin(store, segment.view, jobs, started + POST_S)
+                del jobs[:count]
+                answers.put(clock() - started, finish, last=not jobs)
+    finally:
+        answers.end()
 
 
 def main() -> None:

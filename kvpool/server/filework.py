@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvpool.core.file_jobs import Failure, File, Job, Learn, Read, Remove, Trouble, Write
@@ -53,10 +53,12 @@ def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | No
     return None, None
 
 
-def perform_reads(
-    store: PosixStore, view: memoryview, jobs: Sequence[Read], until: float
-) -> list[tuple[Failure | None, Brought]]:
-    """Do the first jobs, at least one and none that would begin after ``until``; returns what ``perform`` does of each.
+Finish = Callable[[], list[tuple[Failure | None, Brought]]]
+"""Does what is left of some jobs, and returns what ``perform`` does of each."""
+
+
+def begin_reads(store: PosixStore, view: memoryview, jobs: Sequence[Read], until: float) -> tuple[int, Finish]:
+    """Read the files of the first jobs, at least one and none begun after ``until``; returns how many, and the rest.
 
     Step by step for all of them, not one after the other: see ``posix_io.fill_all``.
     """
@@ -65,17 +67,22 @@ def perform_reads(
     try:
         tried = store.try_read(names, targets, until)
     except Exception as exc:  # as in ``perform``
-        return [(failure_of(exc), None)]
-    done: list[tuple[Failure | None, Brought]] = []
-    for job, name, target, there in zip(jobs, names, targets, tried, strict=False):
-        if there:
-            try:
-                done.append((None, blockfile.content(target, name, job.layers)))
-                continue
-            except StoreBrokenError:
-                pass
-        done.append(perform(store, view, job))
-    return done
+        failed = failure_of(exc)
+        return 1, lambda: [(failed, None)]
+
+    def finish() -> list[tuple[Failure | None, Brought]]:
+        done: list[tuple[Failure | None, Brought]] = []
+        for job, name, target, there in zip(jobs, names, targets, tried, strict=False):
+            if there:
+                try:
+                    done.append((None, blockfile.content(target, name, job.layers)))
+                    continue
+                except StoreBrokenError:
+                    pass
+            done.append(perform(store, view, job))
+        return done
+
+    return len(tried), finish
 
 
 def failure_of(exc: Exception) -> Failure:
