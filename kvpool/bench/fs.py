@@ -120,35 +120,39 @@ class FsBench:
         self._designs()
 
     def _sequential(self, files: FilePool) -> None:
-        """Fill and read in turns with raw files."""
-        raw = LargeFiles(self._directory, self._sizes.bytes, self._sizes.block_bytes, self._mode)
-        rates: dict[str, list[tuple[float, float]]] = {"fill": [], "cold_read": []}
+        """Fill and read in turns with raw files, and with the pool's own files read without it.
+
+        A disk may read what was written last much faster than the rest, or files in one place than in another.
+        """
+        size = self._sizes.bytes
+        raw = LargeFiles(self._directory, size, self._sizes.block_bytes, self._mode)
+        fills, reads, same = [], [], []
         for number in range(self._plan.rounds):
             self._report.step(f"{format_size(self._sizes.block_bytes)}: round {number + 1} of {self._plan.rounds}")
             limit = raw.bytes / raw.write()
             seconds, keys = files.fill()
-            rates["fill"].append((self._sizes.bytes / seconds, limit))
+            fills.append((size / seconds, limit))
             limit = raw.bytes / raw.read()
-            rates["cold_read"].append((self._sizes.bytes / files.read(keys), limit))
+            first = files.read_raw(keys) if number % 2 else 0.0
+            rate = size / files.read(keys)
+            reads.append((rate, limit))
+            same.append((rate, size / (first or files.read_raw(keys))))
         raw.remove()
-        for name, seen in rates.items():
-            ratios = sorted(ours / limit for ours, limit in seen)
-            self._report.add(
-                Figure(
-                    name,
-                    statistics.median(ours for ours, _ in seen) / 1e9,
-                    "GB/s",
-                    "raw_write" if name == "fill" else "raw_read",
-                    statistics.median(ratios),
-                    {
-                        "block_bytes": self._sizes.block_bytes,
-                        **self._about,
-                        "ratio_min": math.floor(100 * ratios[0]) / 100,
-                        "ratio_max": math.ceil(100 * ratios[-1]) / 100,
-                    },
-                    statistics.median(limit for _, limit in seen) / 1e9,
-                )
-            )
+        self._compared("fill", "raw_write", fills)
+        self._compared("cold_read", "raw_read", reads)
+        self._compared("cold_read", "same_files", same)
+
+    def _compared(self, name: str, limit: str, seen: Sequence[tuple[float, float]]) -> None:
+        ratios = sorted(ours / raw for ours, raw in seen)
+        detail = {
+            "block_bytes": self._sizes.block_bytes,
+            **self._about,
+            "ratio_min": math.floor(100 * ratios[0]) / 100,
+            "ratio_max": math.ceil(100 * ratios[-1]) / 100,
+        }
+        value = statistics.median(ours for ours, _ in seen) / 1e9
+        against = statistics.median(raw for _, raw in seen) / 1e9
+        self._report.add(Figure(name, value, "GB/s", limit, statistics.median(ratios), detail, against))
 
     @property
     def _about(self) -> dict[str, str | int]:

@@ -12,13 +12,16 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from kvpool.bench.fs_raw import Mode, forget_all
+from kvpool.bench.fs_raw import Mode, forget_all, read_files
 from kvpool.bench.harness import BenchError
 from kvpool.bench.pool import ASK_S, BenchPool
 from kvpool.client import Client
 from kvpool.client_results import GetResult
-from kvpool.model import KEY_BYTES, Namespace
+from kvpool.model import KEY_BYTES, Namespace, split_keys
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
+from kvpool.tiers.blockfile import extent_bytes
+from kvpool.tiers.layout import BLOCKS
+from kvpool.tiers.store import FileName
 
 BATCH_BYTES = 32 << 20
 LAYER_BYTES_MAX = 256 << 10
@@ -124,6 +127,13 @@ class FilePool:
                     f"{there} of {blocks} blocks have become files within {SETTLE_S:.0f} s {self._reasons}"
                 )
             time.sleep(POLL_S)
+
+    def read_raw(self, keys: Sequence[bytes]) -> float:
+        """Read a round's files without the pool; returns seconds."""
+        self.forget()
+        digest, kept = self._space.digest, self._directory / BLOCKS
+        paths = [f"{kept}/{FileName(digest, key, 0)}" for key in split_keys(b"".join(keys))]
+        return read_files(paths, extent_bytes(self._sizes.block_bytes, self._space.layers), self._mode)
 
     def forget(self) -> None:
         """Make files cold that are read through the page cache."""
