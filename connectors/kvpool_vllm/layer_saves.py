@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvpool_vllm import LOGGER_NAME
+from kvpool_vllm.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,13 +95,15 @@ class LayerSaves:
         jobs: Sequence[SaveJob],
         shards: Shards,
         ended: Callable[[SaveJob, list[PutResult] | None], None],
-    ) -> None:
-        """Reserve room for these jobs' blocks, and write them as the forward goes on.
+    ) -> bool:
+        """Reserve room for these jobs' blocks, and write them as the forward goes on; False where no thread can be had.
 
-        ``ended`` is called for each job, on the thread, when the forward is over: with what became of its shards, or
-        None where it has to be saved whole.
+        Otherwise ``ended`` is called for each job, on the thread, when the forward is over: with what became of its
+        shards, or None where it has to be saved whole.
         """
-        self._threads.submit(self._run, forward, jobs, shards, ended)
+        refused: list[bool] = []
+        begin(self._threads, partial(self._run, forward, jobs, shards, ended), lambda: refused.append(True))
+        return not refused
 
     def close(self) -> None:
         """Wait for the forward that runs."""

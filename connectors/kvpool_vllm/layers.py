@@ -40,7 +40,12 @@ class LayerLoads:
         self._ended = False
         self._arrived = [job.blocks for job in jobs]
         self._thread = threading.Thread(target=self._run, name="kvpool-layers", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:  # no thread can be started
+            logger.warning("layers are not loaded, their blocks are computed instead: %s", exc)
+            self._arrived = [0] * len(jobs)
+            self._ended = True
 
     def wait(self, layer: int) -> None:
         """Wait until this layer is there, or given up."""
@@ -55,7 +60,8 @@ class LayerLoads:
             self._computing = self._layers
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         return list(zip(self._jobs, self._arrived, strict=True))
 
     def _run(self) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from kvpool.client_transfers import TransferState
+from kvpool_vllm.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,9 +32,9 @@ class Receives:
         self._unwanted: set[str] = set()
         self._closed = False
 
-    def start(self, job: LoadJob, load: Callable[[LoadJob], None]) -> Future[None]:
-        """Have a thread run ``load``."""
-        return self._threads.submit(load, job)
+    def start(self, load: Callable[[], None], instead: Callable[[], None]) -> Future[None]:
+        """Have a thread run ``load``, or call ``instead`` where none can be started."""
+        return begin(self._threads, load, instead)
 
     def unwanted(self, request_id: str) -> None:
         """Nobody wants this request any more: its load ends at its next look."""

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvpool.model import KEY_BYTES
@@ -24,6 +25,7 @@ from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.receives import Receives
 from kvpool_vllm.tally import Data, Tally, say_once
+from kvpool_vllm.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -104,9 +106,10 @@ class WorkerSide:
             if job.sync:
                 needed.append(job)
             elif job.transfer:
-                self._loading[job.request_id] = (job, self._receives.start(job, self._receive))
+                receiving = self._receives.start(partial(self._receive, job), partial(self._refuse_load, job))
+                self._loading[job.request_id] = (job, receiving)
             else:
-                self._loading[job.request_id] = (job, self._load_pool.submit(self._load, job, None))
+                self._loading[job.request_id] = (job, self._begin_load(job, None))
         timeout_s = self._settings.transfer_timeout / 1000
         if needed and self._settings.use_layerwise:
             ahead = self._settings.layerwise_prefetch_layers
@@ -114,8 +117,15 @@ class WorkerSide:
         elif needed:
             deadline = time.monotonic() + timeout_s
             # To their ends, which the deadline brings: what is given up must not be written any more.
-            for load in [self._load_pool.submit(self._load, job, deadline) for job in needed]:
+            for load in [self._begin_load(job, deadline) for job in needed]:
                 load.result()
+
+    def _begin_load(self, job: LoadJob, deadline: float | None) -> Future[None]:
+        return begin(self._load_pool, partial(self._load, job, deadline), partial(self._refuse_load, job))
+
+    def _refuse_load(self, job: LoadJob) -> None:
+        say_once(self.counters, "load.errors", "no thread for a load, its blocks are computed instead")
+        self._end_load(job, 0)
 
     def wait_for_layer(self, name: str) -> None:
         """Wait until a layer of the blocks that the running forward needs is there, or given up."""
@@ -219,8 +229,9 @@ class WorkerSide:
             return
         jobs = [job for job in meta.saves if job.transfer and job.computing]
         if jobs:
-            self._forward = Forward([len(kv) for kv in self._kv])
-            self._layer_saves.start(self._forward, jobs, self._shards, self._layers_saved)
+            forward = Forward([len(kv) for kv in self._kv])
+            if self._layer_saves.start(forward, jobs, self._shards, self._layers_saved):
+                self._forward = forward
 
     def layer_done(self, name: str) -> None:
         """The running forward has a layer's KV in memory."""
@@ -229,7 +240,7 @@ class WorkerSide:
 
     def _layers_saved(self, job: SaveJob, results: list[PutResult] | None) -> None:
         if results is None:
-            self._save_pool.submit(self._save, job)
+            self._begin_save(job)
             return
         self.counters["save.layerwise"] += 1
         self.counters["save.stored"] += max((result.stored for result in results), default=0)
@@ -243,9 +254,16 @@ class WorkerSide:
         for job in meta.saves:
             self._unreported_saves += 1
             if by_layers is None or not (job.transfer and job.computing):
-                self._save_pool.submit(self._save, job)
+                self._begin_save(job)
         if by_layers is not None:
             by_layers.end()
+
+    def _begin_save(self, job: SaveJob) -> None:
+        begin(self._save_pool, partial(self._save, job), partial(self._refuse_save, job))
+
+    def _refuse_save(self, job: SaveJob) -> None:
+        say_once(self.counters, "save.errors", "no thread for a save, its blocks are not stored")
+        self._end_save(job, stored=False)
 
     def _save(self, job: SaveJob) -> None:
         stored, started = False, time.monotonic()
