@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
 from kvpool.client_files import StorageGuards, only_in_files, storage_name
@@ -29,6 +29,7 @@ from kvpool.client_peers import Peers
 from kvpool.client_puts import Puts
 from kvpool.client_receive import Receives
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
+from kvpool.client_threads import started_threads
 from kvpool.client_transfers import Transfers
 from kvpool.config import boot_id
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError
@@ -37,6 +38,8 @@ from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason
 __all__ = ["Client", "GetResult", "LayeredPut", "Lookup", "PutResult", "Run"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONNECT_S = 1.5
 """How long a new client waits to know whether there is a pool."""
@@ -444,7 +447,7 @@ class Client:
         prefetch: bool = False,
     ) -> Future[Lookup]:
         """``lookup`` on a thread of the client's."""
-        return self._executor().submit(
+        return self._submit(
             self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms, also=also,
             prefetch=prefetch,
         )  # fmt: skip
@@ -460,7 +463,7 @@ class Client:
         transfer: int = 0,
     ) -> Future[PutResult]:
         """``put`` on a thread of the client's; leave the buffers alone until it is done."""
-        return self._executor().submit(
+        return self._submit(
             self.put, namespace, hashes, blocks, shard=shard, timeout_ms=timeout_ms, transfer=transfer
         )
 
@@ -476,15 +479,28 @@ class Client:
         timeout_ms: float | None = None,
     ) -> Future[GetResult]:
         """``get`` on a thread of the client's; leave the buffers alone until it is done."""
-        return self._executor().submit(
+        return self._submit(
             self.get, namespace, hashes, blocks, shard=shard, lookup=lookup, layers=layers, timeout_ms=timeout_ms
         )
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._tasks_lock:
             if self._tasks is None:
-                self._tasks = ThreadPoolExecutor(4, "kvpool-client")
+                self._tasks = started_threads(4, "kvpool-client")
             return self._tasks
+
+    def _submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """Make a call on a thread; on this one where there can be none, or no more."""
+        try:
+            return self._executor().submit(call, *args, **kwargs)
+        except RuntimeError as exc:
+            log.debug("a call is made at once: %s", exc)
+            done: Future[T] = Future()
+            try:
+                done.set_result(call(*args, **kwargs))
+            except Exception as error:  # the future's to raise
+                done.set_exception(error)
+            return done
 
     # ---- inside ----------------------------------------------------------------------------------
 

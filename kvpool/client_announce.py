@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from kvpool.client_threads import start_thread
 from kvpool.config import boot_id
 from kvpool.errors import InvalidArgumentError, KVPoolError
 from kvpool.rpc.v1.master_pb2 import EngineAnnouncement
@@ -48,8 +49,7 @@ class EngineAnnouncer:
                 self._said.ClearField(name)
             self._said.MergeFrom(new)
             if self._thread is None and not self._closing.is_set():
-                self._thread = threading.Thread(target=self._run, name="kvpool-announce", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._run, "kvpool-announce")
         self._wake.set()
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 
+from kvpool.client_threads import start_thread
 from kvpool.core.breaker import Breaker
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError
 
@@ -173,8 +174,7 @@ class Health:
         """See to it that somebody probes; only for guards."""
         with self._lock:
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="kvpool-health", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._run, "kvpool-health")
         self._wake.set()
 
     def _run(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 from kvpool.client_node import LocalNode
+from kvpool.client_threads import start_thread
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import KVPoolError
 from kvpool.model import Namespace, NodeAddress
@@ -57,7 +59,8 @@ class OwnNode:
         if wanted and time.monotonic() >= self._attach_at and not self._closed:
             # Not here: a node that is stopped lets us connect, and then says nothing.
             self._attach_at = time.monotonic() + REATTACH_S
-            self._submit(self.attach)
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                self._submit(self.attach)
         return node if here else None
 
     def close(self) -> None:
@@ -85,7 +88,7 @@ class OwnNode:
                     log.debug("no node at %s: %s", path, exc)
                     continue
                 self.node, self.id = node, node.node_id
-                threading.Thread(target=node.prefault, name="kvpool-prefault", daemon=True).start()
+                start_thread(node.prefault, "kvpool-prefault")
                 log.info("attached to node %s at %s", node.node_id, path)
                 break
             else:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from kvpool.client_threads import start_thread
 from kvpool.errors import InvalidArgumentError, KVPoolError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, split_keys
 from kvpool.rpc.v1.master_pb2 import MasterFrame, MasterFrameReply, ResidencyRequest
@@ -99,8 +100,7 @@ class ResidencyReporter:
                 self._waiting = 0
                 self._changes = {known: _Changes(cleared=True) for known in {*self._changes, *self._held}}
             if self._thread is None and not self._closing.is_set():
-                self._thread = threading.Thread(target=self._run, name="kvpool-residency", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._run, "kvpool-residency")
         self._wake.set()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from tests.connectors.test_transfers import BOTH, DEADLINE_S, MODES, Pair, pair 
 class NoThreads:
     """Refuses to start our threads while ``on``."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, prefix: str = "kvpool-") -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, prefix: str | tuple[str, ...] = "kvpool-") -> None:
         self.on, self.refused = True, 0
         start = threading.Thread.start
 
