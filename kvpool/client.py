@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
 from kvpool.client_files import StorageGuards, only_in_files, storage_name
@@ -38,8 +38,6 @@ from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason
 __all__ = ["Client", "GetResult", "LayeredPut", "Lookup", "PutResult", "Run"]
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 CONNECT_S = 1.5
 """How long a new client waits to know whether there is a pool."""
@@ -130,8 +128,9 @@ class Client:
         if self._link is not None:
             self._link.close()
         self._own.close()
-        if self._tasks is not None:
-            self._tasks.shutdown(wait=False, cancel_futures=True)
+        with self._tasks_lock:
+            if self._tasks is not None:
+                self._tasks.shutdown(wait=False, cancel_futures=True)
         self._peers.close()
         self._copies.close()
 
@@ -446,8 +445,8 @@ class Client:
         also: Sequence[Also] = (),
         prefetch: bool = False,
     ) -> Future[Lookup]:
-        """``lookup`` on a thread of the client's."""
-        return self._submit(
+        """``lookup`` on a thread of the client's. Raises RuntimeError when there is none, or the client is closed."""
+        return self._executor().submit(
             self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms, also=also,
             prefetch=prefetch,
         )  # fmt: skip
@@ -462,8 +461,8 @@ class Client:
         timeout_ms: float | None = None,
         transfer: int = 0,
     ) -> Future[PutResult]:
-        """``put`` on a thread of the client's; leave the buffers alone until it is done."""
-        return self._submit(
+        """``put`` on a thread of the client's; leave the buffers alone until it is done. Raises as ``lookup_async``."""
+        return self._executor().submit(
             self.put, namespace, hashes, blocks, shard=shard, timeout_ms=timeout_ms, transfer=transfer
         )
 
@@ -478,29 +477,19 @@ class Client:
         layers: tuple[int, int] | None = None,
         timeout_ms: float | None = None,
     ) -> Future[GetResult]:
-        """``get`` on a thread of the client's; leave the buffers alone until it is done."""
-        return self._submit(
+        """``get`` on a thread of the client's; leave the buffers alone until it is done. Raises as ``lookup_async``."""
+        return self._executor().submit(
             self.get, namespace, hashes, blocks, shard=shard, lookup=lookup, layers=layers, timeout_ms=timeout_ms
         )
 
     def _executor(self) -> ThreadPoolExecutor:
+        """Return the client's threads. Raises RuntimeError where they cannot be started, or are no more."""
         with self._tasks_lock:
+            if self._closed:
+                raise RuntimeError("the client is closed")
             if self._tasks is None:
                 self._tasks = started_threads(4, "kvpool-client")
             return self._tasks
-
-    def _submit(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
-        """Make a call on a thread; on this one where there can be none, or no more."""
-        try:
-            return self._executor().submit(call, *args, **kwargs)
-        except RuntimeError as exc:
-            log.debug("a call is made at once: %s", exc)
-            done: Future[T] = Future()
-            try:
-                done.set_result(call(*args, **kwargs))
-            except Exception as error:  # the future's to raise
-                done.set_exception(error)
-            return done
 
     # ---- inside ----------------------------------------------------------------------------------
 

@@ -27,6 +27,9 @@ class BreakerOpenError(UnavailableError):
 
 _FAILURES = (UnavailableError, FrameError)
 _NO_SIGN = (UnavailableError, FrameError, OverloadedError)
+
+START_AGAIN_S = 1.0
+"""When a thread that could not be started is tried again."""
 """Exceptions that are no answer; being full, here or there, is no failure either."""
 
 
@@ -67,6 +70,8 @@ class Guard:
         """Raise BreakerOpenError, and count it, unless calls go through."""
         if not self.breaker.closed:
             self.rejected += 1
+            if not self._health.watching:
+                self._health.opened()
             raise BreakerOpenError(f"{self.name} has failed several times in a row")
 
     def call(self, quick_s: float = math.inf) -> _Call:
@@ -130,6 +135,7 @@ class Health:
         self._guards: list[Guard] = []
         self._forgotten = Counter[str]()
         self._thread: threading.Thread | None = None
+        self._refused_at = 0.0  # when no thread could be started, which is tried again
         self._wake = threading.Event()
         self._closed = False
 
@@ -163,6 +169,11 @@ class Health:
     @property
     def troubled(self) -> bool:
         """Whether some breaker may be open."""
+        return self.watching or self._refused_at > 0
+
+    @property
+    def watching(self) -> bool:
+        """Whether a thread probes."""
         return self._thread is not None
 
     def close(self) -> None:
@@ -171,10 +182,12 @@ class Health:
         self._wake.set()
 
     def opened(self) -> None:
-        """See to it that somebody probes; only for guards."""
+        """See to it that somebody probes; only for guards, which ask again as long as they are open."""
+        now = time.monotonic()
         with self._lock:
-            if self._thread is None and not self._closed:
+            if self._thread is None and not self._closed and now - self._refused_at >= START_AGAIN_S:
                 self._thread = start_thread(self._run, "kvpool-health")
+                self._refused_at = 0.0 if self._thread is not None else now
         self._wake.set()
 
     def _run(self) -> None:

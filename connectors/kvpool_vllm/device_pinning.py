@@ -13,6 +13,7 @@ import threading
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvpool.client_threads import start_thread
 from kvpool.model import format_size
 from kvpool_vllm import LOGGER_NAME
 
@@ -107,7 +108,11 @@ class PinnedSegment:
             if self.state is not PinState.UNREGISTERED:
                 return
             self.state = PinState.REGISTERING
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # no thread can be started: copies go through a buffer
+                self.state, self.reason = PinState.FAILED, str(error)
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def using(self) -> Iterator[bool]:
@@ -142,7 +147,7 @@ class PinnedSegment:
     def close(self) -> None:
         """Unregister and let go of the memory, once no copy uses it."""
         with self._changed:
-            begun = self.state is not PinState.UNREGISTERED
+            begun = self._thread.ident is not None
             self.state = PinState.CLOSED
             self._changed.notify_all()
         if begun:
@@ -220,7 +225,7 @@ class Pinning:
             self._segment.start()
             started = self._segment
         if current is not None:
-            threading.Thread(target=current.close, name="kvpool-unpin", daemon=True).start()
+            start_thread(current.close, "kvpool-unpin")
         return started
 
     def close(self) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.threads import begin
+from kvpool_vllm.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -87,7 +86,7 @@ class LayerSaves:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._threads = ThreadPoolExecutor(1, "kvpool-layer-saves")
+        self._threads = Threads(1, "kvpool-layer-saves")
 
     def start(
         self,
@@ -102,12 +101,12 @@ class LayerSaves:
         shards, or None where it has to be saved whole.
         """
         refused: list[bool] = []
-        begin(self._threads, partial(self._run, forward, jobs, shards, ended), lambda: refused.append(True))
+        self._threads.begin(partial(self._run, forward, jobs, shards, ended), lambda: refused.append(True))
         return not refused
 
     def close(self) -> None:
         """Wait for the forward that runs."""
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.close()
 
     def _run(
         self,

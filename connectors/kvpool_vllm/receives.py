@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from kvpool.client_transfers import TransferState
-from kvpool_vllm.threads import begin
+from kvpool_vllm.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from kvpool.client import Client
     from kvpool_vllm.metadata import LoadJob
@@ -27,14 +27,14 @@ class Receives:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._threads = ThreadPoolExecutor(RECEIVES_MAX, "kvpool-receive")
+        self._threads = Threads(RECEIVES_MAX, "kvpool-receive")
         self._lock = threading.Lock()
         self._unwanted: set[str] = set()
         self._closed = False
 
     def start(self, load: Callable[[], None], instead: Callable[[], None]) -> Future[None]:
         """Have a thread run ``load``, or call ``instead`` where none can be started."""
-        return begin(self._threads, load, instead)
+        return self._threads.begin(load, instead)
 
     def unwanted(self, request_id: str) -> None:
         """Nobody wants this request any more: its load ends at its next look."""
@@ -63,4 +63,4 @@ class Receives:
     def close(self) -> None:
         """End the loads that wait, soon, and drop those that no thread has begun."""
         self._closed = True
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.close()

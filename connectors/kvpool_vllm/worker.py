@@ -12,7 +12,6 @@ import secrets
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,10 +24,11 @@ from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.receives import Receives
 from kvpool_vllm.tally import Data, Tally, say_once
-from kvpool_vllm.threads import begin
+from kvpool_vllm.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from concurrent.futures import Future
 
     from kvpool.client import Client, GetResult, PutResult
     from kvpool.config import ConnectorSettings
@@ -58,8 +58,8 @@ class WorkerSide:
         self._place = place
         self._device: Device = HostDevice()
         self._fence: Any = None  # a job may find a later one than its own, which comes no sooner
-        self._load_pool = ThreadPoolExecutor(settings.load_threads, "kvpool-load")
-        self._save_pool = ThreadPoolExecutor(settings.save_threads, "kvpool-save")
+        self._load_pool = Threads(settings.load_threads, "kvpool-load")
+        self._save_pool = Threads(settings.save_threads, "kvpool-save")
         self._receives = Receives(client)
         self._layer_saves = LayerSaves(client)
         self._forward: Forward | None = None  # of the running step, where layers of it are saved
@@ -121,7 +121,7 @@ class WorkerSide:
                 load.result()
 
     def _begin_load(self, job: LoadJob, deadline: float | None) -> Future[None]:
-        return begin(self._load_pool, partial(self._load, job, deadline), partial(self._refuse_load, job))
+        return self._load_pool.begin(partial(self._load, job, deadline), partial(self._refuse_load, job))
 
     def _refuse_load(self, job: LoadJob) -> None:
         say_once(self.counters, "load.errors", "no thread for a load, its blocks are computed instead")
@@ -259,7 +259,7 @@ class WorkerSide:
             by_layers.end()
 
     def _begin_save(self, job: SaveJob) -> None:
-        begin(self._save_pool, partial(self._save, job), partial(self._refuse_save, job))
+        self._save_pool.begin(partial(self._save, job), partial(self._refuse_save, job))
 
     def _refuse_save(self, job: SaveJob) -> None:
         say_once(self.counters, "save.errors", "no thread for a save, its blocks are not stored")
@@ -323,8 +323,8 @@ class WorkerSide:
         if self._forward is not None:
             self._forward.end()
         self._layer_saves.close()
-        self._load_pool.shutdown(cancel_futures=True)
-        self._save_pool.shutdown(cancel_futures=True)
+        self._load_pool.close()
+        self._save_pool.close()
         self._client.close()
 
     # ---- the engine's memory ----

@@ -82,8 +82,11 @@ class FileReads:
             elif read.backend >= 0 and not self._backends[read.backend].readable:
                 wait.misses[file] = Miss.STORAGE_DOWN
                 continue
-            elif read.backend < 0 and (deadline < read.deadline or read.queue is None):
+            elif read.backend < 0 and (
+                deadline < read.deadline or read.queue is not self._backends[read.places[0]].reads
+            ):
                 self._hurry(read, deadline)
+            read.deadline = min(read.deadline, deadline)  # also of one in hand, which may have to be done elsewhere
             wait.reads[file] = read
             read.waits[wait] = None
         if wait.reads:

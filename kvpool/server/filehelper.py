@@ -208,7 +208,7 @@ class _OwnMemory:
         failure, brought = perform(store, self._view, job)
         if failure is None:
             slot[:] = self._view[: job.size]
-        return 1, lambda: [(failure, brought)]
+        return 1, iter([(failure, brought)])
 
 
 def _begin(store: BlockStore, view: memoryview, jobs: Sequence[Read | Write], until: float) -> tuple[int, Finish]:
@@ -221,8 +221,7 @@ def _begin(store: BlockStore, view: memoryview, jobs: Sequence[Read | Write], un
 
 
 def _perform_one(store: BlockStore, view: memoryview, job: Job) -> tuple[int, Finish]:
-    done = [perform(store, view, job)]
-    return 1, lambda: done
+    return 1, iter([perform(store, view, job)])
 
 
 class _Answers(threading.Thread):
@@ -234,7 +233,7 @@ class _Answers(threading.Thread):
         self._begun: queue.SimpleQueue[tuple[float, Finish, bool] | None] = queue.SimpleQueue()
 
     def put(self, seconds: float, finish: Finish, *, last: bool) -> None:
-        """Take jobs that have been begun, which took so long; ``last``: of a batch."""
+        """Take jobs that have been begun, each of which took so long; ``last``: of a batch."""
         self._begun.put((seconds, finish, last))
 
     def end(self) -> None:
@@ -245,33 +244,34 @@ class _Answers(threading.Thread):
     def run(self) -> None:
         """Answer until the end; without a node this process has nothing left to do."""
         try:
-            self._answer()
-        except OSError:
+            with contextlib.suppress(OSError):
+                self._answer()
+        finally:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
 
     def _answer(self) -> None:
         answers: list[tuple[Any, ...]] = []
-        size, posted = 0, time.monotonic()
+        size, posted = 0, 0.0
         while (begun := self._begun.get()) is not None:
             seconds, finish, last = begun
             started = time.monotonic()
-            done = finish()
-            now = time.monotonic()
-            each = (seconds + now - started) / len(done)
-            for failure, brought in done:
+            posted = posted if answers else started
+            for failure, brought in finish:
+                now = time.monotonic()
+                took, started = seconds + now - started, now
                 if failure is None:
-                    answers.append((each, "", "", 0, brought))
+                    answers.append((took, "", "", 0, brought))
                 else:
                     text = failure.text[:TEXT_CHARS_MAX]
-                    answers.append((each, failure.trouble.value, text, failure.actual_bytes, None))
+                    answers.append((took, failure.trouble.value, text, failure.actual_bytes, None))
                 size += 512 + (len(brought[1]) if isinstance(brought, tuple) else 0)
                 if now - posted > POST_S or size > REPLY_BYTES:
                     self._sock.send(marshal.dumps(answers))
                     answers, size, posted = [], 0, now
             if last and answers:
                 self._sock.send(marshal.dumps(answers))
-                answers, size, posted = [], 0, now
+                answers, size = [], 0
 
 
 def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> None:
@@ -295,7 +295,7 @@ def _serve(sock: socket.socket, opening: Opening, segment: AttachedSegment) -> N
                 started = clock()
                 count, finish = begin(store, segment.view, jobs, started + POST_S)
                 del jobs[:count]
-                answers.put(clock() - started, finish, last=not jobs)
+                answers.put((clock() - started) / count, finish, last=not jobs)
     finally:
         answers.end()
 

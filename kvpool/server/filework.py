@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvpool.core.file_jobs import Failure, File, Job, Learn, Read, Remove, Trouble, Write
@@ -53,8 +53,8 @@ def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | No
     return None, None
 
 
-Finish = Callable[[], list[tuple[Failure | None, Brought]]]
-"""Does what is left of some jobs, and returns what ``perform`` does of each."""
+Finish = Iterator[tuple[Failure | None, Brought]]
+"""Does what is left of some jobs, one by one, and yields what ``perform`` returns for each."""
 
 
 def begin_reads(store: PosixStore, view: memoryview, jobs: Sequence[Read], until: float) -> tuple[int, Finish]:
@@ -68,21 +68,17 @@ def begin_reads(store: PosixStore, view: memoryview, jobs: Sequence[Read], until
         tried = store.try_read(names, targets, until)
     except Exception as exc:  # as in ``perform``
         failed = failure_of(exc)
-        return 1, lambda: [(failed, None)]
+        return 1, iter([(failed, None)])
 
-    def finish() -> list[tuple[Failure | None, Brought]]:
-        done: list[tuple[Failure | None, Brought]] = []
+    def finish() -> Finish:
         for job, name, target, there in zip(jobs, names, targets, tried, strict=False):
+            brought = None
             if there:
-                try:
-                    done.append((None, blockfile.content(target, name, job.layers)))
-                    continue
-                except StoreBrokenError:
-                    pass
-            done.append(perform(store, view, job))
-        return done
+                with contextlib.suppress(Exception):  # which is said below
+                    brought = blockfile.content(target, name, job.layers)
+            yield (None, brought) if brought is not None else perform(store, view, job)
 
-    return len(tried), finish
+    return len(tried), finish()
 
 
 def failure_of(exc: Exception) -> Failure:

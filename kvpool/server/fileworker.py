@@ -96,12 +96,12 @@ class Worker(threading.Thread):
         """``number``: the backend's; ``helped``: it may have a process."""
         super().__init__(name=f"kvpool-files-{number}", daemon=True)
         self.started: float | None = None
-        self.batches: list[Batch] = []  # what is in hand, and what the process has been sent besides
+        self.batches: list[Batch] = []  # what is in hand, and what comes next
         self.helped = helped and desk.opening is not None
         self.helper: FileHelper | None = None
         self.retired = threading.Event()
         self._desk = desk
-        self._ahead: list[Job] = []  # of the second batch
+        self._ahead: list[Job] = []  # of the second batch, if the process has it
         self._help_at = 0.0
         self._lost = 0  # processes in a row that ended before they had done a batch
 
@@ -121,10 +121,11 @@ class Worker(threading.Thread):
                 self._delegate(helper, batch)
             self._do(batch)
             self._end(batch)
+        if self.helper is not None:
+            self.helper.close()  # before what it may be doing is anybody else's
+        self._take_back()
         for batch in list(self.batches):
             self._end(batch)
-        if self.helper is not None:
-            self.helper.close()
 
     def _take(self) -> bool:
         """Wait for a batch; False when there will be none."""
@@ -168,14 +169,18 @@ class Worker(threading.Thread):
             return None
 
     def _lose_helper(self, exc: Exception) -> None:
-        if self._ahead:
-            self._undo(self.batches[1], self._ahead)
-            self._ahead = []
+        self._take_back()
         self.helper = None
         self._help_at = time.monotonic() + min(HELPER_AGAIN_S * 2**self._lost, HELPER_AGAIN_MAX_S)
         self._lost = min(self._lost + 1, 10)
         if not self.retired.is_set() and self._lost == 1:
             log.warning("%s: a thread goes on alone: %s", self._desk.store.url, exc)
+
+    def _take_back(self) -> None:
+        """Count the second batch as not begun, if the process has it, which is no more."""
+        if self._ahead:
+            self._undo(self.batches[-1], self._ahead)
+            self._ahead = []
 
     @staticmethod
     def _undo(batch: Batch, jobs: list[Job]) -> None:
@@ -213,7 +218,10 @@ class Worker(threading.Thread):
             self.started = None
 
     def _send_ahead(self, helper: FileHelper) -> None:
-        """Send the process a second batch, to be begun at once after the first. Raises HelperEndedError."""
+        """Take a second batch, and send it to the process if that can do it: it begins it at once after the first.
+
+        Raises HelperEndedError.
+        """
         desk = self._desk
         if len(self.batches) > 1 or desk.idle:
             return
@@ -221,13 +229,13 @@ class Worker(threading.Thread):
             batch = desk.batches.get_nowait()
         except queue.Empty:
             return
-        if batch is None or not batch.portable:
-            desk.batches.put(batch)  # the next one's, who may be somebody else
+        if batch is None:
+            desk.batches.put(None)
             return
         self.batches.append(batch)
         if self.retired.is_set():  # the loop may have looked at what this thread has in hand before
             self._end(batch)
-        else:
+        elif batch.portable:
             self._ahead = batch.rest()
             helper.send(self._ahead)
 

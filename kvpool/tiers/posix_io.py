@@ -129,10 +129,11 @@ def fill_all(paths: Sequence[str], targets: Sequence[memoryview], unit: int, unt
     fds: list[int] = []
     done: list[bool] = []
     flags = _OLD | (os.O_DIRECT if unit else 0)
+    opened_by = (time.monotonic() + until) / 2  # where opening takes long, what was opened is to be read, too
     try:
         for path, target in zip(paths, targets, strict=True):
             fds.append(_open_whole(path, flags, len(target)))
-            if time.monotonic() >= until:
+            if time.monotonic() >= opened_by:
                 break
         for fd, target in zip(fds, targets, strict=False):
             try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError
 
 import pytest
 
-from kvpool_vllm.threads import begin
+from kvpool_vllm.threads import Threads
 from tests.connectors.test_transfers import BOTH, DEADLINE_S, MODES, Pair, pair  # noqa: F401 -- a fixture
 
 
@@ -58,28 +58,38 @@ def test_an_engine_without_threads_computes(
 
 
 def test_either_the_work_or_what_is_done_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that is there may find the work that was refused: it leaves it."""
+    """Where one of the threads is refused none is used; when there are all, all are, however much was refused."""
     done: list[str] = []
-    with ThreadPoolExecutor(2, "few") as threads:
-        gate = threading.Event()
-        threads.submit(gate.wait, DEADLINE_S)
-
-        NoThreads(monkeypatch, prefix="few")
-        refused = begin(threads, lambda: done.append("work"), lambda: done.append("instead"))
-        assert refused.done()
-        assert not refused.cancel()
-        monkeypatch.undo()
-        gate.set()
-    assert done == ["instead"]
+    threads = Threads(3, "few")
+    none = NoThreads(monkeypatch, prefix="few_2")
+    for _ in range(9):
+        assert threads.begin(lambda: done.append("work"), lambda: done.append("instead")).done()
+    assert done == ["instead"] * 9
+    none.on = False
+    together = threading.Barrier(3)
+    for waiting in [threads.begin(lambda: together.wait(DEADLINE_S) and None, pytest.fail) for _ in range(3)]:
+        waiting.result(DEADLINE_S)
+    threads.close()
+    threads.begin(pytest.fail, lambda: done.append("closed"))
+    assert done[9:] == ["closed"]
 
 
 def test_work_that_nobody_has_begun_can_be_cancelled() -> None:
-    """It is not done then, and nothing instead."""
-    done: list[str] = []
-    with ThreadPoolExecutor(1) as threads:
-        gate = threading.Event()
-        threads.submit(gate.wait, DEADLINE_S)
-        waiting = begin(threads, lambda: done.append("work"), lambda: done.append("instead"))
-        assert waiting.cancel()
-        gate.set()
-    assert done == []
+    """It is not done then, and nothing instead; nobody waits for ever for what is dropped at the end."""
+    threads, begun, gate = Threads(1, "few"), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        gate.wait(DEADLINE_S)
+
+    busy = threads.begin(wait, pytest.fail)
+    assert begun.wait(DEADLINE_S)
+    cancelled, dropped = [threads.begin(pytest.fail, pytest.fail) for _ in range(2)]
+    assert cancelled.cancel()
+    closing = threading.Thread(target=threads.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        dropped.result(DEADLINE_S)
+    gate.set()
+    busy.result(DEADLINE_S)
+    closing.join(DEADLINE_S)

@@ -80,3 +80,33 @@ def test_a_block_that_somebody_more_hurried_asks_for_is_read_earlier():
     world.fetch(5, 2, timeout_s=1.0)
     world.tier.reads.cancel(patient)
     assert [job.file for job in world.work()] == [file(5), file(2), file(3)]
+
+
+def test_a_request_hurries_what_was_put_off_and_what_is_in_hand():
+    """A read whose first request is over goes before those that nobody waits for; one in hand is hurried elsewhere."""
+    world = World(backends=2)
+    for files in world.files:
+        files.update({file(n): 1024 for n in range(8)})
+    world.work()
+    world.fetch(1, timeout_s=1.0)
+    (job,) = world.tier.take(0) or world.tier.take(1)
+    world.now = 2.0
+    world.tier.reads.expire(world.now)
+    world.tier.reads.ahead([file(n) for n in range(2, 8)], b"")
+    world.end(job)  # of another size: to be read ahead, now
+    read = world.tier.reads._reads[file(1)]
+    assert read.queue in {work.ahead for work in world.tier.backends}
+    world.fetch(1, timeout_s=5.0)
+    assert read.queue in {work.reads for work in world.tier.backends}
+
+
+def test_who_joins_a_read_in_hand_is_waited_for_where_it_is_done_next():
+    """It was to be read ahead; the backend that has it in hand does not have the file."""
+    world = World(backends=2)
+    world.work()
+    first = world.tier.reads
+    first.ahead([file(1)], b"")
+    job = (world.tier.take(0) or world.tier.take(1))[0]
+    world.fetch(1, timeout_s=1.0)
+    world.end(job)  # missing: the other one is asked
+    assert first._reads[file(1)].deadline == 1.0

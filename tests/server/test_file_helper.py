@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import marshal
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import xxhash
 
-from kvpool.core.file_jobs import FILES_OWNER, Failure, File, Miss, Read, Trouble, Write
+from kvpool.core.file_jobs import FILES_OWNER, Failure, File, Learn, Miss, Read, Trouble, Write
 from kvpool.core.filetier import FileTierState
 from kvpool.core.segment import SegmentState
 from kvpool.model import BackendState, Namespace
@@ -234,7 +235,8 @@ def test_a_process_that_stands_still_is_killed_and_followed_by_another(with_node
             os.kill(pid, signal.SIGSTOP)
         fetched = asyncio.ensure_future(node.fetch(*MANY))
         workers = node.tier._workers[0]
-        await until(lambda: any(len(worker.batches) > 1 for worker in workers), "one is sent a second batch")
+        # One is sent a second batch, too, unless it looked for one too early.
+        await until(lambda: fetched.done() or any(worker._ahead for worker in workers), "they have begun")
         assert set((await fetched).values()) <= {Miss.STORAGE_DOWN}
         backend = node.tier.state.backends[0]
         assert backend.counters["down"] == 1
@@ -245,6 +247,97 @@ def test_a_process_that_stands_still_is_killed_and_followed_by_another(with_node
         await until(lambda: not {helper.pid for helper in node.helpers} & set(stopped), "they are not used any more")
 
     with_node(test, timeout_s=2.0)
+
+
+def batch_of(numbers: range) -> fileworker.Batch:
+    reads = [read_of(number, number) for number in numbers]
+    return fileworker.Batch(0, list(reads))
+
+
+class Told:
+    """Stands for a process: answers come when the test says so."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Any]] = []
+        self.answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+        self.killed = threading.Event()
+        self.closed = threading.Event()
+
+    def ready(self) -> bool:
+        return True
+
+    def send(self, jobs: list[Any]) -> None:
+        self.sent.append(jobs)
+
+    def receive(self) -> list[Any]:
+        answers = self.answers.get(timeout=T)
+        if isinstance(answers, Exception):
+            raise answers
+        return answers
+
+    def kill(self) -> None:
+        self.killed.set()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Any:
+    """Return what a thread works for, and that thread, not started, with a process that is told what to answer."""
+    segment = Segment.create(64 * EXTENT, lock=False)
+    store = PosixStore(str(tmp_path / "kv"), owner="node", capacity_bytes=1 << 30)
+    opening = Opening(str(tmp_path / "kv"), "node", True, "off")
+    made = fileworker.Desk(store, segment, segment.view, deque(), lambda: None, opening)
+    worker = fileworker.Worker(made, 0, helped=True)
+    worker.helper = Told()  # type: ignore[assignment]
+    yield made, worker, worker.helper
+    made.batches.put(None)
+    worker.join(T)
+    assert not worker.is_alive()
+    segment.close()
+
+
+def answered(batch: fileworker.Batch, count: int) -> list[Any]:
+    return [(0.0, None, (PAYLOAD, b""))] * count
+
+
+def test_what_was_sent_ahead_comes_back_when_the_thread_is_given_up(desk: Any) -> None:
+    """Also if the first batch ends well after that: its jobs would be awaited for ever, and their slots held."""
+    made, worker, told = desk
+    first, second = batch_of(range(4)), batch_of(range(4, 8))
+    made.batches.put(first)
+    made.batches.put(second)
+    worker.start()
+    asyncio.run(until(lambda: len(told.sent) == 2, "both are sent"))
+    worker.retire()
+    for batch in worker.batches:
+        batch.abandoned = True
+        batch.give_back(made.results)
+    told.answers.put(answered(first, 4))
+    worker.join(T)
+    assert told.closed.is_set()
+    done = [(batch, job.file, failure) for batch, job, failure, _ in made.results if job is not None]
+    assert [entry[2] for entry in done] == [None] * 4 + [fileworker._GIVEN_BACK] * 4
+    assert {entry[1] for entry in done} == {file(number) for number in range(8)}
+    assert [batch for batch, job, _, _ in made.results if job is None] == [first, second]
+
+
+def test_what_a_process_cannot_do_has_its_turn(desk: Any) -> None:
+    """However much comes that it can do: a thread that takes such a batch does it next."""
+    made, worker, told = desk
+    learn = fileworker.Batch(0, [Learn(0)])
+    batches = [batch_of(range(4)), learn, *(batch_of(range(4)) for _ in range(8))]
+    for batch in batches:
+        made.batches.put(batch)
+    worker.start()
+    told.answers.put(answered(batches[0], 1))
+    told.answers.put(answered(batches[0], 3))
+    asyncio.run(until(lambda: any(one is learn and job is None for one, job, _, _ in [*made.results]), "it is done"))
+    assert len(told.sent) <= 3
+    for _ in batches[2:]:
+        told.answers.put(answered(batches[0], 4))
+    asyncio.run(until(lambda: [job for _, job, _, _ in [*made.results]].count(None) == len(batches), "all are done"))
 
 
 def test_without_processes_threads_do_it_all(with_node: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,11 @@ import threading
 
 import pytest
 
+from kvpool import client_health
 from kvpool.client import Client
+from kvpool.client_health import BreakerOpenError, Health
 from kvpool.client_threads import start_thread, started_threads
+from kvpool.errors import UnavailableError
 from kvpool.model import KEY_BYTES, Namespace
 from tests.connectors.test_threads import NoThreads
 
@@ -32,19 +35,38 @@ def test_all_threads_or_none(monkeypatch: pytest.MonkeyPatch, given: int) -> Non
     assert none.refused == 1
 
 
-def test_a_client_without_threads_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A miss with a reason, as from any client without a pool; later it has threads."""
+def test_a_client_without_threads_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To who calls, not later; then it has them, and none when it is closed."""
     with Client("127.0.0.1:1") as client:
         none = NoThreads(monkeypatch)
         digest = client.register(SPACE)
-        asked = client.lookup_async(digest, bytes(KEY_BYTES))
-        assert asked.done()
-        assert asked.result().reason
-        assert none.refused
+        with pytest.raises(RuntimeError):
+            client.lookup_async(digest, bytes(KEY_BYTES))
         none.on = False
-        caller = threading.current_thread()
-        seen = client._submit(threading.current_thread).result(10)
-        assert seen is not caller
+        assert client.lookup_async(digest, bytes(KEY_BYTES)).result(10).reason
+    with pytest.raises(RuntimeError):
+        client.lookup_async(digest, bytes(KEY_BYTES))
+
+
+def test_a_breaker_that_nobody_watches_is_watched_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be open for ever otherwise."""
+    monkeypatch.setattr(client_health, "START_AGAIN_S", 0.0)
+    health = Health(1, 0.001)
+    answers = threading.Event()
+    guard = health.guard("other", answers.set)
+    none = NoThreads(monkeypatch)
+    with pytest.raises(UnavailableError), guard.call():
+        raise UnavailableError("gone")
+    assert not guard.closed
+    assert health.troubled
+    with pytest.raises(BreakerOpenError):
+        guard.check()
+    assert none.refused == 2
+    none.on = False
+    with pytest.raises(BreakerOpenError):
+        guard.check()
+    assert answers.wait(10)
+    health.close()
 
 
 def test_a_thread_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
