@@ -27,10 +27,10 @@ class BreakerOpenError(UnavailableError):
 
 _FAILURES = (UnavailableError, FrameError)
 _NO_SIGN = (UnavailableError, FrameError, OverloadedError)
+"""Exceptions that are no answer; being full, here or there, is no failure either."""
 
 START_AGAIN_S = 1.0
 """When a thread that could not be started is tried again."""
-"""Exceptions that are no answer; being full, here or there, is no failure either."""
 
 
 class _Call:

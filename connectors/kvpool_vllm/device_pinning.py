@@ -100,7 +100,7 @@ class PinnedSegment:
         self._chunks: list[int] = []
         self._changed = threading.Condition()
         self._users = 0
-        self._thread = threading.Thread(target=self._register, name="kvpool-pin", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to register, on a thread of its own; once."""
@@ -108,10 +108,9 @@ class PinnedSegment:
             if self.state is not PinState.UNREGISTERED:
                 return
             self.state = PinState.REGISTERING
-            try:
-                self._thread.start()
-            except RuntimeError as error:  # no thread can be started: copies go through a buffer
-                self.state, self.reason = PinState.FAILED, str(error)
+            self._thread = start_thread(self._register, "kvpool-pin")
+            if self._thread is None:  # copies go through a buffer
+                self.state, self.reason = PinState.FAILED, "no thread can be started"
                 self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -147,14 +146,14 @@ class PinnedSegment:
     def close(self) -> None:
         """Unregister and let go of the memory, once no copy uses it."""
         with self._changed:
-            begun = self._thread.ident is not None
+            thread = self._thread
             self.state = PinState.CLOSED
             self._changed.notify_all()
-        if begun:
-            self._thread.join(CLOSE_S)
+        if thread is not None:
+            thread.join(CLOSE_S)
         with self._changed:
             idle = self._changed.wait_for(lambda: not self._users, CLOSE_S)
-        if self._thread.is_alive() or not idle:
+        if (thread is not None and thread.is_alive()) or not idle:
             logger.warning("kvpool: a device still uses the node's memory; it stays registered until we end")
             return
         self._unregister()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvpool.client_threads import start_thread
 from kvpool_vllm import LOGGER_NAME
 
 if TYPE_CHECKING:
@@ -39,11 +40,8 @@ class LayerLoads:
         self._ready = 0
         self._ended = False
         self._arrived = [job.blocks for job in jobs]
-        self._thread = threading.Thread(target=self._run, name="kvpool-layers", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as exc:  # no thread can be started
-            logger.warning("layers are not loaded, their blocks are computed instead: %s", exc)
+        self._thread = start_thread(self._run, "kvpool-layers")
+        if self._thread is None:  # blocks are computed instead
             self._arrived = [0] * len(jobs)
             self._ended = True
 
@@ -60,7 +58,7 @@ class LayerLoads:
             self._computing = self._layers
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended)
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
         return list(zip(self._jobs, self._arrived, strict=True))
 

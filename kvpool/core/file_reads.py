@@ -6,7 +6,6 @@ that a thread has in hand goes on without it, and its block is there for the nex
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -74,19 +73,14 @@ class FileReads:
                 if len(self._reads) >= READS_MAX:
                     wait.misses[file] = Miss.NOT_IN_TIME
                     continue
-                read = self._new_read(file, backend, deadline)
+                read = self._new_read(file, backend)
                 if read is None:
                     wait.misses[file] = Miss.STORAGE_DOWN
                     continue
-                self._queue(read, self._backends[read.places[0]].reads)
             elif read.backend >= 0 and not self._backends[read.backend].readable:
                 wait.misses[file] = Miss.STORAGE_DOWN
                 continue
-            elif read.backend < 0 and (
-                deadline < read.deadline or read.queue is not self._backends[read.places[0]].reads
-            ):
-                self._hurry(read, deadline)
-            read.deadline = min(read.deadline, deadline)  # also of one in hand, which may have to be done elsewhere
+            self._hurry(read, deadline)
             wait.reads[file] = read
             read.waits[wait] = None
         if wait.reads:
@@ -144,24 +138,27 @@ class FileReads:
             self._segment.release(FILES_OWNER, pin)
         wait.pins.clear()
 
-    def _new_read(self, file: File, backend: bytes, deadline: float = math.inf) -> Read | None:
+    def _new_read(self, file: File, backend: bytes) -> Read | None:
         if backend:
             places = [n for n, work in enumerate(self._backends) if work.id == backend and work.readable]
         else:
             places = ranked(file, self._backends, lambda work: work.readable)
         if not places:
             return None
-        read = self._reads[file] = Read(file, places, bool(backend), deadline)
+        read = self._reads[file] = Read(file, places, bool(backend))
         return read
 
     def _hurry(self, read: Read, deadline: float) -> None:
-        """Have a read done by a new deadline that waits for its turn, or for a put of its block that may be given up.
+        """Have a read done by a deadline: a new one, one that waits for its turn, or for a put that may be given up.
 
-        What waits for its namespace, or for a backend that is down, goes on waiting.
+        One in hand, or that waits for its namespace or for a backend that is down, has it for when it is queued next.
         """
-        backend = self._backends[read.places[0]]
+        sooner = deadline < read.deadline
         read.deadline = min(read.deadline, deadline)
-        if read.queue is not backend.learning and (read.queue is not None or backend.readable):
+        backend = self._backends[read.places[0]]
+        if read.backend >= 0 or read.queue is backend.learning:
+            return
+        if (sooner or read.queue is not backend.reads) and (read.queue is not None or backend.readable):
             self._queue(read, backend.reads)
 
     def _queue(self, read: Read, queue: ReadQueue, *, first: bool = False) -> None:
