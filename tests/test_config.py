@@ -485,6 +485,7 @@ class TestMooncake:
         ({"pipeline": "Posix"}, "pipeline: .*needs storage_backends"),
         ({"pipeline": "Cache", "storage_backends": "/kv"}, "pipeline: .*has no files"),
         ({"storage_backends": "s3://"}, "storage_backends: .*with a bucket"),
+        ({"storage_backends": "nosuch://bucket/pool"}, 'storage_backends: .*knows no "nosuch://"'),
         ({"storage_backends": "/kv", "storage_capacity": 1}, "storage_capacity: must be at least 1MB"),
     ],
 )
@@ -492,6 +493,13 @@ def test_storage_that_does_not_fit_together(settings, problem):
     """Is refused with the name of what to change."""
     with pytest.raises(ConfigError, match=problem):
         NodeSettings(**settings)
+
+
+@pytest.mark.parametrize("pipeline", ["Cache|Object", "Object", "Cache|Posix", "Posix", None])
+def test_a_directory_that_is_named_by_a_url_is_both(pipeline):
+    """Whoever writes file:// may think of either."""
+    settings = NodeSettings(storage_backends="file:///mnt/kv", **({"pipeline": pipeline} if pipeline else {}))
+    assert settings.pipeline == (pipeline or "Cache|Posix")
 
 
 def test_a_relative_directory_is_the_same_wherever_it_is_read_from():

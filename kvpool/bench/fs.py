@@ -43,6 +43,9 @@ from kvpool.model import KEY_BYTES, format_size, parse_size, split_keys
 SPARE = 1.25
 """Of the bytes that are written: headers, directories, and not to fill a disk to its last byte."""
 
+PARTS = 2
+"""Of a round, which the pool and raw files read in turns."""
+
 SINGLE_READS = 200
 QUICK = {"size": "192MB", "segment_size": "64MB", "rounds": 2, "restart_blocks": 20_000}
 
@@ -112,7 +115,7 @@ class FsBench:
         ):
             files = FilePool(pool, client, sizes, mode, kept / "files")
             self._report.step(f"{format_size(sizes.block_bytes)}: making directories")
-            _, keys = files.fill()
+            keys = files.make_directories()
             self._sequential(files)
             self._report.step(f"{format_size(sizes.block_bytes)}: single blocks of the pool")
             self._hits(files, keys)
@@ -120,27 +123,44 @@ class FsBench:
         self._designs()
 
     def _sequential(self, files: FilePool) -> None:
-        """Fill and read in turns with raw files, and with the pool's own files read without it.
+        """Fill and read in turns with large raw files, and with raw files like the pool's: as many, of their size.
 
-        A disk may read what was written last much faster than the rest, or files in one place than in another.
+        A disk may read what was written last much faster than the rest, and files in one place than in another:
+        those like the pool's are written in its directories, and are its own when they are read.
         """
         size = self._sizes.bytes
         raw = LargeFiles(self._directory, size, self._sizes.block_bytes, self._mode)
-        fills, reads, same = [], [], []
+        seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for number in range(self._plan.rounds):
             self._report.step(f"{format_size(self._sizes.block_bytes)}: round {number + 1} of {self._plan.rounds}")
             limit = raw.bytes / raw.write()
+            first = files.write_raw() if number % 2 else 0.0
             seconds, keys = files.fill()
-            fills.append((size / seconds, limit))
+            seen.setdefault(("fill", "raw_write"), []).append((size / seconds, limit))
+            like = size / (first or files.write_raw())
+            seen.setdefault(("fill", "like_files"), []).append((size / seconds, like))
             limit = raw.bytes / raw.read()
-            first = files.read_raw(keys) if number % 2 else 0.0
-            rate = size / files.read(keys)
-            reads.append((rate, limit))
-            same.append((rate, size / (first or files.read_raw(keys))))
+            rate, like = self._read_in_turns(files, keys, number)
+            seen.setdefault(("cold_read", "raw_read"), []).append((rate, limit))
+            seen.setdefault(("cold_read", "like_files"), []).append((rate, like))
         raw.remove()
-        self._compared("fill", "raw_write", fills)
-        self._compared("cold_read", "raw_read", reads)
-        self._compared("cold_read", "same_files", same)
+        for (name, against), rates in seen.items():
+            self._compared(name, against, rates)
+
+    def _read_in_turns(self, files: FilePool, keys: Sequence[bytes], first: int) -> tuple[float, float]:
+        """Read parts of a round by the pool, and the parts between without it; returns bytes a second of both.
+
+        No file twice: what lies below the filesystem may remember it.
+        """
+        step = -(-len(keys) // PARTS)
+        parts = [keys[at : at + step] for at in range(0, len(keys), step)]
+        ways = files.read, files.read_raw
+        seconds, blocks = [0.0, 0.0], [0, 0]
+        for number, part in enumerate(parts, start=first):
+            seconds[number % 2] += ways[number % 2](part)
+            blocks[number % 2] += len(part) * self._sizes.batch
+        pool, raw = (n * self._sizes.block_bytes / s for n, s in zip(blocks, seconds, strict=True))
+        return pool, raw
 
     def _compared(self, name: str, limit: str, seen: Sequence[tuple[float, float]]) -> None:
         ratios = sorted(ours / raw for ours, raw in seen)

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from kvpool.bench.fs_raw import Mode, forget_all, read_files
+from kvpool.bench.fs_raw import Mode, forget_all, read_files, write_files
 from kvpool.bench.harness import BenchError
 from kvpool.bench.pool import ASK_S, BenchPool
 from kvpool.client import Client
@@ -30,7 +30,7 @@ AT_ONCE = 2
 
 CALL_MS = 20_000.0
 SETTLE_S = 60.0
-POLL_S = 0.02
+POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +128,37 @@ class FilePool:
                 )
             time.sleep(POLL_S)
 
+    def make_directories(self) -> list[bytes]:
+        """Fill once, and make the directories that are not there yet: a pool has them after some thousand blocks.
+
+        Returns the keys of what was filled.
+        """
+        _, keys = self.fill()
+        for path in self._paths([(16 * n).to_bytes(2, "big") + bytes(KEY_BYTES - 2) for n in range(4096)]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return keys
+
+    def write_raw(self) -> float:
+        """Write a round's files without the pool, in its directories, and remove them; returns seconds."""
+        keys = split_keys(os.urandom(KEY_BYTES * self._sizes.blocks))
+        paths = [path.with_suffix(".raw") for path in self._paths(keys)]
+        try:
+            return write_files(paths, self._file_bytes, self._mode)
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+
     def read_raw(self, keys: Sequence[bytes]) -> float:
-        """Read a round's files without the pool; returns seconds."""
+        """Read the files of some blocks without the pool; returns seconds."""
         self.forget()
-        digest, kept = self._space.digest, self._directory / BLOCKS
-        paths = [f"{kept}/{FileName(digest, key, 0)}" for key in split_keys(b"".join(keys))]
-        return read_files(paths, extent_bytes(self._sizes.block_bytes, self._space.layers), self._mode)
+        return read_files(self._paths(split_keys(b"".join(keys))), self._file_bytes, self._mode)
+
+    def _paths(self, keys: Sequence[bytes]) -> list[Path]:
+        return [self._directory / BLOCKS / str(FileName(self._space.digest, key, 0)) for key in keys]
+
+    @property
+    def _file_bytes(self) -> int:
+        return extent_bytes(self._sizes.block_bytes, self._space.layers)
 
     def forget(self) -> None:
         """Make files cold that are read through the page cache."""
@@ -141,7 +166,7 @@ class FilePool:
             forget_all(self._directory)
 
     def read(self, keys: Sequence[bytes]) -> float:
-        """Get a round's blocks in the order in which they were put, from files; returns seconds. Raises BenchError."""
+        """Get blocks in the order in which they were put, from files; returns seconds. Raises BenchError."""
         self.forget()
         for target in (target for targets in self._targets for target in targets):
             target[:64] = 0

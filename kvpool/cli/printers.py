@@ -260,7 +260,7 @@ def print_namespaces(reply: admin_pb2.NamespacesResponse) -> None:
                 format_size(item.bytes),
             )
         )
-    print_table("Namespaces", ("namespace", "model", "revision", "dtype", "shape", "blocks", "memory"), rows)
+    print_table("Namespaces", ("namespace", "model", "revision", "dtype", "shape", "blocks", "bytes"), rows)
     for item in reply.namespaces:
         if item.disagrees_with:
             others = ", ".join(_hexes(item.disagrees_with))

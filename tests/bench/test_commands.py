@@ -144,10 +144,10 @@ def test_fs_measures_files_beside_raw_ones_and_other_designs(bench, tmp_path):
     assert list(directory.iterdir()) == []
     check_report(report, "fs")
     figures = report["figures"]
-    assert [(f["name"], f["limit"]) for f in figures[:3]] == [
-        ("fill", "raw_write"), ("cold_read", "raw_read"), ("cold_read", "same_files"),
+    assert [(f["name"], f["limit"]) for f in figures[:4]] == [
+        ("fill", "raw_write"), ("fill", "like_files"), ("cold_read", "raw_read"), ("cold_read", "like_files"),
     ]  # fmt: skip
-    assert all(f["ratio_min"] <= f["ratio"] <= f["ratio_max"] for f in figures[:3])
+    assert all(f["ratio_min"] <= f["ratio"] <= f["ratio_max"] for f in figures[:4])
     hits = [f for f in figures if f["name"] == "hit"]
     assert [f["design"].split(",")[0] for f in hits] == [
         "pool", "pool", "file per block", "the same", "packed files",
