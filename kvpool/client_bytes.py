@@ -319,6 +319,13 @@ def layer_of(pieces: Sequence[Bytes], layer: int, layer_bytes: int) -> Bytes:
     return pieces[0][layer * layer_bytes : (layer + 1) * layer_bytes]
 
 
+def layers_of(pieces: Sequence[Bytes], first: int, count: int, layer_bytes: int) -> list[Bytes]:
+    """Return some layers of such a shard, in one piece or one a layer."""
+    if len(pieces) > 1:
+        return list(pieces[first : first + count])
+    return [pieces[0][first * layer_bytes : (first + count) * layer_bytes]]
+
+
 def pack_digests(digests: Sequence[int]) -> bytes:
     """Return checksums as the wire has them."""
     return struct.pack(f"<{len(digests)}Q", *digests)
@@ -367,13 +374,18 @@ class CopyThreads:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self.streams = max(1, min(threads, len(os.sched_getaffinity(0)) // 2))
+        """Transfers from one host at once: each keeps a core busy here, as does each sender, which may be here too."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._pid = 0
 
-    def run(self, items: Sequence[T], item_bytes: int, work: Callable[[Sequence[T]], None]) -> None:
-        """Run ``work`` over all items, cut into up to ``threads`` parts; the caller's thread takes one of them."""
-        parts = min(self.threads, len(items), max(1, len(items) * item_bytes // PART_BYTES_MIN))
+    def run(
+        self, items: Sequence[T], item_bytes: int, work: Callable[[Sequence[T]], None], most: int | None = None
+    ) -> None:
+        """Run ``work`` over all items, cut into up to ``most`` or ``threads`` parts; the caller's thread takes one."""
+        threads = min(self.threads, most or self.threads)
+        parts = min(threads, len(items), max(1, len(items) * item_bytes // PART_BYTES_MIN))
         if parts <= 1:
             work(items)
             return

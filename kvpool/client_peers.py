@@ -20,6 +20,7 @@ from kvpool.client_bytes import (
     CopyThreads,
     hash_layers,
     layer_of,
+    layers_of,
     pack_digests,
     scatter,
     scratch,
@@ -45,7 +46,10 @@ PROGRESS_S = 0.4
 """A node that is stopped answers nothing: after this long the next owner is asked."""
 
 REQUEST_BYTES = 32 << 20
-STEP_BYTES = 2 << 20
+STEP_BYTES = 512 << 10
+"""What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs."""
+
+SKIP_BYTES = 2 << 20
 
 NodeFrame = node_pb2.NodeFrame
 NodeFrameReply = node_pb2.NodeFrameReply
@@ -283,9 +287,10 @@ class Peers:
         reasons: dict[int, str] = {}
         while wanted:
             requests = []
-            for (peer, backend), items in self._by_owner(namespace, wanted, reasons).items():
+            groups = self._by_owner(namespace, wanted, reasons)
+            for (peer, backend), items in groups.items():
                 most = part_blocks(len(items), want.bytes, PART_BYTES if backend else REQUEST_BYTES)
-                size = min(most, -(-len(items) // copies.threads))
+                size = min(most, -(-len(items) // copies.streams))
                 requests += [_Request(peer, backend, items[at : at + size]) for at in range(0, len(items), size)]
             again: list[Wanted] = []  # list.extend is atomic
 
@@ -293,7 +298,7 @@ class Peers:
                 for request in part:
                     again.extend(_fetch(request, namespace, want, deadline, reasons))
 
-            copies.run(requests, REQUEST_BYTES, work)
+            copies.run(requests, REQUEST_BYTES, work, max(copies.streams, len(groups)))
             _judge_storage(namespace, requests)
             wanted = again
         return reasons
@@ -376,26 +381,31 @@ def take(channel: Channel, size: int) -> memoryview:
 
 def skip(channel: Channel, size: int) -> None:
     """Drop the next bytes of an answer."""
-    nowhere = memoryview(bytearray(min(size, STEP_BYTES)))
-    for start in range(0, size, STEP_BYTES):
-        channel.recv_into([nowhere[: min(STEP_BYTES, size - start)]])
+    nowhere = memoryview(bytearray(min(size, SKIP_BYTES)))
+    for start in range(0, size, SKIP_BYTES):
+        channel.recv_into([nowhere[: min(SKIP_BYTES, size - start)]])
 
 
 def receive_hashed(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
     """Receive a block into its buffers, hashing each step while it is in the cache."""
     if pieces[0].ndim > 1:
         return [_receive_scattered(channel, layer_of(pieces, n, want.layer_bytes)) for n in range(want.layers)]
-    if want.bytes <= STEP_BYTES:
-        channel.recv_into([view(piece) for piece in pieces])
-        return hash_layers(pieces, want.layer_bytes, want.layers)
-    digests = []
+    digests: list[int] = []
+    if want.layer_bytes <= STEP_BYTES:
+        step = STEP_BYTES // want.layer_bytes
+        for first in range(0, want.layers, step):
+            count = min(step, want.layers - first)
+            some = layers_of(pieces, first, count, want.layer_bytes)
+            channel.recv_into([view(piece) for piece in some])
+            digests += hash_layers(some, want.layer_bytes, count)
+        return digests
     for layer in range(want.layers):
         target = layer_of(pieces, layer, want.layer_bytes)
         digest: Any = xxhash.xxh3_64()
         for start in range(0, want.layer_bytes, STEP_BYTES):
-            step = target[start : start + STEP_BYTES]
-            channel.recv_into([view(step)])
-            digest.update(step)
+            part = target[start : start + STEP_BYTES]
+            channel.recv_into([view(part)])
+            digest.update(part)
         digests.append(digest.intdigest())
     return digests
 
