@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Self
 
 from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
@@ -29,7 +28,7 @@ from kvpool.client_peers import Peers
 from kvpool.client_puts import Puts
 from kvpool.client_receive import Receives
 from kvpool.client_results import GetResult, Lookup, PutResult, Run, lookup_from_proto
-from kvpool.client_threads import started_threads
+from kvpool.client_threads import Threads
 from kvpool.client_transfers import Transfers
 from kvpool.config import boot_id
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError
@@ -38,6 +37,9 @@ from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason
 __all__ = ["Client", "GetResult", "LayeredPut", "Lookup", "PutResult", "Run"]
 
 log = logging.getLogger(__name__)
+
+TASK_THREADS = 4
+"""For what is asked for by ``..._async``, and for attaching to a node."""
 
 CONNECT_S = 1.5
 """How long a new client waits to know whether there is a pool."""
@@ -85,13 +87,14 @@ class Client:
         self._lookup_s = _seconds(lookup_timeout_ms, "lookup_timeout_ms")
         self._transfer_s = _seconds(transfer_timeout_ms, "transfer_timeout_ms")
         self._name = name or f"pid {os.getpid()}"
+        self._tasks = Threads(TASK_THREADS, "kvpool-client")
         self._copies = CopyThreads(copy_threads)
         self._health = Health(breaker_failures, _seconds(breaker_probe_interval_ms, "breaker_probe_interval_ms"))
         self._namespaces: dict[bytes, Namespace] = {}
         self._link: MasterLink | None = None
         self._own = OwnNode(
             node, self._name, self._namespaces.values, lambda: self._link.nodes if self._link is not None else None,
-            lambda work: self._executor().submit(work), self._transfer_s,
+            self._tasks.submit, self._transfer_s,
         )  # fmt: skip
         self._near = self._health.guard("this host", self._probe_local)
         self._storage = StorageGuards(self._health)
@@ -103,9 +106,6 @@ class Client:
         self._counters: Counter[str] = Counter()
         self._puts = Puts(self._peers, self._copies, self._local, lambda: self._own.id, self._place, self._counters)
         self._receives = Receives(self._peers, self._copies, self._local)
-        self._tasks_lock = threading.Lock()
-        self._tasks: ThreadPoolExecutor | None = None
-        self._closed = False
         if master is not None:
             self._link = MasterLink(master, self._name, self._own.attach, self._health, self._lookup_s)
         self.transfers = Transfers(self._link)
@@ -123,14 +123,11 @@ class Client:
 
     def close(self) -> None:
         """Let go of everything; calls that still run end as misses."""
-        self._closed = True
         self._health.close()
         if self._link is not None:
             self._link.close()
         self._own.close()
-        with self._tasks_lock:
-            if self._tasks is not None:
-                self._tasks.shutdown(wait=False, cancel_futures=True)
+        self._tasks.close(wait=False)
         self._peers.close()
         self._copies.close()
 
@@ -446,7 +443,7 @@ class Client:
         prefetch: bool = False,
     ) -> Future[Lookup]:
         """``lookup`` on a thread of the client's. Raises RuntimeError when there is none, or the client is closed."""
-        return self._executor().submit(
+        return self._tasks.submit(
             self.lookup, namespace, hashes, known_prefix=known_prefix, lease=lease, timeout_ms=timeout_ms, also=also,
             prefetch=prefetch,
         )  # fmt: skip
@@ -462,7 +459,7 @@ class Client:
         transfer: int = 0,
     ) -> Future[PutResult]:
         """``put`` on a thread of the client's; leave the buffers alone until it is done. Raises as ``lookup_async``."""
-        return self._executor().submit(
+        return self._tasks.submit(
             self.put, namespace, hashes, blocks, shard=shard, timeout_ms=timeout_ms, transfer=transfer
         )
 
@@ -478,18 +475,9 @@ class Client:
         timeout_ms: float | None = None,
     ) -> Future[GetResult]:
         """``get`` on a thread of the client's; leave the buffers alone until it is done. Raises as ``lookup_async``."""
-        return self._executor().submit(
+        return self._tasks.submit(
             self.get, namespace, hashes, blocks, shard=shard, lookup=lookup, layers=layers, timeout_ms=timeout_ms
         )
-
-    def _executor(self) -> ThreadPoolExecutor:
-        """Return the client's threads. Raises RuntimeError where they cannot be started, or are no more."""
-        with self._tasks_lock:
-            if self._closed:
-                raise RuntimeError("the client is closed")
-            if self._tasks is None:
-                self._tasks = started_threads(4, "kvpool-client")
-            return self._tasks
 
     # ---- inside ----------------------------------------------------------------------------------
 

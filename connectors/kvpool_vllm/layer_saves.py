@@ -7,8 +7,8 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvpool.client_threads import Threads
 from kvpool_vllm import LOGGER_NAME
-from kvpool_vllm.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from kvpool.client_threads import Threads
 from kvpool.client_transfers import TransferState
-from kvpool_vllm.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable

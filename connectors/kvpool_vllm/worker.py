@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvpool.client_threads import Threads
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.device import HostDevice, Way
@@ -24,7 +25,6 @@ from kvpool_vllm.layers import LayerLoads
 from kvpool_vllm.metadata import LoadJob, LoadSeen, RankFacts, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.receives import Receives
 from kvpool_vllm.tally import Data, Tally, say_once
-from kvpool_vllm.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from kvpool_vllm.threads import Threads
+from kvpool.client_threads import Threads
 from tests.connectors.test_transfers import BOTH, DEADLINE_S, MODES, Pair, pair  # noqa: F401 -- a fixture
 
 
