@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 from kvpool.errors import ConfigError
 from kvpool.model import format_size
+from kvpool.tiers import posix_io
 from kvpool.tiers.layout import CAPACITY_RATIO, IDENTITY_FILE, Identity
 from kvpool.tiers.store import StoreBrokenError, StoreError
 
@@ -99,8 +100,7 @@ class Root:
         deadline = time.monotonic() + _HALF_WRITTEN_S
         while True:
             try:
-                with open(self.identity_path, "rb") as file:
-                    return Identity.parse(file.read(1 << 16))
+                return Identity.parse(posix_io.read_small(self.identity_path, 1 << 16)[0])
             except FileNotFoundError:
                 return None
             except StoreBrokenError:

@@ -263,6 +263,15 @@ def test_an_identity_that_is_none_is_refused(root, text, problem, monkeypatch):
     assert (root / "kvpool.json").read_text() == text
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_no_identity(root, make):
+    """A pipe without a writer would keep whoever opens it, a device would never end."""
+    root.mkdir(parents=True)
+    make(root / "kvpool.json")
+    with pytest.raises(ConfigError, match=r"kvpool\.json"):
+        PosixStore(str(root), owner="me")
+
+
 def test_what_is_no_directory_cannot_be_opened(tmp_path):
     """A file in the way, or no name at all: the setting is named."""
     (tmp_path / "file").touch()
