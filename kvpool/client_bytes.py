@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any, TypeVar
@@ -157,6 +157,15 @@ class Blocks:
         else:
             part._pieces = [self.pieces[number] for number in numbers]
         return part
+
+    def parts(self, most: int) -> Iterator[tuple[range, Blocks]]:
+        """Yield up to ``most`` consecutive blocks at a time, and which they are."""
+        if len(self) <= most:
+            yield range(len(self)), self
+            return
+        for start in range(0, len(self), most):
+            part = range(start, min(start + most, len(self)))
+            yield part, self.some(part)
 
     def gathered(self) -> Blocks:
         """Return a copy without gaps."""

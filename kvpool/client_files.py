@@ -9,6 +9,10 @@ from kvpool.client_health import Guard, Health
 from kvpool.client_results import Lookup
 from kvpool.core.file_jobs import Miss
 from kvpool.errors import UnavailableError
+from kvpool.model import KEY_BYTES
+
+PART_BLOCKS_MAX = 1024
+"""A node has to look at each block that it is asked for, and answers nobody else meanwhile."""
 
 PART_BYTES = 16 << 20
 """What is asked of storage at a time: while one part is copied, the next ones are read."""
@@ -44,8 +48,14 @@ def fetch_ms(left_s: float) -> int:
 
 def part_blocks(blocks: int, block_bytes: int, part_bytes: int) -> int:
     """Return how many of so many blocks, at least one, make a part; parts are of much the same size."""
-    parts = -(-blocks // max(1, part_bytes // block_bytes))
+    parts = -(-blocks // max(1, min(PART_BLOCKS_MAX, part_bytes // block_bytes)))
     return -(-blocks // parts)
+
+
+def key_parts(keys: bytes) -> list[bytes]:
+    """Return keys, packed, in parts that a node does not have to look at for long."""
+    size = PART_BLOCKS_MAX * KEY_BYTES
+    return [keys[at : at + size] for at in range(0, len(keys), size)]
 
 
 def storage_name(node: str, backend: bytes) -> str:

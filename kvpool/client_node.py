@@ -25,7 +25,7 @@ from kvpool.client_bytes import (
     unpack_digests,
     view,
 )
-from kvpool.client_files import PART_BYTES, check_probe, fetch_ms, reason_of
+from kvpool.client_files import PART_BLOCKS_MAX, PART_BYTES, check_probe, fetch_ms, key_parts, reason_of
 from kvpool.client_rows import digest64, rows_in, rows_out
 from kvpool.client_unpinned import UnpinnedReads
 from kvpool.core.slot_table import ordered
@@ -302,7 +302,8 @@ class LocalNode:
         if self._pool.any_free:
             with contextlib.suppress(KVPoolError), self._channel(CONTROL_S) as channel:
                 frame = NodeFrame(touch=node_pb2.Touch(namespace=namespace, shards=[shard]))
-                channel.send_only(frame, keys, timeout_s=CONTROL_S)
+                for part in reversed(key_parts(keys)):  # as within one: the head of a chain is used last
+                    channel.send_only(frame, part, timeout_s=CONTROL_S)
 
     def _get_pinned(
         self,
@@ -316,9 +317,14 @@ class LocalNode:
         timeout_s: float,
     ) -> list[str]:
         pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace, shards=[shard]))
-        with self._channel(timeout_s) as channel:
-            reply, payload = channel.call(pin, NodeFrameReply, keys, timeout_s=timeout_s)
-            return self._take(channel, reply.pinned, payload, blocks, first_layer, verify, copies)
+        reasons = [""] * len(blocks)
+        for part, some in reversed(list(blocks.parts(PART_BLOCKS_MAX))):  # a chain's head is used last, evicted last
+            part_keys = keys[part.start * KEY_BYTES : part.stop * KEY_BYTES]
+            with self._channel(timeout_s) as channel:
+                reply, payload = channel.call(pin, NodeFrameReply, part_keys, timeout_s=timeout_s)
+                taken = self._take(channel, reply.pinned, payload, some, first_layer, verify, copies)
+            reasons[part.start : part.stop] = taken
+        return reasons
 
     def fetch(
         self,
@@ -376,7 +382,8 @@ class LocalNode:
         """Ask for blocks to be brought from files into memory; does not wait for them."""
         with self._pool.channel(timeout_s) as channel:
             frame = NodeFrame(prefetch=node_pb2.Prefetch(namespace=namespace, shards=shards, backend=backend))
-            channel.send_only(frame, keys, timeout_s=timeout_s)
+            for part in key_parts(keys):
+                channel.send_only(frame, part, timeout_s=timeout_s)
 
     def probe_storage(self, namespace: bytes, backend: bytes) -> None:
         """Return when the node's storage answers. Raises UnavailableError."""

@@ -227,12 +227,10 @@ class Peer:
         """Store blocks that have gaps: sockets send runs of bytes, so some of them at a time are copied."""
         deadline = time.monotonic() + timeout_s
         counts: Counter[str] = Counter()
-        each = max(1, REQUEST_BYTES // blocks.shard_bytes)
-        for start in range(0, len(blocks), each):
-            end = min(len(blocks), start + each)
-            part, some = blocks.some(range(start, end)).gathered(), keys[start * KEY_BYTES : end * KEY_BYTES]
+        for part, some in blocks.parts(max(1, REQUEST_BYTES // blocks.shard_bytes)):
+            part_keys = keys[part.start * KEY_BYTES : part.stop * KEY_BYTES]
             left_s = max(0.001, deadline - time.monotonic())
-            counts.update(self.put(namespace, some, part, shard, left_s, transfer))
+            counts.update(self.put(namespace, part_keys, some.gathered(), shard, left_s, transfer))
         return dict(counts)
 
 

@@ -9,14 +9,18 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvpool.client_bytes import Blocks, CopyThreads, quick_switching
+from kvpool.client_files import PART_BLOCKS_MAX
 from kvpool.client_layers import LayeredPut
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peer, Peers
 from kvpool.client_results import PutResult, reason_of_error
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
-from kvpool.model import Namespace, NodeAddress
+from kvpool.model import KEY_BYTES, RESERVE_ITEMS_MAX, Namespace, NodeAddress
 
 log = logging.getLogger(__name__)
+
+LEAST_S = 0.001
+"""Of a part whose time is over: it fails as any other does that has no time."""
 
 PLACED_S = 0.5
 """How long the node that the master named is used before it is asked again."""
@@ -47,19 +51,26 @@ class Puts:
         self, space: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float, transfer: int
     ) -> PutResult:
         """Store what can be stored until then. Raises InvalidArgumentError."""
-        try:
-            with quick_switching:
-                counts = Counter(self._put(space, keys, blocks, shard, timeout_s, transfer))
-        except InvalidArgumentError:
-            raise
-        except TooLargeError as exc:
-            log.warning("put: %s", exc)
-            counts = Counter(too_large=len(blocks))
-        except AllPinnedError:
-            counts = Counter(no_room=len(blocks))
-        except KVPoolError as exc:
-            log.debug("put: %s", exc)
-            counts = Counter({reason_of_error(exc): len(blocks)})
+        deadline = time.monotonic() + timeout_s
+        counts: Counter[str] = Counter()
+        with quick_switching:
+            for part, some in blocks.parts(PART_BLOCKS_MAX):
+                left_s = max(LEAST_S, deadline - time.monotonic())
+                part_keys = keys[part.start * KEY_BYTES : part.stop * KEY_BYTES]
+                try:
+                    counts.update(self._put(space, part_keys, some, shard, left_s, transfer))
+                except InvalidArgumentError:
+                    raise
+                except AllPinnedError:
+                    counts["no_room"] += len(some)
+                except TooLargeError as exc:
+                    log.warning("put: %s", exc)
+                    counts["too_large"] += len(blocks) - part.start
+                    break
+                except KVPoolError as exc:
+                    log.debug("put: %s", exc)
+                    counts[reason_of_error(exc)] += len(blocks) - part.start
+                    break
         return self._count(counts, blocks.shard_bytes)
 
     def layers(
@@ -70,7 +81,7 @@ class Puts:
         ``place``: shard, its bytes, transfer; ``timeout_s``: of each question to the node.
         """
         node = self._local()
-        if node is None:
+        if node is None or len(keys) > RESERVE_ITEMS_MAX * KEY_BYTES:
             return None
         try:
             return LayeredPut(node, space, keys, place, timeout_s, self._copies, self._count)

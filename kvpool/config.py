@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -198,23 +198,10 @@ def _check_storage(settings: NodeSettings | ClientSettings) -> None:
         raise ConfigError("pipeline", f'"{settings.pipeline}" is for directories, a backend is a URL: leave it out')
     if "Object" in str(settings.pipeline) and not any("://" in backend for backend in settings.storage_backends or ()):
         raise ConfigError("pipeline", f'"{settings.pipeline}" is for URLs, all backends are directories: leave it out')
-    _check_protocols(urls)
     if settings.storage_capacity is not None and settings.storage_capacity < STORAGE_CAPACITY_MIN:
         raise ConfigError("storage_capacity", f"must be at least 1MB, not {settings.storage_capacity}")
     if "Object" not in str(settings.pipeline) and settings.storage_options:
         raise ConfigError("storage_options", f'means nothing with pipeline "{settings.pipeline}"')
-
-
-def _check_protocols(urls: Sequence[str]) -> None:
-    """Raise ConfigError for a URL that fsspec has no filesystem for."""
-    if not urls:
-        return
-    from fsspec import available_protocols  # takes longer than all else here, for what most do without
-
-    for url in urls:
-        protocol = url.partition("://")[0].partition("::")[0]
-        if protocol not in available_protocols():
-            raise ConfigError("storage_backends", f'fsspec knows no "{protocol}://"; it knows s3, gs, abfs, and others')
 
 
 def default_pipeline(backends: Iterable[str]) -> str:

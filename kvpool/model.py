@@ -33,6 +33,12 @@ LAYERS_MAX = 4096
 KEYS_PER_CALL_MAX = 1 << 20
 """Keys one request may carry."""
 
+NODE_ITEMS_MAX = 1 << 16
+"""Items (keys x shards) of one request that a node has to look at one by one: it answers nobody else meanwhile."""
+
+RESERVE_ITEMS_MAX = 1 << 13
+"""Of one that it has to find room for."""
+
 BACKEND_BYTES = 16
 """A storage backend's id."""
 

@@ -37,7 +37,15 @@ from kvpool.core.slots import (
 )
 from kvpool.core.window import WindowSearch
 from kvpool.errors import InvalidArgumentError, TooLargeError, UnknownIdError, UnknownNamespaceError
-from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, SHARDS_MAX, Namespace
+from kvpool.model import (
+    CHECKSUM_BYTES,
+    DIGEST_BYTES,
+    KEY_BYTES,
+    KEYS_PER_CALL_MAX,
+    RESERVE_ITEMS_MAX,
+    SHARDS_MAX,
+    Namespace,
+)
 
 __all__ = ["BEING_WRITTEN", "NO_ROOM", "STORED", "Pin", "Reservation", "SegmentState", "Slot", "header_bytes"]
 
@@ -132,7 +140,7 @@ class SegmentState:
         BEING_WRITTEN or NO_ROOM. Raises TooLargeError or AllPinnedError if no item could be reserved or found,
         UnknownNamespaceError, InvalidArgumentError.
         """
-        check_items(namespace, shards, keys)
+        check_items(namespace, shards, keys, RESERVE_ITEMS_MAX)
         if (known := self._namespaces.get(namespace)) is None:
             raise UnknownNamespaceError(f"namespace {namespace.hex()} was never registered on this node")
         check_shape(known, shards, shard_bytes, layers)
@@ -401,7 +409,7 @@ class SegmentState:
         """Return how many leading keys have all of ``shards`` (a count) committed here."""
         if not 1 <= shards <= SHARDS_MAX:
             raise InvalidArgumentError("shards", f"must be from 1 to {SHARDS_MAX}, not {shards}")
-        check_items(namespace, (0,), keys)
+        check_items(namespace, (0,), keys, KEYS_PER_CALL_MAX)
         whole = (1 << shards) - 1
         for at in range(0, len(keys), KEY_BYTES):
             block = self._blocks.get(namespace + keys[at : at + KEY_BYTES])

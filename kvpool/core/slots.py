@@ -12,7 +12,7 @@ from kvpool.model import (
     CHECKSUM_BYTES,
     DIGEST_BYTES,
     KEY_BYTES,
-    KEYS_PER_CALL_MAX,
+    NODE_ITEMS_MAX,
     SHARD_BYTES_MAX,
     SHARDS_MAX,
     Namespace,
@@ -176,7 +176,7 @@ class Owner:
         self.reservations: dict[int, Reservation] = {}
 
 
-def check_items(namespace: bytes, shards: Sequence[int], keys: bytes) -> None:
+def check_items(namespace: bytes, shards: Sequence[int], keys: bytes, most: int = NODE_ITEMS_MAX) -> None:
     """Raise InvalidArgumentError unless the items of a call (keys x shards) can be meant."""
     if len(namespace) != DIGEST_BYTES:
         raise InvalidArgumentError("namespace", f"must be {DIGEST_BYTES} bytes, not {len(namespace)}")
@@ -184,8 +184,8 @@ def check_items(namespace: bytes, shards: Sequence[int], keys: bytes) -> None:
         raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(keys)}")
     if not shards or len(set(shards)) != len(shards) or min(shards) < 0 or max(shards) >= SHARDS_MAX:
         raise InvalidArgumentError("shards", f"must be different numbers from 0 to {SHARDS_MAX - 1}, at least one")
-    if len(keys) // KEY_BYTES * len(shards) > KEYS_PER_CALL_MAX:
-        raise InvalidArgumentError("keys", f"at most {KEYS_PER_CALL_MAX} items (keys x shards) a call")
+    if len(keys) // KEY_BYTES * len(shards) > most:
+        raise InvalidArgumentError("keys", f"at most {most} items (keys x shards) a call")
 
 
 def check_shape(namespace: Namespace, shards: Sequence[int], shard_bytes: int, layers: int) -> None:

@@ -29,6 +29,7 @@ from kvpool.server.filetier import FileTier
 from kvpool.server.peers import Guard, is_loopback
 from kvpool.server.storage import open_tier, storage_values
 from kvpool.tiers.dram import Segment
+from kvpool.tiers.opening import check_urls
 from kvpool.transport.server import FrameServer
 
 log = logging.getLogger(__name__)
@@ -254,6 +255,7 @@ async def serve(settings: NodeSettings, stop: asyncio.Event) -> int:
         state = SegmentState(settings.segment_size)
     except InvalidArgumentError as exc:
         raise ConfigError("segment_size", exc.problem) from exc
+    check_urls(settings.storage_backends or ())
     log.info("populating a segment of %s", format_size(settings.segment_size))
     segment = await asyncio.to_thread(
         Segment.create, settings.segment_size, tail_bytes=table_bytes(state.capacity_bytes), lock=settings.lock_memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvpool.errors import ConfigError
@@ -39,3 +39,16 @@ def open_store(
     if options:
         raise ConfigError("storage_options", f"means nothing for a directory such as {directory}")
     return PosixStore(directory, owner=owner, capacity_bytes=capacity_bytes, direct=direct, fsync=fsync, create=create)
+
+
+def check_urls(urls: Iterable[str]) -> None:
+    """Raise ConfigError("storage_backends") for a URL that fsspec has no filesystem for, without opening anything."""
+    remote = [url for url in urls if directory_of(url) is None]
+    if not remote:
+        return
+    from fsspec import available_protocols  # takes longer than all else here, for what most do without
+
+    for url in remote:
+        protocol = url.partition("://")[0].partition("::")[0]
+        if protocol not in available_protocols():
+            raise ConfigError("storage_backends", f'fsspec knows no "{protocol}://"; it knows s3, gs, abfs, and others')

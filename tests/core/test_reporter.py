@@ -250,8 +250,8 @@ def test_large_reports_come_in_bounded_pieces():
     count = 70_000
     segment, reporter = live(slots=count)
     start = reporter.sequence
-    for first in range(0, count, 10_000):
-        put(segment, *range(first, first + 10_000))
+    for first in range(0, count, 7_000):
+        put(segment, *range(first, first + 7_000))
     deltas = reporter.flush()
     assert [delta.sequence for delta in deltas] == list(range(start + 1, start + 1 + len(deltas)))
     assert sum(keys_of(delta) for delta in deltas) == count

@@ -14,7 +14,7 @@ from kvpool.errors import ConfigError
 from kvpool.testing.store_conformance import SPACES, StoreConformance, extent_of, name_of, read, write_many
 from kvpool.tiers.layout import IDENTITY_FILE
 from kvpool.tiers.object import ObjectStore
-from kvpool.tiers.opening import open_store
+from kvpool.tiers.opening import check_urls, open_store
 from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import StoreError, StoreFullError, StoreMissingError, StoreReadOnlyError
 
@@ -150,6 +150,14 @@ def test_what_cannot_be_opened_names_the_setting(url, options, problem):
         pytest.importorskip("s3fs", reason="s3fs is not installed")
     with pytest.raises(ConfigError, match=rf"storage_backends: {url}.*{problem}"):
         open_object(url, options=options)
+
+
+@pytest.mark.parametrize("url", ["nosuch://x/y", "nosuch::s3://x/y"])
+def test_an_unknown_protocol_is_said_before_anything_is_done(url):
+    """A node says so before it takes its memory; directories and known protocols pass."""
+    with pytest.raises(ConfigError, match='storage_backends: fsspec knows no "nosuch://"'):
+        check_urls(["/kv", url])
+    check_urls(["/kv", "file:///kv", "memory://x", "s3://b/p", "simplecache::s3://b/p"])
 
 
 def test_a_backend_that_is_gone_is_down_and_is_made_again_by_a_probe(memory_url):
