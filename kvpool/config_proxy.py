@@ -68,6 +68,7 @@ class ProxySettings(Settings):
     health_interval: int = setting("2s", DURATION, "How often instances are asked for their health.")
     health_timeout: int = setting("2s", DURATION, "How long such an answer may take.")
     body_size_max: int = setting("64MB", SIZE, "Largest request, and largest answer that is no stream.")
+    bodies_size_max: int = setting("1GB", SIZE, "Requests held at once, those that are still read included.")
     prefix_tokens: int = setting(
         1 << 20, count(1, 1 << 32), "Tokens of prompts remembered for an instance that does not say what it can hold."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +18,10 @@ class RefusedRequestError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""Why no connection can be made, whoever is to be reached."""
 
 
 class ClientGoneError(Exception):
@@ -37,12 +42,13 @@ class AttemptError(Exception):
 
     ``status``: what the client is told when there is no other. ``reached``: the instance may have begun with
     it. ``stale``: the connection had been idle, and ended as it was used again. ``final``: there is no time left
-    for another attempt. ``answer``: what the instance said, where it said something.
+    for another attempt. ``answer``: what the instance said, where it said something. ``blameless``: it is none of
+    the instance's making.
     """
 
     def __init__(
         self, reason: str, status: int = 502, *, reached: bool = True, stale: bool = False, final: bool = False,
-        answer: Plain | None = None,
+        answer: Plain | None = None, blameless: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(reason)
         self.status = status
@@ -50,6 +56,7 @@ class AttemptError(Exception):
         self.stale = stale
         self.final = final
         self.answer = answer
+        self.blameless = blameless
 
 
 def error_body(status: int, message: str) -> bytes:

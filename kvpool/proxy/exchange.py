@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from multidict import CIMultiDict
 
 from kvpool.config import ProxySettings
 from kvpool.proxy import prompts
-from kvpool.proxy.errors import AttemptError, ClientGoneError, Plain, RefusedRequestError, error_event
+from kvpool.proxy.errors import OUR_LIMITS, AttemptError, ClientGoneError, Plain, RefusedRequestError, error_event
 from kvpool.proxy.fleet import Asking, Fleet, read_all
 from kvpool.proxy.prompts import Asked
 from kvpool.proxy.routing import LOAD_SHARE, Held, Instance, Role, Ticket
@@ -30,6 +31,14 @@ TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 
 DONE: Final = b"[DONE]"
 """Ends every stream in OpenAI's form: one without it was cut."""
+
+ABORTED: Final = re.compile(rb'"finish_reason": ?"abort"')
+"""An instance that shuts down, or sleeps, ends requests so, with status 200. In a text its quotes would be escaped."""
+
+GIVEN_UP: Final = "the instance gave the request up"
+
+TAIL_BYTES: Final = 48
+"""Of a stream, what is kept to find such words across two chunks."""
 
 ERROR_WRITE_S: Final = 1.0
 
@@ -287,7 +296,8 @@ class Exchange:
         outcome = "failed" if self._response is None or asking.role is Role.PREFILL else "broken"
         self._fleet.metrics.attempts.labels(asking.role, outcome).inc()
         log.warning("%s at %s: %s", asking.role, ticket.instance.name, failure)
-        self._fleet.failed(ticket, refused=not failure.reached)
+        if not failure.blameless:
+            self._fleet.failed(ticket, refused=not failure.reached)
         if self._response is not None or failure.final:
             raise failure
         asking.avoid.add(ticket.instance)
@@ -340,14 +350,21 @@ class Exchange:
             raise AttemptError(f"status {upstream.status}: {body[:200].decode(errors='replace')}", answer=answer)
         if not body:
             raise AttemptError(f"an empty answer with status {upstream.status}")
+        if upstream.status == 200 and ABORTED.search(body):
+            raise AttemptError(GIVEN_UP, 503)
+        if upstream.status == 404 and not self._model and len(self._fleet.router.models()) > 1:
+            # A name that no engine has announced, as an adapter's: another one may know it.
+            raise AttemptError("status 404", answer=answer, blameless=True)
         return answer
 
     async def _relay(self, upstream: aiohttp.ClientResponse, ticket: Ticket, watch: Watch) -> web.StreamResponse:
         """Pass a stream on, byte for byte."""
         idle_s = self._settings.idle_timeout / 1000
         chunk = await upstream.content.readany()
-        if not chunk:
-            raise AttemptError("a stream without a byte")
+        if not chunk or chunk.lstrip().startswith(b"data: " + DONE):
+            raise AttemptError("a stream without an answer", 503)
+        if ABORTED.search(chunk):
+            raise AttemptError(GIVEN_UP, 503)
         self._count(ticket)
         response = web.StreamResponse(status=200, headers=answer_headers(upstream.headers))
         watch.expect(Phase.CLIENT, idle_s)
@@ -355,8 +372,10 @@ class Exchange:
         tail = b""
         while chunk:
             watch.expect(Phase.CLIENT, idle_s)
+            if ABORTED.search(tail + chunk):
+                raise AttemptError(GIVEN_UP, 503)
             await _write(response, chunk)
-            tail = (tail + chunk[-len(DONE) - 8 :])[-len(DONE) - 8 :]
+            tail = (tail + chunk[-TAIL_BYTES:])[-TAIL_BYTES:]
             watch.expect(Phase.NEXT_BYTE, idle_s)
             chunk = await upstream.content.readany()
         if not tail.rstrip().endswith(DONE):
@@ -417,6 +436,8 @@ def _failure(exc: Exception) -> AttemptError:
     """Return what a client library's error means for the request."""
     if isinstance(exc, aiohttp.ServerTimeoutError):
         return AttemptError("the instance could not be reached in time", 504, reached=False)
+    if isinstance(exc, aiohttp.ClientConnectorError) and exc.os_error.errno in OUR_LIMITS:
+        return AttemptError(f"the proxy cannot connect: {exc.os_error.strerror}", 503, final=True, blameless=True)
     if isinstance(exc, aiohttp.ClientConnectorError):
         return AttemptError("the instance takes no connections", 503, reached=False)
     stale = isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)

@@ -15,7 +15,7 @@ from typing import Final
 import aiohttp
 
 from kvpool.config import ProxySettings
-from kvpool.proxy.errors import RefusedRequestError
+from kvpool.proxy.errors import OUR_LIMITS, RefusedRequestError
 from kvpool.proxy.metrics import Metrics
 from kvpool.proxy.routing import CHUNK_TOKENS, Held, Instance, Policy, Prompt, Refusal, Role, Router, Ticket
 from kvpool.proxy.watch import Watch
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 DOWN_AFTER: Final = 2
 """Checks in a row that an instance may not answer before it gets nothing new; a refused connection is enough alone."""
+
+LATE_S: Final = 0.25
+"""A check that is over so much later than it should be has waited for the proxy itself."""
 
 LOST_AFTER: Final = 5
 """Checks in a row after which what runs there is given up: a busy engine may be late with its health."""
@@ -57,6 +60,11 @@ class Asking:
     def picky(self) -> bool:
         """Whether it would refuse places that others would take."""
         return bool(self.avoid or self.model or self.transfers)
+
+    @property
+    def taste(self) -> object:
+        """What it depends on whether there is a place for it."""
+        return self.model, self.transfers, frozenset(self.avoid)
 
     def may_take(self, one: Instance) -> bool:
         """Whether it may go there, now or later."""
@@ -164,8 +172,9 @@ class Fleet:
         if isinstance(found, Refusal):
             if not self.available(asking):
                 raise RefusedRequestError(503, f"no instance for {asking.role} is up")
-            if len(waiting) >= self._settings.queue_max:
-                raise RefusedRequestError(429, f"{len(waiting)} requests wait for {asking.role} already")
+            before = sum(waiter.asking.model == asking.model for waiter in waiting)
+            if before >= self._settings.queue_max:
+                raise RefusedRequestError(429, f"{before} requests wait for {asking.role} already")
             found = await self._wait(_Waiter(asking, asyncio.get_running_loop().create_future()))
         self.metrics.prompt_tokens.labels(asking.role).inc(asking.prompt.tokens)
         source = "master" if found.exact else "proxy"
@@ -216,13 +225,17 @@ class Fleet:
 
     def _serve(self, role: Role) -> None:
         """Give places to those who wait, in their order."""
+        full: set[object] = set()  # for whom there is no place
         for waiter in list(self._waiting[role]):
-            if waiter.place.done():
+            asking = waiter.asking
+            if waiter.place.done() or asking.taste in full:
                 continue
-            found = self._take(waiter.asking)
+            found = self._take(asking)
             if not isinstance(found, Refusal):
                 waiter.place.set_result(found)
-            elif not waiter.asking.picky:  # else others may want places that it does not
+            elif asking.picky:  # others may want places that it does not
+                full.add(asking.taste)
+            else:
                 return
 
     def _refuse(self, role: Role) -> None:
@@ -270,8 +283,11 @@ class Fleet:
         failures = 0
         hurry = self._hurry[instance]
         while True:
-            problem, refused = await self._ask_health(instance)
-            if not problem:
+            known = await self._ask_health(instance)
+            problem, refused = known or ("", False)
+            if known is None:
+                pass
+            elif not problem:
                 failures = 0
                 was_up = instance.up
                 self.router.healthy(instance)
@@ -291,23 +307,34 @@ class Fleet:
                 async with asyncio.timeout(self._settings.health_interval / 1000):
                     await hurry.wait()
 
-    async def _ask_health(self, instance: Instance) -> tuple[str, bool]:
-        """Return what is wrong, "" for nothing, and whether it does not even take connections."""
+    async def _ask_health(self, instance: Instance) -> tuple[str, bool] | None:
+        """Return what is wrong, "" for nothing, and whether it does not even take connections.
+
+        None where nothing is known of it: it was the proxy itself that could not ask, or was too late to hear.
+        """
+        clock, limit_s = asyncio.get_running_loop().time, self._settings.health_timeout / 1000
+        end = clock() + limit_s
         try:
-            async with asyncio.timeout(self._settings.health_timeout / 1000):
+            async with asyncio.timeout_at(end):
                 async with self.session.get(f"{instance.name}/health") as answer:
                     if answer.status != 200:
                         return f"status {answer.status}", False
-                async with self.session.get(f"{instance.name}/metrics") as answer:
-                    page = await read_all(answer.content, METRICS_BYTES_MAX) if answer.status == 200 else b""
-                self._learn(instance, page)
         except aiohttp.ClientConnectorError as exc:
-            return str(exc.os_error), True
+            return None if exc.os_error.errno in OUR_LIMITS else (str(exc.os_error), True)
         except TimeoutError:
-            return "no answer in time", False
+            return None if clock() > end + LATE_S else ("no answer in time", False)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             return f"{type(exc).__name__}: {exc}", False
+        with suppress(aiohttp.ClientError, OSError, ValueError):  # TimeoutError is an OSError
+            async with asyncio.timeout(limit_s):
+                await self._ask_metrics(instance)
         return "", False
+
+    async def _ask_metrics(self, instance: Instance) -> None:
+        """Learn what an instance can hold; one that does not say is no worse."""
+        async with self.session.get(f"{instance.name}/metrics") as answer:
+            page = await read_all(answer.content, METRICS_BYTES_MAX) if answer.status == 200 else b""
+        self._learn(instance, page)
 
     def _learn(self, instance: Instance, page: bytes) -> None:
         usage = [float(value) for value in _USAGE.findall(page)]

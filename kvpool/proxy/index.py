@@ -123,6 +123,8 @@ class PoolIndex:
             return None
         alike = [one for one in serving if labels[one.name] == label]
         tokens = await self._tokens_of(path, body, alike)
+        if tokens is None or min(tokens, default=0) < 0:
+            return None
         held: dict[str, Held] = {}
         for space in spaces:
             keys = await asyncio.to_thread(chains.block_keys, space, tokens, self._seed)
@@ -158,8 +160,11 @@ class PoolIndex:
         models = self._models.get(instance.name, {})
         return models.get(model, "") if isinstance(model, str) else next(iter(models.values()), "")
 
-    async def _tokens_of(self, path: str, body: Mapping[str, Any], alike: Sequence[Instance]) -> list[int]:
-        """Return a prompt's tokens, from an instance that serves its model. Raises aiohttp.ClientError, ValueError."""
+    async def _tokens_of(self, path: str, body: Mapping[str, Any], alike: Sequence[Instance]) -> list[int] | None:
+        """Return a prompt's tokens, from an instance that serves its model; None where it has none.
+
+        Raises aiohttp.ClientError, ValueError.
+        """
         if path != CHAT and isinstance(body["prompt"], list):
             return list(body["prompt"])
         wanted = ("messages", *_TEMPLATE) if path == CHAT else ("prompt",)
@@ -174,6 +179,8 @@ class PoolIndex:
         headers = {"Content-Type": "application/json"} | self._authorization()
         async with self._fleet.session.post(f"{one.name}/tokenize", data=raw, headers=headers) as answer:
             text = await read_all(answer.content, ANSWER_BYTES_MAX)
+            if 400 <= answer.status < 500 and answer.status not in {401, 403, 404, 429}:
+                return None  # the client's mistake, which an engine will explain
             if answer.status != 200:
                 raise ValueError(f"{one.name}/tokenize: status {answer.status}")
         tokens = json.loads(text).get("tokens")

@@ -33,6 +33,10 @@ REMOTE_DECODE: Final[dict[str, Any]] = {
 """Asks a prefill instance to keep the prompt's KV for another one, and to say where it is."""
 
 
+PARTS_MAX: Final = 4 << 20
+"""Values in a body: each takes much more memory than it has bytes, and nobody else is served while they are read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request: its parsed body, its prompt, whether it streams, and whether its KV can come from elsewhere."""
@@ -45,6 +49,8 @@ class Asked:
 
 def read(path: str, raw: bytes) -> Asked:
     """Return what a request asks for. Raises InvalidArgumentError for what no engine could take."""
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > PARTS_MAX:
+        raise InvalidArgumentError("body", f"must have at most {PARTS_MAX} values")
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):

@@ -20,6 +20,7 @@ from kvpool.config import ProxySettings
 from kvpool.config_kinds import URL
 from kvpool.errors import InvalidArgumentError
 from kvpool.proxy import prompts
+from kvpool.proxy.bodies import Bodies
 from kvpool.proxy.discovery import Discovery
 from kvpool.proxy.errors import AttemptError, ClientGoneError, RefusedRequestError, error_response
 from kvpool.proxy.exchange import Exchange, answer_headers, request_headers
@@ -35,6 +36,9 @@ ASK_S: Final = 10.0
 
 BROKEN_OFF_S: Final = 2.0
 """After ``drain_timeout``: for telling clients that their streams end."""
+
+CLIENT_IDLE_S: Final = 75.0
+"""A client's connection on which nothing is asked for so long is closed: each is one of the files we may have open."""
 
 CLIENT_LEFT: Final = 499
 
@@ -56,12 +60,14 @@ class Proxy:
         self._channel: grpc.aio.Channel | None = None
         self._discovery: Discovery | None = None
         self._index: PoolIndex | None = None
+        self._bodies = Bodies(settings.bodies_size_max, settings.body_size_max)
         self._ending = False
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._runner = web.AppRunner(
-            self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=BROKEN_OFF_S
+            self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=BROKEN_OFF_S,
+            keepalive_timeout=CLIENT_IDLE_S,
         )
         self._site: web.TCPSite | None = None
 
@@ -192,13 +198,15 @@ class Proxy:
     async def _answered(self, request: web.Request) -> tuple[web.StreamResponse, str]:
         if self._ending:
             raise RefusedRequestError(503, "the proxy is shutting down")
-        raw = await self._body(request)
-        asked = prompts.read(request.path, raw)
-        known: Mapping[str, Held] = {}
-        if self._index is not None and (found := await self._index.find(request.path, asked)) is not None:
-            known = found.held
-            asked = dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, tokens=found.tokens))
-        return await Exchange(self.fleet, self._settings, request, asked, raw, known).run()
+        with self._bodies.room(request) as room:
+            raw = await self._body(request)
+            room.resize(len(raw))
+            asked = prompts.read(request.path, raw)
+            known: Mapping[str, Held] = {}
+            if self._index is not None and (found := await self._index.find(request.path, asked)) is not None:
+                known = found.held
+                asked = dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, tokens=found.tokens))
+            return await Exchange(self.fleet, self._settings, request, asked, raw, known).run()
 
     async def _body(self, request: web.Request) -> bytes:
         try:

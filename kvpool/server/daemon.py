@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -16,6 +18,13 @@ log = logging.getLogger("kvpool")
 YOUNG_OBJECTS = 5000
 
 
+def _allow_files() -> None:
+    """Open as many files as the system lets us: connections are files, the usual soft limit is for old programs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], log_level: str, notes: list[str]) -> int:
     """Run ``main(stop)`` on uvloop until it returns; SIGTERM and SIGINT set ``stop``. Returns the exit code."""
     logging.basicConfig(
@@ -24,6 +33,7 @@ def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], log_level: str, 
     for note in notes:
         log.info("%s", note)
 
+    _allow_files()
     # What we keep by the million has no cycles. A full collection would walk all of it and stand still for
     # as long as half a second; young objects, where the cycles are, are still looked through.
     gc.set_threshold(YOUNG_OBJECTS, 1 << 30, 1 << 30)

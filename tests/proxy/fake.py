@@ -37,6 +37,8 @@ class FakeInstance:
     """Cuts the connection after so many tokens."""
     end_after: int | None = None
     """Ends the stream in order after so many tokens, without [DONE]."""
+    abort_at: int | None = None
+    """Gives requests up at this token, as an engine does that is shut down."""
     hang_at: int | None = None
     """Waits forever before this token."""
     gate: asyncio.Event | None = None
@@ -44,11 +46,13 @@ class FakeInstance:
     health: int = 200
     empty: bool = False
     metrics: str = ""
+    metrics_gate: asyncio.Event | None = None
     transfer: str = ""
     """What it names a prompt's KV by where it is not told."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     running: int = 0
+    checks: int = 0
     aborted: int = 0
     resets: int = 0
     port: int = 0
@@ -117,6 +121,8 @@ class FakeInstance:
             if self.die_after is not None:
                 return await self._cut(request, web.StreamResponse(headers={"Content-Length": "1000"}), b"{")
             answer = self.answer(0, body)
+            if self.abort_at == 0:
+                answer["choices"] = [{"text": "", "finish_reason": "abort"}]
             asked = body.get("kv_transfer_params") or {}
             if asked.get("do_remote_decode"):
                 params = {"do_remote_prefill": True, "remote_engine_id": self.name}
@@ -131,6 +137,11 @@ class FakeInstance:
             await self._pause(number)
             if self.empty or number == self.end_after:
                 return response
+            if number == self.abort_at:
+                if number:  # of a stream without tokens there is no such event
+                    last = {"id": "x", "choices": [{"text": "", "finish_reason": "abort"}]}
+                    await response.write(b"data: " + json.dumps(last, separators=(",", ":")).encode() + b"\n\n")
+                break
             if number == self.die_after:
                 return await self._cut(request, response, b"")
             await response.write(b"data: " + json.dumps(self.answer(number, body)).encode() + b"\n\n")
@@ -154,9 +165,12 @@ class FakeInstance:
         return response
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
+        self.checks += 1
         return web.Response(status=self.health)
 
     async def _metrics(self, _: web.Request) -> web.StreamResponse:
+        if self.metrics_gate is not None:
+            await self.metrics_gate.wait()
         return web.Response(text=self.metrics)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:

@@ -179,7 +179,7 @@ class TestFailover:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize(
         "trouble",
-        [{"status": 500}, {"status": 429}, {"die_after": 0}, {"empty": True}, {"gone": True}],
+        [{"status": 500}, {"status": 429}, {"die_after": 0}, {"empty": True}, {"abort_at": 0}, {"gone": True}],
         ids=str,
     )
     def test_another_instance_before_the_first_byte(self, pair, stream, trouble):
