@@ -98,6 +98,11 @@ def check_supported(vllm_config: Any, kv_cache_config: Any, groups: int = 1) -> 
             raise InvalidArgumentError(
                 name, f"must be 1, not {getattr(parallel, name)}: blocks would be split by token"
             )
+    if getattr(parallel, "distributed_executor_backend", None) == "external_launcher" and parallel.world_size > 1:
+        raise InvalidArgumentError(
+            "distributed_executor_backend",
+            "must not be external_launcher for more than one rank: each would schedule by what itself has loaded alone",
+        )
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise InvalidArgumentError("calculate_kv_scales", "must be off: scales of one engine mean nothing to another")
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo

@@ -67,6 +67,8 @@ class _Tracked:
     """Blocks that were complete when saves were last planned."""
     tail_known: bool = False
     """The prompt's partial block is in the pool, or on its way."""
+    stale: bool = False
+    """It has KV of before a reset: what follows on that is nothing for anybody else."""
     outgoing: Outgoing | None = None
     """Another engine goes on with it; outlives preemptions."""
     incoming: Incoming | None = None
@@ -305,6 +307,7 @@ class SchedulerSide:
         for state in self._requests.values():
             self._drop_ask(state)
             self._drop_outgoing(state)
+            state.stale = state.stale or state.loading or state.request.num_computed_tokens > 0
 
     def close(self) -> None:
         """Release the leases and the client."""
@@ -393,7 +396,7 @@ class SchedulerSide:
         Of all, where another engine goes on: what this one has it would not find.
         """
         request, outgoing = state.request, state.outgoing
-        if outgoing is None and not self._may_save(request):
+        if state.stale or (outgoing is None and not self._may_save(request)):
             return None
         hashes = self._names.hashes(request)
         private = outgoing is not None and outgoing.private
@@ -458,7 +461,7 @@ class SchedulerSide:
         else:
             shares = self._names.shares_tail(request) and self._may_save(request)
             names = [self._names.tail(request)] if shares else []
-        if not names or state.tail_known or not self._ready():
+        if state.stale or not names or state.tail_known or not self._ready():
             return None
         if request.num_computed_tokens < request.num_prompt_tokens:
             return None

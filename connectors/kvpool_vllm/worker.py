@@ -62,6 +62,7 @@ class WorkerSide:
         self._save_pool = Threads(settings.save_threads, "kvpool-save")
         self._receives = Receives(client)
         self._layer_saves = LayerSaves(client)
+        self._unstarted: StepMeta | None = None  # the running step, whose saves have not begun
         self._forward: Forward | None = None  # of the running step, where layers of it are saved
         self._progress = threading.Condition()
         self._loading: dict[str, tuple[LoadJob, Future[None]]] = {}
@@ -224,7 +225,14 @@ class WorkerSide:
     # ---- saves ----
 
     def begin_step(self, meta: StepMeta) -> None:
-        """Prepare saves whose layers go out while the step computes them; call before its forward."""
+        """Prepare saves whose layers go out while the step computes them; call before its forward.
+
+        Saves of the last step that were not begun, because its end was not told, begin now: it is over. (vLLM 0.32
+        does not tell ranks other than the last one of a pipeline, when tokens are guessed ahead.)
+        """
+        if self._unstarted is not None:
+            self.start_saves(self._unstarted)
+        self._unstarted = meta if meta.saves else None
         if not self._settings.use_layerwise or not self._device.saves_layers or self._place.copy:
             return
         jobs = [job for job in meta.saves if job.transfer and job.computing]
@@ -248,6 +256,7 @@ class WorkerSide:
 
     def start_saves(self, meta: StepMeta) -> None:
         """Hand this step's saves to the save threads; call when the step's KV is in memory."""
+        self._unstarted = None
         if meta.saves:
             self._fence = self._device.fence()
         by_layers, self._forward = self._forward, None

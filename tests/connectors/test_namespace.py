@@ -142,7 +142,7 @@ FULL_SPEC = type("FullAttentionSpec", (), {"block_size": 16, "num_kv_heads": 4})
 WIDE_SPEC = type("FullAttentionSpec", (), {"block_size": 16, "num_kv_heads": 8})()
 
 
-def configuration(specs: list[Any], algorithm: str = "sha256", **parallel: int) -> tuple[Any, Any]:
+def configuration(specs: list[Any], algorithm: str = "sha256", **parallel: Any) -> tuple[Any, Any]:
     kinds = ("decode_context", "prefill_context", "tensor", "pipeline")
     ones = {f"{kind}_parallel_size": 1 for kind in kinds}
     cache = SimpleNamespace(prefix_caching_hash_algo=algorithm, calculate_kv_scales=False)
@@ -164,6 +164,10 @@ def test_supported_model_passes() -> None:
     [
         (configuration([FULL_SPEC], algorithm="xxhash"), "'xxhash' is not cryptographic"),
         (configuration([FULL_SPEC], decode_context_parallel_size=2), "decode_context_parallel_size: must be 1"),
+        (
+            configuration([FULL_SPEC], distributed_executor_backend="external_launcher", world_size=2),
+            "distributed_executor_backend: must not be external_launcher",
+        ),
         (configuration([FULL_SPEC], pipeline_parallel_size=2), "pipeline_parallel_size: must divide the 61 layers"),
         (
             configuration([FULL_SPEC, WIDE_SPEC], tensor_parallel_size=2),

@@ -588,6 +588,22 @@ def test_reset_leaves_what_is_on_its_way_behind(pair: Pair) -> None:
     assert not pair.pool.open_transfers
 
 
+def test_reset_keeps_nothing_of_what_began_before(pair: Pair) -> None:
+    """The rest of a prompt that was begun with other weights is stored for nobody; what begins later is."""
+    one = pair.engine(BOTH, budget=8)
+    old = pair.submit(one, list(range(30)), 1, None)
+    one.step()
+    pair.until(lambda: bool(pair.pool.shards), one)
+    assert old.status != "finished"
+    late = pair.submit(one, list(range(100, 130)), 1, None)
+    one.side.forget_namespace()
+    before = {key for _, key, _ in pair.pool.shards}
+    pair.drain(one)
+    assert (old.status, late.status) == ("finished", "finished")
+    stored = {key for _, key, _ in pair.pool.shards} - before
+    assert len(stored) == 30 // TOKENS
+
+
 # ---- everything at once --------------------------------------------------------------------------------
 
 

@@ -115,6 +115,17 @@ def test_missing_tail_is_reported_with_the_request(harness: Harness) -> None:
     assert harness.side.failed_blocks() == set()
 
 
+def test_saves_whose_step_has_no_end_begin_with_the_next(harness: Harness) -> None:
+    """Once; the engine holds their blocks until they are reported."""
+    first, second = (StepMeta(saves=[SaveJob(n, [Part(NAMESPACE, keys(n), [n])])]) for n in (1, 2))
+    harness.side.begin_step(first)
+    harness.side.begin_step(second)
+    assert harness.collect(saves=1)[2].saved == {1: 1}
+    harness.side.start_saves(second)
+    harness.side.begin_step(StepMeta())
+    assert harness.collect(saves=1)[2].saved == {2: 1}
+
+
 @pytest.mark.parametrize("call", ["get", "put"])
 def test_client_that_raises_ends_the_job(harness: Harness, call: str) -> None:
     """Whatever the client does, the engine gets its report."""
