@@ -31,6 +31,7 @@ from kvpool.core.file_reads import BATCH_FILES, FileReads
 from kvpool.core.messages import RemoveFiles, Storage
 from kvpool.core.segment import SegmentState, Slot
 from kvpool.core.slots import block_keys
+from kvpool.errors import OverloadedError
 from kvpool.model import Backend, BackendState, Namespace, mask_shards
 
 BATCH_BYTES: Final = 1 << 20
@@ -247,8 +248,11 @@ class FileTierState:
         """Take the namespaces that a backend keeps; what waited for them goes on."""
         backend = self.backends[number]
         for namespace in namespaces:
-            self._segment.register(namespace)
             backend.kept.add(namespace.digest)
+            try:
+                self._segment.register(namespace)
+            except OverloadedError:
+                self.counters["namespaces_refused"] += 1
         self.reads.learned(backend)
         if failure is not None:
             backend.learn_asked |= failure.trouble is Trouble.GIVEN_BACK

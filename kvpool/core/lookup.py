@@ -59,6 +59,9 @@ class Answer:
     detail: str = ""
 
 
+GROUPS_MAX = 64
+"""KV cache groups of one model that a lookup may be about."""
+
 _NO_ROWS: Rows = np.empty(0, np.int64)
 
 
@@ -78,6 +81,10 @@ def check(query: Query) -> None:
             raise InvalidArgumentError("namespace", f"must be {KEY_BYTES} bytes, not {len(group.namespace)}")
         if group.rule is Rule.LAST_N and group.last_n < 1:
             raise InvalidArgumentError("groups.last_n", "must be at least 1")
+    if len(query.groups) > GROUPS_MAX:
+        raise InvalidArgumentError("groups", f"at most {GROUPS_MAX} a lookup, not {len(query.groups)}")
+    if len(query.groups) * blocks > KEYS_PER_CALL_MAX:
+        raise InvalidArgumentError("groups", f"at most {KEYS_PER_CALL_MAX} blocks of all groups together")
     if query.groups[0].rule is not Rule.FULL:
         raise InvalidArgumentError("groups", "the first group's rule must be full")
 

@@ -36,7 +36,13 @@ from kvpool.core.slots import (
     no_room,
 )
 from kvpool.core.window import WindowSearch
-from kvpool.errors import InvalidArgumentError, TooLargeError, UnknownIdError, UnknownNamespaceError
+from kvpool.errors import (
+    InvalidArgumentError,
+    OverloadedError,
+    TooLargeError,
+    UnknownIdError,
+    UnknownNamespaceError,
+)
 from kvpool.model import (
     CHECKSUM_BYTES,
     DIGEST_BYTES,
@@ -48,6 +54,9 @@ from kvpool.model import (
 )
 
 __all__ = ["BEING_WRITTEN", "NO_ROOM", "STORED", "Pin", "Reservation", "SegmentState", "Slot", "header_bytes"]
+
+NAMESPACES_MAX: Final = 4096
+"""As many as a master knows: each report of a node names all of its own."""
 
 # Around how many of the coldest blocks an eviction looks for a cheap window.
 _CANDIDATES_MAX: Final = 8
@@ -123,8 +132,10 @@ class SegmentState:
         return bool(self._added or self._removed or self._commanded)
 
     def register(self, namespace: Namespace) -> bytes:
-        """Make a namespace known, so that its blocks can be stored; return its digest."""
+        """Make a namespace known, so that its blocks can be stored; return its digest. Raises OverloadedError."""
         digest = namespace.digest
+        if len(self._namespaces) >= NAMESPACES_MAX and digest not in self._namespaces:
+            raise OverloadedError(f"this node knows {NAMESPACES_MAX} namespaces already")
         self._namespaces.setdefault(digest, namespace)
         return digest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 from array import array
@@ -94,10 +95,14 @@ class DataPlane:
             self._guard.check(conn.peer.host)
         elif conn.peer.pid is not None:
             # A process that is gone already, or one of another pid namespace: end-of-file has to do.
-            with contextlib.suppress(OSError):
+            try:
                 pidfd = os.pidfd_open(conn.peer.pid)
-                self._processes[conn.id] = _Process(conn.peer.pid, pidfd)
-                asyncio.get_running_loop().add_reader(pidfd, self._process_ended, conn)
+            except OSError as exc:
+                if exc.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:  # nobody would know when it has ended
+                    raise OverloadedError(f"no process can be watched: {exc.strerror}") from None
+                return
+            self._processes[conn.id] = _Process(conn.peer.pid, pidfd)
+            asyncio.get_running_loop().add_reader(pidfd, self._process_ended, conn)
 
     def closed(self, conn: Connection, reason: str) -> None:
         """End a connection's pins now, its reservations when nobody can write to them any more."""

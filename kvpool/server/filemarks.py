@@ -71,11 +71,15 @@ class FileMark:
     def tick(self, now: float, *, whole: bool) -> None:
         """Touch the mark when it is time. ``whole``: nothing has to be scanned for."""
         if now >= self._due and not self._busy:
-            self._busy = True
             self._due = now + REFRESH_S
             work = (self.since, self._taken)
-            threading.Thread(target=self._touch, args=work, name="kvpool-mark", daemon=True).start()
-            self._taken = []
+            try:
+                threading.Thread(target=self._touch, args=work, name="kvpool-mark", daemon=True).start()
+            except RuntimeError as exc:
+                log.warning("the mark is not touched: %s", exc)
+            else:
+                self._busy = True
+                self._taken = []
         if self._next is None:
             return
         self._waiting &= self._batches

@@ -209,11 +209,12 @@ class FileTier:
 
     async def leave(self) -> None:
         """Remove the marks of backends of which the master knows all that we have written, as far as that goes."""
-        threads = [
+        started = [
             _start(mark.leave)
             for store, mark in zip(self.stores, self._marks, strict=True)
             if mark is not None and mark.settled() and self._whole(store.id)
         ]
+        threads = [thread for thread in started if thread is not None]
         await self._until(lambda: not any(thread.is_alive() for thread in threads), LAST_S)
 
     def close(self) -> None:
@@ -353,7 +354,8 @@ class FileTier:
 
     def _begin_probe(self, number: int, now: float) -> None:
         self._probes[number] = now
-        _start(self._probe, number, now)
+        if _start(self._probe, number, now) is None:
+            self._loop.call_soon(self._probed, number, now, Failure(Trouble.ERROR, "no thread for a probe"), None)
 
     def _probe(self, number: int, since: float) -> None:
         store = self._desks[number].store
@@ -388,6 +390,7 @@ class FileTier:
         """Begin the scans that are asked for, and those that a flood of changes or a death made necessary."""
         state = self.state
         asked, lost = state.scans_asked, state.changes.lost
+        refused: list[bytes] = []
         for backend, fence in list(self._fences.items()):
             if state.changes.settled >= fence:
                 del self._fences[backend]
@@ -400,17 +403,23 @@ class FileTier:
                 continue  # what gets lost during a scan makes another one necessary
             if not (necessary or wanted):
                 continue
+            since = mark.scan_since if mark is not None and not wanted else 0.0
+            scan = FileScan(store, self._loop, self._tell, since, self._segment.size)
+            try:
+                scan.start()  # what it tells waits for this to end
+            except RuntimeError as exc:
+                log.warning("storage %s: no scan: %s", store.url, exc)
+                refused += [store.id] if wanted else []
+                continue  # it is as necessary as before
             if running is not None:
                 running.stop()  # all includes what it looks for
             if necessary:
                 lost.discard(store.id)
                 self._necessary.add(store.id)
                 self._fences.pop(store.id, None)
-            since = mark.scan_since if mark is not None and not wanted else 0.0
             state.counters["scans"] += 1
-            self._scans[store.id] = FileScan(store, self._loop, self._tell, since, self._segment.size)
-            self._scans[store.id].start()
-        asked.clear()
+            self._scans[store.id] = scan
+        asked[:] = refused
 
     def _tell(self, scan: FileScan, scanned: Scanned) -> bool:
         backend = scanned.backend
@@ -433,9 +442,14 @@ class FileTier:
         return True
 
 
-def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:
+def _start(work: Callable[..., None], *arguments: object) -> threading.Thread | None:
+    """Start a thread; None where there can be none now."""
     thread = threading.Thread(target=work, args=arguments, name="kvpool-storage", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        log.warning("kvpool-storage: %s", exc)
+        return None
     return thread
 
 

@@ -84,6 +84,8 @@ class Pool:
         self.state = MasterState(limits, self.epoch, time.monotonic())
         self.data_port = 0
         self._queues: dict[int, asyncio.Queue[MasterMessage | None]] = {}
+        self._acks: dict[int, MasterMessage] = {}  # the last one of each session, for when the catalog has it
+        self._acks_asked = False
         self._numbers = itertools.count(1)
         self._work = asyncio.Event()
         self._turn = asyncio.Lock()
@@ -112,10 +114,26 @@ class Pool:
 
     def _send(self, effect: Send) -> None:
         if self.keeper is not None and isinstance(effect.message, Ack):
-            # What a node may forget must not be forgotten here.
-            self.keeper.after(lambda: self._put(effect.session, effect.message))
+            # What a node may forget must not be forgotten here. Each says all that those before it have said.
+            self._acks[effect.session] = effect.message
+            if not self._acks_asked:
+                self._acknowledge(self.keeper)
         else:
             self._put(effect.session, effect.message)
+
+    def _acknowledge(self, keeper: Keeper) -> None:
+        """Send what is to be acknowledged once all that has been handed over is kept, then what has come since."""
+        acks, self._acks = self._acks, {}
+        self._acks_asked = True
+
+        def kept() -> None:
+            self._acks_asked = False
+            for session, message in acks.items():
+                self._put(session, message)
+            if self._acks:
+                self._acknowledge(keeper)
+
+        keeper.after(kept)
 
     def _put(self, session: int, message: MasterMessage | None) -> None:
         queue = self._queues.get(session)

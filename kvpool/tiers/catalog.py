@@ -24,7 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.errors import ConfigError, InvalidArgumentError
-from kvpool.model import BACKEND_BYTES, DIGEST_BYTES, KEY_BYTES, Backend, Namespace, mask_shards
+from kvpool.model import (
+    BACKEND_BYTES,
+    DIGEST_BYTES,
+    KEY_BYTES,
+    SHARD_BYTES_MAX,
+    SHARDS_MAX,
+    Backend,
+    Namespace,
+    mask_shards,
+)
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +137,7 @@ class Catalog:
         self.pins: list[KnownPin] = []
         self.nodes: list[str] = []
         self._lost = False  # changes were given up; the writer's
+        self._shut = False  # there is no environment, or one that LMDB has given up; the writer's
         self._submitted = 0
         self._done = 0
         self._queue: queue.SimpleQueue[tuple[int, _Change | None, Callable[[], None] | None]] = queue.SimpleQueue()
@@ -267,13 +277,16 @@ class Catalog:
         changes = [change for _, change in self._held]
         try:
             try:
+                self._open_again()
                 self._transact(changes)
             except _BROKEN as exc:
                 self._env.close()
-                self._lost = True
+                self._lost = self._shut = True
                 self._start_anew(exc)
+                self._shut = False
                 self._transact(changes)
         except Exception as exc:  # whatever it is, the thread must live: nodes wait for what it acknowledges
+            self._shut = self._shut or isinstance(exc, lmdb.PanicError)
             if not self.problem:
                 foreign = not isinstance(exc, (OSError, lmdb.Error, ConfigError))
                 log.warning("the catalog %s cannot be written: %s", self._path, exc, exc_info=foreign)
@@ -287,8 +300,17 @@ class Catalog:
             self.problem = ""
         self._held, self._held_keys = [], 0
 
+    def _open_again(self) -> None:
+        """Open the file again after an error that ends an environment: of the disk, at the worst moment."""
+        if self._shut:
+            self._env.close()
+            self._lost = True
+            self._open()
+            self._read_small()
+            self._shut = False
+
     def _transact(self, changes: list[_Change]) -> None:
-        known = dict(self._groups), dict(self._numbers)
+        known = dict(self._groups), {name: list(numbers) for name, numbers in self._numbers.items()}
         try:
             with self._env.begin(write=True) as txn:
                 for change in changes:
@@ -338,6 +360,8 @@ class Catalog:
 
     def _know_group(self, number: int, value: bytes) -> None:
         backend, namespace, shard, shard_bytes = _GROUP.unpack(value)
+        if shard >= SHARDS_MAX or not 1 <= shard_bytes <= SHARD_BYTES_MAX:
+            raise struct.error(f"a group of shard {shard} with {shard_bytes} bytes")
         self._groups[number] = Files(backend, namespace, 1 << shard, shard_bytes, b"")
         self._numbers.setdefault((backend, namespace, shard), []).append(number)
 
@@ -399,6 +423,8 @@ class Catalog:
         while chunk := list(islice(cursor, READ_CHUNK)):
             entries.append(b"".join([key for key, _ in chunk]))
             times.append(b"".join([value or _NO_TIME for _, value in chunk]))
+        if len(b"".join(entries)) * len(_NO_TIME) != len(b"".join(times)) * _ENTRY_BYTES:
+            raise lmdb.CorruptedError("a file without a key, or without a time")
         try:
             return FileList(dict(self._groups), b"".join(entries), b"".join(times))
         except ValueError as exc:  # an entry of another length
@@ -473,6 +499,8 @@ def _pins(records: Any) -> Iterator[KnownPin]:
             end = 2 + struct.unpack_from(">H", value)[0]
             about = json.loads(value[2:end])
             namespace, keys = value[end : end + DIGEST_BYTES], value[end + DIGEST_BYTES :]
+            if len(namespace) != DIGEST_BYTES or len(keys) % KEY_BYTES:
+                raise ValueError("its keys are cut")
             yield KnownPin(
                 struct.unpack(">Q", number)[0], str(about["label"]), namespace, float(about["until"]), keys
             )

@@ -170,6 +170,8 @@ def test_an_empty_prompt_is_complete():
         (Query((Group(FULL.digest), Group(WINDOW.digest, Rule.LAST_N, 0)), CHAIN), "groups.last_n"),
         (Query((Group(FULL.digest, Rule.LAST),), CHAIN), "groups"),
         (Query((Group(FULL.digest),), bytes(16 * ((1 << 20) + 1))), "hashes"),
+        (Query((Group(FULL.digest),) * 65, CHAIN), "groups"),
+        (Query((Group(FULL.digest),) * 2, bytes(16 * ((1 << 19) + 1))), "groups"),
     ],
 )
 def test_a_bad_query_names_the_field(query, field):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvpool.core.messages import BlockRun
-from kvpool.core.segment import BEING_WRITTEN, NO_ROOM, STORED, SegmentState, header_bytes
+from kvpool.core.segment import BEING_WRITTEN, NAMESPACES_MAX, NO_ROOM, STORED, SegmentState, header_bytes
 from kvpool.errors import (
     AllPinnedError,
     InvalidArgumentError,
     KVPoolError,
+    OverloadedError,
     TooLargeError,
     UnknownIdError,
     UnknownNamespaceError,
@@ -50,6 +51,16 @@ def segment(slots: int, shard_bytes: int = 512) -> SegmentState:
     for namespace in (WIDE, PAIR, WIDE_PAIR, DEEP):
         state.register(namespace)
     return state
+
+
+def test_namespaces_are_so_many() -> None:
+    """Each report names all of them; those that are known stay welcome."""
+    state = SegmentState(MIB)
+    for number in range(NAMESPACES_MAX):
+        state.register(Namespace(model=str(number)))
+    with pytest.raises(OverloadedError, match="namespaces already"):
+        state.register(Namespace(model="one more"))
+    assert state.register(Namespace(model="0")) in {known.digest for known in state.namespaces}
 
 
 def put(state: SegmentState, *numbers: int, shard_bytes: int = 512, owner: int = OWNER) -> list[int]:

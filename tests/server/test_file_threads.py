@@ -489,6 +489,32 @@ def test_a_probe_that_never_returns_is_given_up() -> None:
     with_node(test)
 
 
+def test_a_probe_without_a_thread_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long there is none: then the backend comes back."""
+    start = threading.Thread.start
+
+    async def test(node: Node) -> None:
+        refused = 0
+
+        def refuse(thread: threading.Thread) -> None:
+            nonlocal refused
+            if thread.name == "kvpool-storage":
+                refused += 1
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            node.faulty.fail_once(StoreError("Input/output error"), "write")
+            node.put(1)
+            await until(lambda: node.backend.state is BackendState.DOWN, "it is down")
+            await until(lambda: refused >= 2, "probes have found no thread")
+            assert not node.tier._probes_lost[0]
+        await until(lambda: node.backend.state is BackendState.UP, "it is up")
+
+    with_node(test)
+
+
 def test_probes_that_never_return_are_so_many_only() -> None:
     """A mount that hangs for days must not cost a thread a second."""
 

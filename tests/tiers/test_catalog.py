@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -198,7 +199,92 @@ def _entry_of_another_length(path: Path) -> None:
         txn.put(b"\0\0\0\1" + bytes(17), b"", db=env.open_db(b"files", txn=txn, create=False))
 
 
-@pytest.mark.parametrize("damage", [_truncate, _foreign, _no_pages, _entry_of_another_length])
+def _put_raw(path: Path, db: bytes, key: bytes, value: bytes) -> None:
+    with lmdb.open(str(path), subdir=False, max_dbs=16) as env, env.begin(write=True) as txn:
+        txn.put(key, value, db=env.open_db(db, txn=txn, create=False))
+
+
+def _group_of_no_size(path: Path) -> None:
+    _put_raw(path, b"groups", b"\0\0\0\2", catalog_module._GROUP.pack(HERE, ONE.digest, 0, 1 << 63))
+
+
+def _group_of_no_shard(path: Path) -> None:
+    _put_raw(path, b"groups", b"\0\0\0\2", catalog_module._GROUP.pack(HERE, ONE.digest, 300, 100))
+
+
+def _time_of_another_length(path: Path) -> None:
+    _put_raw(path, b"files", b"\0\0\0\1" + bytes(16), bytes(8))
+
+
+def test_a_pin_that_is_cut_is_left_out(tmp_path, opened, caplog):
+    """The rest is there; the master starts."""
+    catalog = opened()
+    catalog.files_added(files(1))
+    catalog.keep_pin(KnownPin(7, "whole", ONE.digest, 0.0, key(1)))
+    catalog.close()
+    head = b'{"label": "cut", "until": 0}'
+    value = struct.pack(">H", len(head)) + head + ONE.digest + b"x"
+    _put_raw(tmp_path / "catalog.lmdb", b"pins", bytes(7) + b"\x08", value)
+    catalog = opened()
+    assert [pin.label for pin in catalog.pins] == ["whole"]
+    assert "a pin that cannot be read" in caplog.text
+    assert names(read(catalog)[0]) == expected(files(1))
+
+
+def test_a_transaction_that_fails_leaves_nothing_behind(opened, monkeypatch):
+    """Nor in memory: sizes that are known by then are written when the disk is well again."""
+    monkeypatch.setattr(catalog_module, "RETRY_S", 0.01)
+    catalog = opened()
+    catalog.files_added(files(1, size=100))
+    kept(catalog)
+    put, failed = catalog_module._cursor, threading.Event()
+    with monkeypatch.context() as patch:
+
+        def full(txn, db):
+            if db is catalog._files:
+                failed.set()
+                raise lmdb.DiskError("no space left")
+            return put(txn, db)
+
+        patch.setattr(catalog_module, "_cursor", full)
+        catalog.files_added(files(2, size=200))
+        assert failed.wait(10)
+    kept(catalog)
+    assert catalog.problem == ""
+    assert names(read(catalog)[0]) == expected(files(1, size=100), files(2, size=200))
+
+
+def test_an_environment_that_is_given_up_is_opened_again(opened, monkeypatch):
+    """After LMDB's last word on it, too: what is in the file stays, what was held is written, all is told anew."""
+    monkeypatch.setattr(catalog_module, "RETRY_S", 0.01)
+    catalog = opened()
+    catalog.files_added(files(1, size=100))
+    catalog.keep_namespace(ONE)
+    kept(catalog)
+    transact, panics = catalog._transact, iter([True, True])
+
+    def panic(changes):
+        if next(panics, False):
+            raise lmdb.PanicError("the environment has had a fatal error")
+        transact(changes)
+
+    monkeypatch.setattr(catalog, "_transact", panic)
+    catalog.files_added(files(2, size=200))
+    kept(catalog)
+    assert (catalog.problem, catalog.take_lost()) == ("", True)
+    assert names(read(catalog)[0]) == expected(files(1, size=100), files(2, size=200))
+    again = opened()
+    assert names(read(again)[0]) == expected(files(1, size=100), files(2, size=200))
+    assert again.namespaces == [ONE]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate, _foreign, _no_pages, _entry_of_another_length, _group_of_no_size, _group_of_no_shard,
+        _time_of_another_length,
+    ],
+)  # fmt: skip
 def test_a_broken_file_is_set_aside(tmp_path, opened, caplog, damage):
     """Whatever is wrong with it: one clear line, the file kept for people, an empty catalog that works."""
     catalog = opened()
