@@ -45,6 +45,9 @@ WAITING_CHANNELS_MAX = 64
 PROGRESS_S = 0.4
 """A node that is stopped answers nothing: after this long the next owner is asked."""
 
+PATIENCE_S = 0.1
+"""A failure that took longer is not waited for again in the same call."""
+
 REQUEST_BYTES = 32 << 20
 STEP_BYTES = 512 << 10
 """What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs."""
@@ -291,10 +294,13 @@ class Peers:
                 size = min(most, -(-len(items) // copies.streams))
                 requests += [_Request(peer, backend, items[at : at + size]) for at in range(0, len(items), size)]
             again: list[Wanted] = []  # list.extend is atomic
+            lost: set[tuple[Peer, bytes]] = set()
 
-            def work(part: Sequence[_Request], again: list[Wanted] = again) -> None:
+            def work(
+                part: Sequence[_Request], again: list[Wanted] = again, lost: set[tuple[Peer, bytes]] = lost
+            ) -> None:
                 for request in part:
-                    again.extend(_fetch(request, namespace, want, deadline, reasons))
+                    again.extend(_fetch(request, namespace, want, deadline, reasons, lost))
 
             copies.run(requests, REQUEST_BYTES, work, max(copies.streams, len(groups)))
             _judge_storage(namespace, requests)
@@ -341,18 +347,33 @@ def _judge_storage(namespace: bytes, requests: Sequence[_Request]) -> None:
 
 
 def _fetch(
-    request: _Request, namespace: bytes, want: Want, deadline: float, reasons: dict[int, str]
+    request: _Request,
+    namespace: bytes,
+    want: Want,
+    deadline: float,
+    reasons: dict[int, str],
+    lost: set[tuple[Peer, bytes]],
 ) -> list[Wanted]:
-    """Ask one node for some blocks; returns those that another owner may still have."""
-    peer, items = request.peer, request.items
-    left_s = deadline - time.monotonic()
+    """Ask one node for some blocks; returns those that another owner may still have.
+
+    ``lost``: who has kept this call waiting in vain, and is waited for no second time.
+    """
+    peer, items, source = request.peer, request.items, (request.peer, request.backend)
+    start = time.monotonic()
+    left_s = deadline - start
     try:
-        # What another one took too long for is not this one's failure.
-        answers = peer.get(namespace, items, want, left_s, request.backend) if left_s > 0 else ["late"] * len(items)
+        if source in lost:
+            answers = ["owner_lost"] * len(items)
+        elif left_s > 0:
+            answers = peer.get(namespace, items, want, left_s, request.backend)
+        else:
+            answers = ["late"] * len(items)  # what another one took too long for is not this one's failure
     except BreakerOpenError:
         answers = ["breaker_open"] * len(items)
     except UnavailableError:
         answers = ["owner_lost"] * len(items)
+        if time.monotonic() - start > PATIENCE_S:
+            lost.add(source)
     except OverloadedError:
         answers = ["overloaded"] * len(items)
     except KVPoolError as exc:
