@@ -104,14 +104,15 @@ class Discovery:
                 request = master_pb2.HandshakeRequest(protocol=PROTOCOL, client="kvpool-proxy")
                 epoch = (await self._stub.Handshake(request, timeout=ASK_S)).master_epoch
                 answer = await self._stub.Engines(master_pb2.EnginesRequest(), timeout=ASK_S)
-            except grpc.aio.AioRpcError as exc:
-                problem = f"{exc.code().name}: {exc.details()}"
+                self.take(epoch, answer.engines, asyncio.get_running_loop().time())
+            except Exception as exc:  # nonsense too: this goes on as long as the proxy
+                rpc = exc if isinstance(exc, grpc.aio.AioRpcError) else None
+                problem = f"{rpc.code().name}: {rpc.details()}" if rpc is not None else repr(exc)
                 if problem != self._problem:
                     log.warning("the master does not tell its engines: %s", problem)
                 self._problem = problem
             else:
                 self._problem = ""
-                self.take(epoch, answer.engines, asyncio.get_running_loop().time())
             await asyncio.sleep(REFRESH_S)
 
     def take(self, epoch: int, engines: Iterable[Any], now: float) -> None:

@@ -333,7 +333,7 @@ def _read_change(raw: bytes) -> tuple[Role, list[str]]:
         body = None
     if not isinstance(body, dict):
         raise InvalidArgumentError("body", "must be a JSON object")
-    if body.get("type") not in set(Role):
+    if body.get("type") not in list(Role):  # which what cannot be hashed may be asked of
         raise InvalidArgumentError("type", f"{body.get('type')!r} is not allowed; allowed: {', '.join(Role)}")
     named = body.get("instances")
     named = [named] if isinstance(named, str) else named

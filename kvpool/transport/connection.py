@@ -40,7 +40,8 @@ OUTPUT_BYTES_MAX = 64 << 20
 
 READS_PER_TURN = 8
 FRAMES_PER_TURN = 64
-"""Frames of one connection before the others have their turn."""
+TURN_S = 0.002
+"""Frames of one connection, and how long it takes to begin with the last one, before the others have their turn."""
 
 RATE_BYTES_S_MIN = 1 << 20
 """A peer slower than this over a whole transfer loses it: it holds a thread meanwhile."""
@@ -293,8 +294,12 @@ class Connection:
         """Handle the frames that are there, as far as the peer takes our answers."""
         self._in_step = True
         try:
+            end = time.monotonic() + TURN_S
             for _ in range(FRAMES_PER_TURN):
                 if not self._may_step() or not self._step():
+                    break
+                if time.monotonic() > end:
+                    self._ask_turn()
                     break
             else:
                 self._ask_turn()

@@ -202,6 +202,28 @@ def up(stage, role):
 
 
 class TestWithAMaster:
+    def test_nonsense_is_no_end_of_it(self, pool):
+        """Whatever a master says, or a defect of ours: the next answer counts."""
+
+        async def story():
+            fake = PoolInstance("a", master=pool.address)
+            async with staged(master=pool.address) as stage:
+                discovery, failures = stage.proxy._discovery, iter(range(2))
+                take = discovery.take
+
+                def nonsense(*args):
+                    if next(failures, None) is not None:
+                        raise KeyError("what is that?")
+                    take(*args)
+
+                discovery.take = nonsense
+                await fake.start()
+                await until(lambda: up(stage, "both") == [fake.url])
+                assert next(failures, None) is None
+                await fake.stop()
+
+        play(story())
+
     def test_engines_come_serve_and_go(self, pool):
         """All of it without a word to the proxy but the master's address."""
 

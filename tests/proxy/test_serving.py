@@ -605,6 +605,7 @@ class TestInstances:
         [
             ([], "body"),
             ({"type": "other", "instances": "h:1"}, "prefill, decode, both"),
+            ({"type": ["both"], "instances": "h:1"}, "prefill, decode, both"),
             ({"type": "both"}, "instances"),
             ({"type": "both", "instances": "nowhere"}, "HOST:PORT"),
             ({"type": "both", "instances": [7]}, "HOST:PORT"),
