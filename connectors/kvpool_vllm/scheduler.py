@@ -67,8 +67,7 @@ class _Tracked:
     """Blocks that were complete when saves were last planned."""
     tail_known: bool = False
     """The prompt's partial block is in the pool, or on its way."""
-    stale: bool = False
-    """It has KV of before a reset: what follows on that is nothing for anybody else."""
+    stale: bool = False  # has KV of before a reset: what follows on that is for nobody else
     outgoing: Outgoing | None = None
     """Another engine goes on with it; outlives preemptions."""
     incoming: Incoming | None = None
@@ -250,8 +249,7 @@ class SchedulerSide:
                     self.watch.saved(job_id, stored=stored)
                     self._transfers.saved(job_id)
             for request_id, arrived in meta.loaded.items():
-                state = self._requests.get(request_id)
-                if state is None:
+                if (state := self._requests.get(request_id)) is None:
                     continue
                 state.arrived = arrived if state.arrived is None else min(arrived, state.arrived)
                 if state.job is not None and state.job.sync:  # all ranks report it with the step
@@ -461,9 +459,8 @@ class SchedulerSide:
         else:
             shares = self._names.shares_tail(request) and self._may_save(request)
             names = [self._names.tail(request)] if shares else []
-        if state.stale or not names or state.tail_known or not self._ready():
-            return None
-        if request.num_computed_tokens < request.num_prompt_tokens:
+        computed = request.num_computed_tokens >= request.num_prompt_tokens
+        if state.stale or not names or state.tail_known or not computed or not self._ready():
             return None
         if not self._room(state):
             self.counters["save.dropped_blocks"] += 1

@@ -22,7 +22,7 @@ from kvpool.core.messages import (
     Victims,
     Welcome,
 )
-from kvpool.core.reporter import DELTA_KEYS_MAX, INVENTORY_KEYS_MAX, JOURNAL_DELTAS_MAX, Reporter
+from kvpool.core.reporter import DELTA_KEYS_MAX, INVENTORY_KEYS_MAX, Reporter
 from kvpool.core.segment import SegmentState
 from kvpool.model import Namespace, mask_shards, split_keys
 
@@ -181,17 +181,18 @@ def test_what_changes_during_an_inventory_follows_it():
     assert master.sequence == reporter.sequence
 
 
-def test_the_journal_is_bounded():
+def test_the_journal_is_bounded(monkeypatch):
     """A master that never acknowledges costs a bounded amount of memory and an inventory later."""
+    monkeypatch.setattr("kvpool.core.reporter.JOURNAL_DELTAS_MAX", 100)
     segment, reporter = live()
     start = reporter.sequence
-    for number in range(JOURNAL_DELTAS_MAX + 5):
+    for number in range(100 + 5):
         put(segment, number % 100)
         segment.evict([run(number % 100)])
         put(segment, number % 100)
         segment.register(Namespace(model=f"m{number}"))
         reporter.flush()
-    assert len(reporter._journal) == JOURNAL_DELTAS_MAX
+    assert len(reporter._journal) == 100
     reporter.connected()
     assert isinstance(answers(reporter, Welcome(5, start, inventory=False))[-1], Inventory)
 
