@@ -423,10 +423,11 @@ class Catalog:
         while chunk := list(islice(cursor, READ_CHUNK)):
             entries.append(b"".join([key for key, _ in chunk]))
             times.append(b"".join([value or _NO_TIME for _, value in chunk]))
-        if len(b"".join(entries)) * len(_NO_TIME) != len(b"".join(times)) * _ENTRY_BYTES:
+        keys, written = b"".join(entries), b"".join(times)
+        if len(keys) * len(_NO_TIME) != len(written) * _ENTRY_BYTES:
             raise lmdb.CorruptedError("a file without a key, or without a time")
         try:
-            return FileList(dict(self._groups), b"".join(entries), b"".join(times))
+            return FileList(dict(self._groups), keys, written)
         except ValueError as exc:  # an entry of another length
             raise lmdb.CorruptedError(str(exc)) from exc
 

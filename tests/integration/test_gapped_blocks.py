@@ -40,7 +40,7 @@ def test_heads_come_back_to_their_places(pool: Pool, putter: str, checksum: str)
     with client(putter) as one:
         for number in (0, 1):
             assert one.put(SPACE, chain, head(source, number), shard=number).stored == BLOCKS
-        wait_for(lambda: pool.blocks() == BLOCKS, "the master to know both shards of all blocks")
+        wait_for(lambda: one.lookup(SPACE, chain).reason == "complete", "the master to know both shards of all blocks")
     for getter in ("a", "b", ""):
         with client(getter) as two:
             target = memory()
