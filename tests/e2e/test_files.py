@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvpool.errors import KVPoolError
-from tests.e2e.conftest import EngineProcess, Pool, Prompts
+from tests.e2e.conftest import MARGIN_MIN, EngineProcess, Pool, Prompts
 from tests.e2e.engine import BLOCK_TOKENS, Answer, Engine
 
 BLOCKS = 20
@@ -100,14 +100,21 @@ def joined(engine: Engine) -> bool:
 
 
 def saved(pool: FilePool, engine: Engine, prompts: Prompts) -> tuple[list[int], Answer]:
-    """Return a prompt that the engine computed, with its answer; its blocks are files."""
-    files, stored = pool.backend["blocks"], engine.worker.counters["save.stored"]
-    prompt, cold = prompts.clear(engine, PROMPT)
-    assert cold.cached == 0
-    stored = engine.worker.counters["save.stored"] - stored
-    assert stored >= BLOCKS
-    pool.wait_files(files + stored)
-    return prompt, cold
+    """Return a prompt with a clear margin that the engine computed, with its answer; its blocks are files.
+
+    So are those of the prompts without one: memory has no room for many that are not written yet.
+    """
+    for _ in range(50):
+        files, stored = pool.backend["blocks"], engine.worker.counters["save.stored"]
+        prompt = prompts.random(PROMPT)
+        cold = engine.generate(prompt, 4)
+        assert cold.cached == 0
+        stored = engine.worker.counters["save.stored"] - stored
+        assert stored >= BLOCKS
+        pool.wait_files(files + stored)
+        if cold.margin >= MARGIN_MIN:
+            return prompt, cold
+    raise AssertionError("no prompt with a clear margin")
 
 
 @pytest.mark.parametrize("catalog", ["kept", "lost"])
