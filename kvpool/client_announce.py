@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kvpool.client_threads import start_thread
 from kvpool.config import boot_id
 from kvpool.errors import InvalidArgumentError, KVPoolError
+from kvpool.processes import start_thread
 from kvpool.rpc.v1.master_pb2 import EngineAnnouncement
 
 log = logging.getLogger(__name__)

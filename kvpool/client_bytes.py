@@ -158,14 +158,14 @@ class Blocks:
             part._pieces = [self.pieces[number] for number in numbers]
         return part
 
-    def parts(self, most: int) -> Iterator[tuple[range, Blocks]]:
-        """Yield up to ``most`` consecutive blocks at a time, and which they are."""
+    def parts(self, keys: bytes, most: int) -> Iterator[tuple[range, bytes, Blocks]]:
+        """Yield up to ``most`` consecutive blocks at a time: which they are, their keys (packed), and they."""
         if len(self) <= most:
-            yield range(len(self)), self
+            yield range(len(self)), keys, self
             return
         for start in range(0, len(self), most):
             part = range(start, min(start + most, len(self)))
-            yield part, self.some(part)
+            yield part, keys[part.start * KEY_BYTES : part.stop * KEY_BYTES], self.some(part)
 
     def gathered(self) -> Blocks:
         """Return a copy without gaps."""

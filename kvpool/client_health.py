@@ -14,9 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from kvpool.client_threads import start_thread
 from kvpool.core.breaker import Breaker
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError
+from kvpool.processes import start_thread
 
 log = logging.getLogger(__name__)
 

@@ -318,10 +318,9 @@ class LocalNode:
     ) -> list[str]:
         pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace, shards=[shard]))
         reasons = [""] * len(blocks)
-        for part, some in reversed(list(blocks.parts(PART_BLOCKS_MAX))):  # a chain's head is used last, evicted last
-            part_keys = keys[part.start * KEY_BYTES : part.stop * KEY_BYTES]
+        for part, some_keys, some in reversed(list(blocks.parts(keys, PART_BLOCKS_MAX))):  # a chain's head is used last
             with self._channel(timeout_s) as channel:
-                reply, payload = channel.call(pin, NodeFrameReply, part_keys, timeout_s=timeout_s)
+                reply, payload = channel.call(pin, NodeFrameReply, some_keys, timeout_s=timeout_s)
                 taken = self._take(channel, reply.pinned, payload, some, first_layer, verify, copies)
             reasons[part.start : part.stop] = taken
         return reasons

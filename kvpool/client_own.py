@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from kvpool.client_node import LocalNode
-from kvpool.client_threads import start_thread
 from kvpool.config import boot_id, default_socket_path
 from kvpool.errors import KVPoolError
 from kvpool.model import Namespace, NodeAddress
+from kvpool.processes import start_thread
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableE
 from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
-from kvpool.transport.channel import Channel, ChannelPool
+from kvpool.transport.channel import Channel, ChannelPool, time_left
 
 log = logging.getLogger(__name__)
 
@@ -230,10 +230,8 @@ class Peer:
         """Store blocks that have gaps: sockets send runs of bytes, so some of them at a time are copied."""
         deadline = time.monotonic() + timeout_s
         counts: Counter[str] = Counter()
-        for part, some in blocks.parts(max(1, REQUEST_BYTES // blocks.shard_bytes)):
-            part_keys = keys[part.start * KEY_BYTES : part.stop * KEY_BYTES]
-            left_s = max(0.001, deadline - time.monotonic())
-            counts.update(self.put(namespace, part_keys, some.gathered(), shard, left_s, transfer))
+        for _, some_keys, some in blocks.parts(keys, max(1, REQUEST_BYTES // blocks.shard_bytes)):
+            counts.update(self.put(namespace, some_keys, some.gathered(), shard, time_left(deadline), transfer))
         return dict(counts)
 
 

@@ -16,11 +16,9 @@ from kvpool.client_peers import Peer, Peers
 from kvpool.client_results import PutResult, reason_of_error
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
 from kvpool.model import KEY_BYTES, RESERVE_ITEMS_MAX, Namespace, NodeAddress
+from kvpool.transport.channel import time_left
 
 log = logging.getLogger(__name__)
-
-LEAST_S = 0.001
-"""Of a part whose time is over: it fails as any other does that has no time."""
 
 PLACED_S = 0.5
 """How long the node that the master named is used before it is asked again."""
@@ -54,11 +52,9 @@ class Puts:
         deadline = time.monotonic() + timeout_s
         counts: Counter[str] = Counter()
         with quick_switching:
-            for part, some in blocks.parts(PART_BLOCKS_MAX):
-                left_s = max(LEAST_S, deadline - time.monotonic())
-                part_keys = keys[part.start * KEY_BYTES : part.stop * KEY_BYTES]
+            for part, some_keys, some in blocks.parts(keys, PART_BLOCKS_MAX):
                 try:
-                    counts.update(self._put(space, part_keys, some, shard, left_s, transfer))
+                    counts.update(self._put(space, some_keys, some, shard, time_left(deadline), transfer))
                 except InvalidArgumentError:
                     raise
                 except AllPinnedError:

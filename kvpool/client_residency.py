@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from kvpool.client_threads import start_thread
 from kvpool.errors import InvalidArgumentError, KVPoolError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, split_keys
+from kvpool.processes import start_thread
 from kvpool.rpc.v1.master_pb2 import MasterFrame, MasterFrameReply, ResidencyRequest
 
 log = logging.getLogger(__name__)

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-
-def start_thread(work: Callable[[], object], name: str) -> threading.Thread | None:
-    """Start a daemon thread; None where there can be none now: whoever needs it asks again."""
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as exc:
-        log.warning("%s: %s", name, exc)
-        return None
-    return thread
 
 
 def started_threads(count: int, name: str) -> ThreadPoolExecutor:

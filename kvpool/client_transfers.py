@@ -19,6 +19,7 @@ from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError, U
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress
 from kvpool.rpc.convert import address_from_proto
 from kvpool.rpc.v1 import master_pb2, types_pb2
+from kvpool.transport.channel import time_left
 
 if TYPE_CHECKING:
     from kvpool.client_master import MasterLink
@@ -127,11 +128,11 @@ class Transfers:
         try:
             link = self._master()
             for namespace in known:
-                link.register(namespace, _left(deadline))
+                link.register(namespace, time_left(deadline))
             try:
                 link.ask(MasterFrame(open_transfer=request), keys, _worth(deadline))
             except UnknownNamespaceError:  # a master that was restarted, and is not told yet
-                link.announce([part.namespace for part in request.parts], _left(deadline))
+                link.announce([part.namespace for part in request.parts], time_left(deadline))
                 link.ask(MasterFrame(open_transfer=request), keys, _worth(deadline))
         except KVPoolError as exc:
             log.debug("transfer %016x is not opened: %s", transfer, exc)
@@ -243,10 +244,6 @@ def _remember(some: OrderedDict[int, _Opened], transfer: int, one: _Opened) -> N
     some[transfer] = one
     while len(some) > OPENED_MAX or 0 < next(iter(some.values())).until < now - AWAY_S:
         some.popitem(last=False)
-
-
-def _left(deadline: float) -> float:
-    return max(0.001, deadline - time.monotonic())
 
 
 def _worth(deadline: float) -> float:

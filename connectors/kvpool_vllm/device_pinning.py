@@ -13,8 +13,8 @@ import threading
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvpool.client_threads import start_thread
 from kvpool.model import format_size
+from kvpool.processes import start_thread
 from kvpool_vllm import LOGGER_NAME
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvpool.client_threads import start_thread
+from kvpool.processes import start_thread
 from kvpool_vllm import LOGGER_NAME
 
 if TYPE_CHECKING:

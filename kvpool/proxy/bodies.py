@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -20,30 +20,26 @@ class Bodies:
         self.held = 0
 
     @contextmanager
-    def room(self, request: web.Request) -> Iterator[Room]:
-        """Keep room for a request's body while it is served. Raises RefusedRequestError."""
+    def room(self, request: web.Request) -> Iterator[Callable[[int], None]]:
+        """Keep room for a request's body while it is served; yields what is told its size when that is known.
+
+        Raises RefusedRequestError.
+        """
         size = request.content_length
         if size is None or request.headers.get("Content-Encoding"):
             size = self._each_max
         size = min(size, self._each_max)
         if self.held and self.held + size > self._bytes_max:
             raise RefusedRequestError(429, f"requests of {self.held} bytes are being served already")
-        room = Room(self)
-        room.resize(size)
+        kept = 0
+
+        def keep(size: int) -> None:
+            nonlocal kept
+            self.held += size - kept
+            kept = size
+
+        keep(size)
         try:
-            yield room
+            yield keep
         finally:
-            room.resize(0)
-
-
-class Room:
-    """What one request has of it."""
-
-    def __init__(self, bodies: Bodies) -> None:
-        self._bodies = bodies
-        self._size = 0
-
-    def resize(self, size: int) -> None:
-        """Keep so much from now on: its size is known."""
-        self._bodies.held += size - self._size
-        self._size = size
+            keep(0)

@@ -285,16 +285,7 @@ class Fleet:
         while True:
             known = await self._ask_health(instance)
             problem, refused = known or ("", False)
-            if known is None:
-                pass
-            elif not problem:
-                failures = 0
-                was_up = instance.up
-                self.router.healthy(instance)
-                if not was_up:
-                    log.info("%s instance %s is up", instance.role, instance.name)
-                    self._serve(instance.role)
-            else:
+            if problem:
                 failures += 1
                 if instance.up and (refused or failures >= DOWN_AFTER):
                     log.warning("%s instance %s is down: %s", instance.role, instance.name, problem)
@@ -302,6 +293,13 @@ class Fleet:
                 if failures >= LOST_AFTER:
                     for watch in list(self._watches.get(instance, ())):
                         watch.lose(f"the instance is down: {problem}")
+            elif known is not None:
+                failures = 0
+                was_up = instance.up
+                self.router.healthy(instance)
+                if not was_up:
+                    log.info("%s instance %s is up", instance.role, instance.name)
+                    self._serve(instance.role)
             hurry.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.health_interval / 1000):

@@ -198,9 +198,9 @@ class Proxy:
     async def _answered(self, request: web.Request) -> tuple[web.StreamResponse, str]:
         if self._ending:
             raise RefusedRequestError(503, "the proxy is shutting down")
-        with self._bodies.room(request) as room:
+        with self._bodies.room(request) as keep:
             raw = await self._body(request)
-            room.resize(len(raw))
+            keep(len(raw))
             asked = prompts.read(request.path, raw)
             known: Mapping[str, Held] = {}
             if self._index is not None and (found := await self._index.find(request.path, asked)) is not None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import Callable
 from typing import Final
 
 from kvpool.core.file_changes import FileChanges
+from kvpool.processes import start_thread
 from kvpool.server.fileworker import Batch
 from kvpool.tiers.writers import Seen, Writers
 
@@ -72,14 +72,9 @@ class FileMark:
         """Touch the mark when it is time. ``whole``: nothing has to be scanned for."""
         if now >= self._due and not self._busy:
             self._due = now + REFRESH_S
-            work = (self.since, self._taken)
-            try:
-                threading.Thread(target=self._touch, args=work, name="kvpool-mark", daemon=True).start()
-            except RuntimeError as exc:
-                log.warning("the mark is not touched: %s", exc)
-            else:
-                self._busy = True
-                self._taken = []
+            taken, self._taken, self._busy = self._taken, [], True
+            if start_thread(self._touch, "kvpool-mark", self.since, taken) is None:
+                self._taken, self._busy = taken, False
         if self._next is None:
             return
         self._waiting &= self._batches

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvpool.core.messages import BlockRun, Scanned
+from kvpool.processes import start_thread
 from kvpool.tiers import blockfile
 from kvpool.tiers.store import BlockStore, StoredFile, StoreError
 
@@ -22,8 +23,8 @@ TRIES_MAX: Final = 8
 """Files of one length that are opened to learn how long their payload is."""
 
 
-class FileScan(threading.Thread):
-    """One scan; ``tell`` is called on the loop with each piece until it returns True.
+class FileScan:
+    """One scan, in a thread of its own; ``tell`` is called on the loop with each piece until it returns True.
 
     With ``since`` it is one of files written after that alone, by the storage's clock.
     """
@@ -37,7 +38,6 @@ class FileScan(threading.Thread):
         longest: int,
     ) -> None:
         """``longest``: bytes of a file that could be loaded; no other is opened."""
-        super().__init__(name="kvpool-scan", daemon=True)
         self.since = since
         self.url = store.url
         self._store = store
@@ -52,7 +52,11 @@ class FileScan(threading.Thread):
         self._stopped = True
         self._sent.set()
 
-    def run(self) -> None:
+    def start(self) -> bool:
+        """Begin, if a thread can be had. To be called on the loop, which is told nothing before this returns."""
+        return start_thread(self._run, "kvpool-scan") is not None
+
+    def _run(self) -> None:
         """Send all pieces; the last one says when it ended early, and why."""
         files = 0
         try:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 import queue
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable
@@ -22,6 +21,7 @@ from kvpool.core.file_jobs import LOOKS_MAX, Failure, File, Miss, Read, Remove, 
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.model import Backend, BackendState
+from kvpool.processes import start_thread
 from kvpool.server.filehelper import Opening
 from kvpool.server.filemarks import FileMark
 from kvpool.server.filescan import FileScan
@@ -41,6 +41,9 @@ BATCHES_AHEAD: Final = 3
 
 RESULTS_MAX: Final = 256
 """Results that the loop takes at a time."""
+
+THREAD: Final = "kvpool-storage"
+"""The name of threads that do one thing."""
 
 STUCK_FACTOR: Final = 4
 """Threads that never came back, for each that works, before no more are started."""
@@ -128,7 +131,7 @@ class FileTier:
         self._marks.append(FileMark(writers, since, batches, changes, lost) if writers is not None else None)
         self._logged.append(BackendState.UP)
         self.state.add(Backend(store.id, store.url, store.capacity_bytes))
-        _start(_clean, store)
+        start_thread(_clean, THREAD, store)
 
     def background(self, work: Coroutine[None, None, None]) -> None:
         """Do something until it ends, or the tier is closed."""
@@ -210,7 +213,7 @@ class FileTier:
     async def leave(self) -> None:
         """Remove the marks of backends of which the master knows all that we have written, as far as that goes."""
         started = [
-            _start(mark.leave)
+            start_thread(mark.leave, THREAD)
             for store, mark in zip(self.stores, self._marks, strict=True)
             if mark is not None and mark.settled() and self._whole(store.id)
         ]
@@ -309,7 +312,7 @@ class FileTier:
         if now >= self._clean_at:
             self._clean_at = now + CLEAN_EVERY_S
             for store in self.stores:
-                _start(_clean, store)
+                start_thread(_clean, THREAD, store)
         self._scan()
         for store, mark in zip(self.stores, self._marks, strict=True):
             if mark is not None:
@@ -342,8 +345,10 @@ class FileTier:
         if backend.readable and len(workers) - active < STUCK_FACTOR * self._threads:
             for _ in range(self._threads - active):
                 helped = sum(worker.helped and not worker.retired.is_set() for worker in workers) < self._processes
-                workers.append(Worker(self._desks[number], number, helped=helped))
-                workers[-1].start()
+                worker = Worker(self._desks[number], number, helped=helped)
+                if not worker.start():
+                    break
+                workers.append(worker)
 
     def _empty(self, number: int) -> None:
         """Take back what no thread has begun."""
@@ -354,7 +359,7 @@ class FileTier:
 
     def _begin_probe(self, number: int, now: float) -> None:
         self._probes[number] = now
-        if _start(self._probe, number, now) is None:
+        if start_thread(self._probe, THREAD, number, now) is None:
             self._loop.call_soon(self._probed, number, now, Failure(Trouble.ERROR, "no thread for a probe"), None)
 
     def _probe(self, number: int, since: float) -> None:
@@ -405,10 +410,7 @@ class FileTier:
                 continue
             since = mark.scan_since if mark is not None and not wanted else 0.0
             scan = FileScan(store, self._loop, self._tell, since, self._segment.size)
-            try:
-                scan.start()  # what it tells waits for this to end
-            except RuntimeError as exc:
-                log.warning("storage %s: no scan: %s", store.url, exc)
+            if not scan.start():
                 refused += [store.id] if wanted else []
                 continue  # it is as necessary as before
             if running is not None:
@@ -440,17 +442,6 @@ class FileTier:
             else:
                 self._fences[backend] = self.state.changes.fence()
         return True
-
-
-def _start(work: Callable[..., None], *arguments: object) -> threading.Thread | None:
-    """Start a thread; None where there can be none now."""
-    thread = threading.Thread(target=work, args=arguments, name="kvpool-storage", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as exc:
-        log.warning("kvpool-storage: %s", exc)
-        return None
-    return thread
 
 
 def _clean(store: BlockStore) -> None:

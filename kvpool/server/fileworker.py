@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvpool.core.file_jobs import Failure, Job, Read, Trouble, Write
+from kvpool.processes import start_thread
 from kvpool.server.filehelper import FileHelper, HelperEndedError, Opening, portable
 from kvpool.server.filework import Brought, perform
 from kvpool.tiers.dram import Segment
@@ -89,21 +90,31 @@ class Desk:
     """Threads that wait for a batch, or are about to take one."""
 
 
-class Worker(threading.Thread):
+class Worker:
     """One I/O thread of a backend; ``started`` is when what it does now has begun."""
 
     def __init__(self, desk: Desk, number: int, *, helped: bool) -> None:
         """``number``: the backend's; ``helped``: it may have a process."""
-        super().__init__(name=f"kvpool-files-{number}", daemon=True)
         self.started: float | None = None
         self.batches: list[Batch] = []  # what is in hand, and what comes next
         self.helped = helped and desk.opening is not None
         self.helper: FileHelper | None = None
         self.retired = threading.Event()
         self._desk = desk
+        self._name = f"kvpool-files-{number}"
+        self._thread: threading.Thread | None = None
         self._ahead: list[Job] = []  # of the second batch, if the process has it
         self._help_at = 0.0
         self._lost = 0  # processes in a row that ended before they had done a batch
+
+    def start(self) -> bool:
+        """Begin to work, if a thread can be had."""
+        self._thread = start_thread(self.run, self._name)
+        return self._thread is not None
+
+    def is_alive(self) -> bool:
+        """Whether it works, or hangs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def retire(self) -> None:
         """Count on it no more; from the loop. A process that hangs is killed, which may take as long as it hangs."""

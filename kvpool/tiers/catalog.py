@@ -96,7 +96,12 @@ class FileList:
     """Files that the catalog had when it was opened."""
 
     def __init__(self, groups: dict[int, Files], entries: bytes, times: bytes) -> None:
-        """``entries``: group number and key of each file; ``times``: when it was written (unix, big-endian)."""
+        """``entries``: group number and key of each file; ``times``: when it was written (unix, big-endian).
+
+        Raises ValueError when they have odd lengths.
+        """
+        if len(entries) * len(_NO_TIME) != len(times) * _ENTRY_BYTES:
+            raise ValueError("a file without a key, or without a time")
         columns = np.frombuffer(entries, np.uint8).reshape(-1, _ENTRY_BYTES)
         self._keys: NDArray[np.uint8] = columns[:, 4:]
         self._numbers = columns[:, :4].copy().view(">u4").ravel()
@@ -423,12 +428,9 @@ class Catalog:
         while chunk := list(islice(cursor, READ_CHUNK)):
             entries.append(b"".join([key for key, _ in chunk]))
             times.append(b"".join([value or _NO_TIME for _, value in chunk]))
-        keys, written = b"".join(entries), b"".join(times)
-        if len(keys) * len(_NO_TIME) != len(written) * _ENTRY_BYTES:
-            raise lmdb.CorruptedError("a file without a key, or without a time")
         try:
-            return FileList(dict(self._groups), keys, written)
-        except ValueError as exc:  # an entry of another length
+            return FileList(dict(self._groups), b"".join(entries), b"".join(times))
+        except ValueError as exc:
             raise lmdb.CorruptedError(str(exc)) from exc
 
 

@@ -29,8 +29,16 @@ REPLY_BYTES_MAX = 1 << 30
 
 STREAM_BYTES_MAX = 1 << 50
 
+LEAST_S = 0.001
+"""Given to a call whose time is over: it fails as any other does that has no time."""
+
 _BUFFER_BYTES = 1 << 16
 _STREAM_FIRST_BYTES = 1 << 12  # a streamed payload belongs in the caller's buffers: take little of it before
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until a moment of the monotonic clock, for a call that must have some."""
+    return max(LEAST_S, deadline - time.monotonic())
 
 
 class _Request(Protocol):
@@ -357,7 +365,7 @@ class ChannelPool:
         pid = self._pid
         try:
             if channel is None:
-                channel = self._connect(max(0.001, deadline - time.monotonic()))
+                channel = self._connect(time_left(deadline))
             yield channel
         finally:
             self._give_back(channel, pid)

@@ -515,6 +515,40 @@ def test_a_probe_without_a_thread_is_tried_again(monkeypatch: pytest.MonkeyPatch
     with_node(test)
 
 
+def test_threads_for_files_that_are_refused_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the loop goes on, probes too, and what is to be written waits."""
+    start = threading.Thread.start
+
+    async def test(node: Node) -> None:
+        refused = 0
+
+        def refuse(thread: threading.Thread) -> None:
+            nonlocal refused
+            if thread.name.startswith("kvpool-files"):
+                refused += 1
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        raised: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
+        await until(lambda: len(node.tier._workers[0]) > 0, "it has threads")
+        for worker in node.tier._workers[0]:
+            worker.retire()
+        for _ in node.tier._workers[0]:
+            node.tier._desks[0].batches.put(None)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            await until(lambda: refused >= 2 and not node.tier._workers[0], "there are none left")
+            node.put(1)
+            node.tier.state.stuck(0, 1.0, time.monotonic())
+            await until(lambda: node.backend.state is BackendState.UP, "a probe has ended")
+            assert list(node.store.files()) == []
+        await until(lambda: list(node.store.files()), "it is written")
+        assert raised == []
+
+    with_node(test)
+
+
 def test_probes_that_never_return_are_so_many_only() -> None:
     """A mount that hangs for days must not cost a thread a second."""
 

@@ -9,9 +9,10 @@ import pytest
 from kvpool import client_health
 from kvpool.client import Client
 from kvpool.client_health import BreakerOpenError, Health
-from kvpool.client_threads import start_thread, started_threads
+from kvpool.client_threads import started_threads
 from kvpool.errors import UnavailableError
 from kvpool.model import KEY_BYTES, Namespace
+from kvpool.processes import start_thread
 from tests.connectors.test_threads import NoThreads
 
 SPACE = Namespace(model="demo")
