@@ -33,9 +33,9 @@ class Catalog:
         return None, f"the master at {remote.address} does not know this backend: no node has announced it"
 
     def settled(self) -> bool:
-        """Whether the master has read all of its catalog, and nobody scans this backend. Raises RemoteError."""
+        """Whether the master has read all of its catalog, which has all of this backend. Raises RemoteError."""
         status = self._remote.call("Status", admin_pb2.StatusRequest())
-        return not (status.warming or self.status.scanning)
+        return self.status.complete and not (status.warming or self.status.scanning)
 
     def files(self) -> dict[FileName, int]:
         """Return every file that the catalog has, with its payload bytes. Raises RemoteError."""

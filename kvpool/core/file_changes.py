@@ -8,6 +8,7 @@ a file counts.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import Final
 
 from kvpool.core.messages import BlockRun
@@ -69,7 +70,7 @@ class FileChanges:
         if len(self._untold) <= changes_max:
             taken, self._untold = self._untold, {}
         else:
-            taken = {change: self._untold[change] for change in list(self._untold)[:changes_max]}
+            taken = {change: self._untold[change] for change in islice(self._untold, changes_max)}
             for change in taken:
                 del self._untold[change]
         groups: dict[tuple[bytes, bytes, int, int, bool], list[bytes]] = {}

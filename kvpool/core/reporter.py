@@ -42,6 +42,9 @@ from kvpool.model import KEY_BYTES, Namespace, NodeAddress
 DELTA_KEYS_MAX: Final = 16384
 """Keys, added and removed together, in one delta."""
 
+FILES_MAX: Final = 2048
+"""Changes of files told at a time: each is looked at."""
+
 INVENTORY_KEYS_MAX: Final = 8192
 """Keys in one chunk of an inventory."""
 
@@ -170,7 +173,7 @@ class Reporter:
     def flush(self) -> list[NodeMessage]:
         """Return deltas for what has changed, or was evicted or registered, since the last ones.
 
-        During an inventory they are kept for its end.
+        During an inventory they are kept for its end. Of changes of files there may be more, see ``behind``.
         """
         if not self.welcomed:
             return []
@@ -184,9 +187,14 @@ class Reporter:
         if untold or self._has_changes():
             changes = self._record_changes()
             messages += [] if self.reporting else changes
-        while tier is not None and tier.changes.untold and not self.reporting:
+        if tier is not None and self.behind:
             messages += self._record_files(tier.changes)
         return messages
+
+    @property
+    def behind(self) -> bool:
+        """Whether another ``flush`` would tell more of files."""
+        return self.welcomed and not self.reporting and self._tier is not None and self._tier.changes.untold
 
     def heartbeat(self) -> Heartbeat:
         """Return a sign of life that also shows when the last delta was lost."""
@@ -250,7 +258,7 @@ class Reporter:
         return deltas
 
     def _record_files(self, changes: FileChanges) -> list[Delta]:
-        taken, added, removed = changes.take(DELTA_KEYS_MAX)
+        taken, added, removed = changes.take(FILES_MAX)
         deltas = [self._delta(new, gone, (), self._evictions_told) for new, gone in _parts(added, removed)]
         changes.told(self.sequence, taken)
         return deltas

@@ -54,6 +54,7 @@ def _status(pool: Pool, backend: StorageBackend) -> admin_pb2.BackendStatus:
         scanning=bool(backend.scanner),
         scanned_files=backend.scanned_files,
         scan_expected=backend.scan_expected,
+        complete=backend.complete,
     )
     for node, how in sorted(backend.servers.items()):
         shown = how if node in present else Backend(how.id, how.url, how.capacity_bytes, BackendState.DOWN, "node gone")

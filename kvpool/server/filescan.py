@@ -13,7 +13,14 @@ from typing import Final
 from kvpool.core.messages import BlockRun, Scanned
 from kvpool.processes import start_thread
 from kvpool.tiers import blockfile
-from kvpool.tiers.store import BlockStore, StoredFile, StoreError
+from kvpool.tiers.store import (
+    BlockStore,
+    StoreBrokenError,
+    StoredFile,
+    StoreError,
+    StoreMissingError,
+    StoreSizeError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +110,8 @@ def pieces(store: BlockStore, since: float, stopped: Callable[[], bool], longest
         if keys >= PIECE_KEYS:
             yield Scanned(store.id, False, files, 0, _runs(groups))
             groups, keys = {}, 0
+    for file, shard_bytes in sizes.again():
+        groups.setdefault((file.name.namespace, file.name.shard, shard_bytes), []).append(file.name.key)
     yield Scanned(store.id, True, files, files, _runs(groups))
 
 
@@ -118,15 +127,36 @@ class _Sizes:
         self._longest = longest
         self._known: dict[tuple[bytes, int], int] = {}
         self._tries: dict[tuple[bytes, int], int] = {}
+        self._failed: dict[tuple[bytes, int], list[StoredFile]] = {}
 
     def of(self, file: StoredFile) -> int:
-        """Return a file's payload bytes; 0 when no file of its length could be understood."""
+        """Return a file's payload bytes; 0 when no file of its length could be understood.
+
+        Raises StoreError when it is the backend that fails.
+        """
         kind = (file.name.namespace, file.bytes)
         found = self._known.get(kind, 0)
         if not found and self._tries.get(kind, 0) < TRIES_MAX:
             self._tries[kind] = self._tries.get(kind, 0) + 1
-            found = self._known[kind] = self._read(file)
+            try:
+                found = self._known[kind] = self._read(file)
+            except StoreError:
+                self._failed.setdefault(kind, []).append(file)
+                if len(self._failed[kind]) == TRIES_MAX:
+                    raise
         return found
+
+    def again(self) -> Iterator[tuple[StoredFile, int]]:
+        """Yield those of the few files that could not be read which now can be, with their payload bytes."""
+        for kind, files in self._failed.items():
+            for file in files:
+                try:
+                    found = self._known[kind] = self._known.get(kind, 0) or self._read(file)
+                except StoreError as exc:
+                    log.warning("left out: %s", exc)
+                    continue
+                if found:
+                    yield file, found
 
     def _read(self, file: StoredFile) -> int:
         if not 0 < file.bytes <= self._longest:
@@ -135,5 +165,5 @@ class _Sizes:
             extent = memoryview(mmap.mmap(-1, file.bytes))  # unlike a bytearray's, nobody has to clear its bytes
             self._store.read_into(file.name, extent)
             return blockfile.parse(extent).shard_bytes
-        except (StoreError, OSError, MemoryError):
+        except (StoreMissingError, StoreBrokenError, StoreSizeError, OSError, MemoryError):
             return 0

@@ -49,7 +49,10 @@ STUCK_FACTOR: Final = 4
 """Threads that never came back, for each that works, before no more are started."""
 
 PROBE_AGAIN: Final = 4
-"""A probe is given up after so many times an operation's timeout; so many may hang before no more are begun."""
+"""A probe is given up after so many times an operation's timeout, and after twice as long for each that hangs already.
+
+What hangs does so for as long as its mount is there: another one may have taken its place.
+"""
 
 CLEAN_EVERY_S: Final = 3600.0
 
@@ -325,7 +328,7 @@ class FileTier:
         probing = self._probes.get(number)
         if probing is not None and now - probing > self._timeout_s:
             self.state.stuck(number, now - probing, now)
-            if now - probing > PROBE_AGAIN * self._timeout_s and self._probes_lost[number] < PROBE_AGAIN:
+            if now - probing > PROBE_AGAIN * self._timeout_s * 2 ** self._probes_lost[number]:
                 self._probes_lost[number] += 1
                 self._begin_probe(number, now)
         for worker in workers:

@@ -98,13 +98,17 @@ class Session:
         """Send a piece of a scan, unless the master has not taken enough of what came before."""
         if not self._reporter.welcomed or self._out.qsize() >= QUEUE_MAX:
             return False
-        self._flush()  # a file whose change is told after the scan was changed after it
+        self._flush()
+        if self._reporter.behind:
+            return False  # a file whose change is told after the scan was changed after it
         self._put([scanned])
         return True
 
     def _put(self, messages: Iterable[NodeMessage]) -> None:
         for message in messages:
             self._out.put_nowait(message)
+        if self._reporter.behind:
+            self.changed()
 
     async def run(self) -> None:
         """Keep the session until cancelled, or until another process takes our place."""
@@ -233,6 +237,8 @@ def _address(settings: NodeSettings, name: str, port: int) -> NodeAddress:
     host = advertised_host(settings)
     if not settings.insecure and not is_loopback(host):
         log.info("protected mode: other hosts are refused; --insecure lets them in")
+    if settings.insecure and is_loopback(host):
+        log.warning("other hosts cannot reach this node: it announces %s; give --advertise_host", host)
     return NodeAddress(name, host, port, str(Path(settings.socket_path).absolute()), boot_id())
 
 

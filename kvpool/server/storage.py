@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +14,13 @@ from kvpool.core.filetier import FileTierState
 from kvpool.core.segment import SegmentState
 from kvpool.errors import ConfigError, KVPoolError
 from kvpool.model import directory_of, format_size
+from kvpool.processes import start_thread
 from kvpool.server.filehelper import Opening
 from kvpool.server.filetier import FileTier
 from kvpool.server.metrics import Value
 from kvpool.tiers.dram import Segment
 from kvpool.tiers.measured import Measured, MeasuredStore
-from kvpool.tiers.opening import open_store
+from kvpool.tiers.opening import open_store, public
 from kvpool.tiers.store import BlockStore
 from kvpool.tiers.writers import Writers
 
@@ -61,9 +61,9 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
             failed[url] = found
             continue
         if any(found.store.id == other.store.id for other in opened.values()):
-            raise ConfigError("storage_backends", f"{url} is the same backend as another one")
+            raise ConfigError("storage_backends", f"{public(url)} is the same backend as another one")
         opened[url] = found
-    if not opened and (new := [error for url, error in failed.items() if url not in known.ids]):
+    if not opened and (new := [error for url, error in failed.items() if not known.has(url)]):
         raise new[0]
     tier = FileTierState(
         state, [], queue_bytes_max=settings.storage_queue_size,
@@ -76,7 +76,7 @@ async def open_tier(settings: NodeSettings, state: SegmentState, segment: Segmen
     for url, found in opened.items():
         _add(files, found, _opening(settings, url, found.store, owner))
     for url, error in failed.items():
-        before = f" (it was one before: is it mounted? to begin anew, remove {known.path})" if url in known.ids else ""
+        before = f" (it was one before: is it mounted? to begin anew, remove {known.path})" if known.has(url) else ""
         log.warning("%s%s; trying again", error.problem, before)
         files.background(_open_later(settings, url, owner, known, files))
     return files
@@ -96,7 +96,10 @@ def _opening(settings: NodeSettings, url: str, store: BlockStore, owner: str) ->
 
 
 class Known:
-    """The backends that this node has used, by name: what was there once and is not is away, not to be made anew."""
+    """The backends that this node has used, by name: what was there once and is not is away, not to be made anew.
+
+    Names are without secrets: they are kept in a file.
+    """
 
     def __init__(self, data_dir: str | None) -> None:
         self.path = Path(data_dir) / "backends.json" if data_dir is not None else None
@@ -107,14 +110,18 @@ class Known:
                 found = json.loads(self.path.read_text())
                 self.ids = {str(url): str(name) for url, name in found.items()} if isinstance(found, dict) else {}
 
+    def has(self, url: str) -> bool:
+        """Whether it was used before."""
+        return public(url) in self.ids
+
     def remember(self, url: str, store: BlockStore) -> None:
         """Note a backend that was opened."""
-        name = store.id.hex()
-        if self.path is None or self.ids.get(url) == name:
+        name, shown = store.id.hex(), public(url)
+        if self.path is None or self.ids.get(shown) == name:
             return
-        if url in self.ids:
-            log.warning("%s holds another backend than before: %s instead of %s", store.url, name, self.ids[url])
-        self.ids[url] = name
+        if shown in self.ids:
+            log.warning("%s holds another backend than before: %s instead of %s", shown, name, self.ids[shown])
+        self.ids[shown] = name
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(".tmp")
@@ -129,25 +136,29 @@ async def _open_soon(settings: NodeSettings, url: str, owner: str, known: Known)
     try:
         return await asyncio.wait_for(_open(settings, url, owner, known), OPEN_S)
     except TimeoutError:
-        return ConfigError("storage_backends", f"{url} does not answer within {OPEN_S:g} s")
+        return ConfigError("storage_backends", f"{public(url)} does not answer within {OPEN_S:g} s")
     except ConfigError as exc:
         return exc
 
 
 async def _open_later(settings: NodeSettings, url: str, owner: str, known: Known, files: FileTier) -> None:
-    """Open a backend whenever that may be."""
+    """Open a backend whenever that may be. A try that hangs does so in a mount that another one may replace."""
+    patience_s = OPEN_S
     while True:
         await asyncio.sleep(REOPEN_S)
         try:
-            opened = await _open(settings, url, owner, known)
+            opened = await asyncio.wait_for(_open(settings, url, owner, known), patience_s)
+        except TimeoutError:
+            patience_s *= 2  # each costs a thread
+            continue
         except ConfigError as exc:
             log.debug("%s", exc)
             continue
         except Exception:  # whatever it is, the next try may succeed
-            log.exception("storage %s cannot be opened; trying again", url)
+            log.exception("storage %s cannot be opened; trying again", public(url))
             continue
         if any(opened.store.id == other.id for other in files.stores):
-            log.error("%s is the same backend as another one: not used", url)
+            log.error("%s is the same backend as another one: not used", public(url))
         else:
             _add(files, opened, _opening(settings, url, opened.store, owner))
         return
@@ -178,7 +189,7 @@ def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio
                 options=settings.storage_options,
                 direct=settings.storage_direct == "auto",
                 fsync=settings.storage_fsync,
-                create=url not in known.ids,
+                create=not known.has(url),
             )
             opened = Opened(MeasuredStore(store), *_marked(url, store, owner, known))
         except Exception as exc:  # the loop's to hear, whatever it is
@@ -186,7 +197,8 @@ def _open(settings: NodeSettings, url: str, owner: str, known: Known) -> asyncio
         with contextlib.suppress(RuntimeError):  # the loop is gone
             loop.call_soon_threadsafe(done, opened, error)
 
-    threading.Thread(target=work, name="kvpool-open", daemon=True).start()
+    if start_thread(work, "kvpool-open") is None:
+        done(None, ConfigError("storage_backends", f"{public(url)}: no thread can be started to open it"))
     return result
 
 

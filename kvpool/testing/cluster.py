@@ -398,6 +398,8 @@ class Cluster:
     def _flush(self, node: NodeProcess) -> None:
         node.flush_due = False
         self._send_to_master(node, node.reporter.flush())
+        if node.reporter.behind:
+            self.changed(node)
         self.storage.pump(node)
 
     def _beat(self, node: NodeProcess) -> None:

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import uuid
 from dataclasses import dataclass
 from typing import Final
@@ -28,7 +30,12 @@ ASIDE_MAX: Final = 64
 CAPACITY_RATIO: Final = 0.9
 """Of what is free and what the pool has already: the capacity of a backend whose maker was not told one."""
 
+TEMPORARY: Final = re.compile(r"\..+\.([A-Za-z0-9_-]+)\.\d+\.tmp")
+"""Names of files that are being written, and in them who writes."""
+
 _FORMAT: Final = 1
+_NOT_IN_OWNERS = re.compile(r"[^A-Za-z0-9_-]")
+_OWNER_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,14 @@ class Identity:
             return cls(uuid.UUID(text).bytes, capacity)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise StoreBrokenError(f"{IDENTITY_FILE} cannot be understood: {type(exc).__name__}: {exc}") from exc
+
+
+def owner_name(owner: str) -> str:
+    """Return what is unique to a process as temporary names have it; unique, too, where it was too long for them."""
+    name = _NOT_IN_OWNERS.sub("_", owner) or "nobody"
+    if len(name) <= _OWNER_MAX:
+        return name
+    return hashlib.blake2b(owner.encode(), digest_size=_OWNER_MAX // 2).hexdigest()
 
 
 def namespace_path(digest: bytes) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +30,10 @@ from kvpool.tiers.layout import (
     BLOCKS,
     IDENTITY_FILE,
     NAMESPACES,
+    TEMPORARY,
     Identity,
     namespace_path,
+    owner_name,
     pack_namespace,
     parse_namespace,
 )
@@ -77,8 +81,6 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _DENIED_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
 _GONE_CODES = {"NoSuchBucket"}
 
-_NOT_IN_OWNERS = re.compile(r"[^A-Za-z0-9_-]")
-_TEMP = re.compile(r"(?:.*/)?\..+\.([A-Za-z0-9_-]+)\.\d+\.tmp")
 _SECRET = re.compile(r"secret|token|password|passwd|key|credential|sas|connection_string|account", re.IGNORECASE)
 _FAN = re.compile(r".*/[0-9a-f]{3}")
 _NAMESPACE = re.compile(r".*/[0-9a-f]{32}")
@@ -105,9 +107,11 @@ class ObjectStore:
     ) -> None:
         self._secrets = sorted(_secrets(url, options or {}), key=len, reverse=True)
         self.url = self._public(url.partition("?")[0].rstrip("/"))
-        self._owner = _NOT_IN_OWNERS.sub("_", owner)[:64] or "nobody"
+        self._owner = owner_name(owner)
+        self._writing: set[str] = set()  # temporary objects that are being written right now
         self._timeout_s = timeout_s
-        self._fs, root = self._filesystem(url, dict(options or {}))
+        self._connect = functools.partial(self._filesystem, url, dict(options or {}))
+        self._fs, root = self._connect()
         self._root = root.rstrip("/")
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._s3 = bool(protocols & _S3)
@@ -135,8 +139,11 @@ class ObjectStore:
             raise ConfigError("storage_backends", needed) from None
         except TypeError as exc:
             raise ConfigError("storage_options", f"{self.url}: {self._public(str(exc))}") from None
-        except (ValueError, OSError) as exc:
+        except ValueError as exc:
             raise ConfigError("storage_backends", f"{self.url}: {self._public(str(exc))}") from None
+        except OSError as exc:  # one that connects at once
+            failed = StoreError(f"{self.url}: {self._public(str(exc))}")
+            raise ConfigError("storage_backends", str(failed)) from failed
         return fs, root
 
     def _open(self, capacity_bytes: int | None, *, create: bool) -> Identity:
@@ -292,10 +299,11 @@ class ObjectStore:
     # ---- beside the blocks -------------------------------------------------------------------------
 
     def namespaces(self) -> list[Namespace]:
-        """Return the descriptors that can be read. Raises StoreError."""
+        """Return the descriptors. Raises StoreError, also where one may be there and cannot be read."""
         with self._errors(NAMESPACES):
-            paths = [entry["name"] for entry in self._listed([self._path(NAMESPACES)])]
+            paths = [entry["name"] for entry in self._listed([self._path(NAMESPACES)]) if entry["type"] == "file"]
             found = self._each("cat_file", paths)
+            self._checked(found)
         read = zip(paths, found, strict=True)
         parsed = [parse_namespace(path.rpartition("/")[2], data) for path, data in read if isinstance(data, bytes)]
         return [namespace for namespace in parsed if namespace is not None]
@@ -313,22 +321,37 @@ class ObjectStore:
         with self._errors(""):
             beside = self._listed([self._path(""), self._path(NAMESPACES)])
         for entry in itertools.chain(beside, self._block_entries()):
-            match = _TEMP.fullmatch(entry["name"])
-            if match and (match[1] == self._owner or _modified(entry) < oldest):
-                removed.append(entry["name"])
+            path = entry["name"]
+            match = TEMPORARY.fullmatch(path.rpartition("/")[2])
+            if not match or path.removeprefix("/") in self._writing:
+                continue
+            if match[1] == self._owner or _modified(entry) < oldest:
+                removed.append(path)
         return sum(not isinstance(result, Exception) for result in self._each("rm_file", removed))
 
     def probe(self) -> None:
         """Put, get and remove something small; an identity that is gone is put again. Raises StoreError."""
+        try:
+            self._try_all()
+        except StoreError as exc:
+            if self._fs.async_impl or type(exc) is not StoreError:
+                raise
+            # Those of one connection (SFTP, FTP) do not make a new one when it was lost.
+            try:
+                self._fs, _ = self._connect()
+            except ConfigError:
+                raise exc from None
+            self._try_all()
+
+    def _try_all(self) -> None:
         found = self._identity() or self._settle(Identity(self.id, self.capacity_bytes))
         if found.id != self.id:
             raise StoreError(f"{self.url}: holds another backend now, {found.id.hex()} instead of {self.id.hex()}")
-        name = f".probe.{self._owner}.{next(_counter)}.tmp"
-        data = name.encode()
-        with self._errors(name, writing=True):
-            self._call("pipe_file", self._path(name), data)
-            back = self._call("cat_file", self._path(name))
-            self._call("rm_file", self._path(name))
+        data = self._owner.encode()
+        with self._errors("probe", writing=True), self._temporary(self._path("probe")) as path:
+            self._call("pipe_file", path, data)
+            back = self._call("cat_file", path)
+            self._call("rm_file", path)
         if back != data:
             raise StoreError(f"{self.url}: what is read is not what was written")
 
@@ -387,9 +410,7 @@ class ObjectStore:
             if self._atomic:
                 self._call("pipe_file", path, data, **({"chunksize": _ONE_PUT_BYTES} if self._s3 else {}))
                 return
-            directory, _, file = path.rpartition("/")
-            temporary = f"{directory}/.{file}.{self._owner}.{next(_counter)}.tmp"
-            try:
+            with self._temporary(path) as temporary:
                 try:
                     self._call("pipe_file", temporary, data)
                 except FileNotFoundError:
@@ -397,10 +418,21 @@ class ObjectStore:
                     self._make_parent(temporary)
                     self._call("pipe_file", temporary, data)
                 self._call("mv", temporary, path)
-            except BaseException:
-                with contextlib.suppress(Exception):  # whatever the filesystem raises: the first error counts
-                    self._call("rm_file", temporary)
-                raise
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str) -> Iterator[str]:
+        """Yield a name beside a path that nobody else uses; what fails leaves nothing there."""
+        directory, _, file = path.rpartition("/")
+        temporary = f"{directory}/.{file}.{self._owner}.{next(_counter)}.tmp"
+        self._writing.add(temporary.removeprefix("/"))
+        try:
+            yield temporary
+        except BaseException:
+            with contextlib.suppress(Exception):  # whatever the filesystem raises: the first error counts
+                self._call("rm_file", temporary)
+            raise
+        finally:
+            self._writing.discard(temporary.removeprefix("/"))
 
     def _make_parent(self, path: str) -> None:
         if not self._atomic:
@@ -470,7 +502,8 @@ def _code(exc: BaseException) -> str:
 
 
 def _modified(entry: Mapping[str, Any]) -> float:
-    value = entry.get("mtime", 0.0)
+    """Return when an object was written, by its listing; one that does not say may have been just now."""
+    value = entry.get("mtime", math.inf)
     return float(value.timestamp() if hasattr(value, "timestamp") else value)
 
 

@@ -41,6 +41,15 @@ def open_store(
     return PosixStore(directory, owner=owner, capacity_bytes=capacity_bytes, direct=direct, fsync=fsync, create=create)
 
 
+def public(url: str) -> str:
+    """Return a backend's name as it may be shown and kept: without user, password and query."""
+    protocol, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{protocol}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def check_urls(urls: Iterable[str]) -> None:
     """Raise ConfigError("storage_backends") for a URL that fsspec has no filesystem for, without opening anything."""
     remote = [url for url in urls if directory_of(url) is None]

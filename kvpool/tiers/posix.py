@@ -26,8 +26,10 @@ from kvpool.tiers.layout import (
     ASIDE_MAX,
     BLOCKS,
     NAMESPACES,
+    TEMPORARY,
     WRITERS,
     namespace_path,
+    owner_name,
     pack_namespace,
     parse_namespace,
 )
@@ -52,8 +54,7 @@ _ATTEMPTS = 5  # a directory that has to be made, a handle that went stale again
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _AGAIN = {errno.ENOENT, errno.ESTALE, errno.EEXIST}  # no directory, an old handle, a rename done and undone by others
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-_TEMP = re.compile(r"\..+\.([A-Za-z0-9_-]+)\.\d+\.tmp")
-_NOT_IN_OWNERS = re.compile(r"[^A-Za-z0-9_-]")
+_NO_DESCRIPTOR = {errno.ENOENT, errno.EINVAL, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES}  # it never will be
 _HEX_NAMESPACE = re.compile(r"[0-9a-f]{32}")
 _HEX_FAN = re.compile(r"[0-9a-f]{3}")
 
@@ -78,7 +79,7 @@ class PosixStore:
         fsync: str = "off",
         create: bool = True,
     ) -> None:
-        self._owner = _NOT_IN_OWNERS.sub("_", owner)[:64] or "nobody"
+        self._owner = owner_name(owner)
         self._root = Root(os.path.abspath(directory), self._temporary)
         self.url = self._root.path
         self._blocks = f"{self.url}/{BLOCKS}"
@@ -187,7 +188,7 @@ class PosixStore:
     # ---- beside the blocks -------------------------------------------------------------------------
 
     def namespaces(self) -> list[Namespace]:
-        """Return the descriptors that can be read. Raises StoreError."""
+        """Return the descriptors. Raises StoreError, also where one may be there and cannot be read."""
         found = []
         for entry in self._entries(f"{self.url}/{NAMESPACES}"):
             if entry.name.startswith("."):
@@ -195,6 +196,8 @@ class PosixStore:
             try:
                 said, _ = posix_io.read_small(entry.path, 1 << 16)
             except OSError as exc:
+                if exc.errno not in _NO_DESCRIPTOR:
+                    raise self._error(exc, entry.path, writing=False) from exc
                 log.warning("%s cannot be read: %s", entry.path, exc.strerror)
                 continue
             namespace = parse_namespace(entry.name, said)
@@ -219,7 +222,7 @@ class PosixStore:
         beside = (f"{self.url}/{NAMESPACES}", f"{self.url}/{WRITERS}")
         for directory in itertools.chain((self.url, self._blocks, *beside), blocks):
             for entry in self._entries(directory):
-                match = _TEMP.fullmatch(entry.name)
+                match = TEMPORARY.fullmatch(entry.name)
                 if match is None or entry.path in _writing:
                     continue
                 with contextlib.suppress(OSError):  # its owner was faster, or it is not ours to remove
@@ -290,8 +293,9 @@ class PosixStore:
             posix_io.create(temporary, data, unit=self.direct_unit, sync=self._sync)
             try:
                 os.rename(temporary, path)
-            except OSError as exc:
-                if exc.errno not in {errno.ENOENT, errno.EEXIST} or not _renamed(temporary, path, len(data)):
+            except OSError:
+                # It may have been done: where answers get lost, a client asks twice, or gives up.
+                if not _has_length(path, len(data)):
                     raise
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -432,13 +436,6 @@ def _changed(directory: str, since: float) -> bool:
             os.close(fd)
     except OSError:
         return True  # whoever lists it finds out why
-
-
-def _renamed(temporary: str, path: str, length: int) -> bool:
-    """Whether a rename was done though it failed: where answers get lost, a client asks twice."""
-    if not os.path.lexists(temporary) and os.path.isdir(os.path.dirname(path)):
-        return True  # nobody else had its name; the file may have been removed since
-    return _has_length(path, length)
 
 
 def _has_length(path: str, length: int) -> bool:

@@ -118,7 +118,7 @@ class BlockStore(Protocol):
         """
 
     def namespaces(self) -> list[Namespace]:
-        """Return the descriptors kept beside the files; those that cannot be read are left out."""
+        """Return the descriptors kept beside the files; what is none is left out. Raises StoreError."""
 
     def keep_namespace(self, namespace: Namespace) -> None:
         """Keep a descriptor beside the files; idempotent. Raises StoreError."""

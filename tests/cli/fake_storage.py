@@ -31,6 +31,7 @@ class FakeStorageMaster(admin_pb2_grpc.AdminServicer):
         self.warming = False
         self.asked: list[object] = []
         self.on_correct = lambda request: None
+        self.on_list = lambda: None
         self.address = ""
 
     def Status(self, request, context):  # noqa: N802  # the generated base class names it
@@ -65,6 +66,7 @@ class FakeStorageMaster(admin_pb2_grpc.AdminServicer):
         return admin_pb2.PinsResponse(pins=self.pins.values())
 
     def CataloguedFiles(self, request, context):  # noqa: N802
+        self.on_list()
         for name, shard_bytes in list(self.files.items()):
             run = types_pb2.BlockRun(
                 namespace=name.namespace, shards=(1 << name.shard).to_bytes(32, "little"), shard_bytes=shard_bytes,

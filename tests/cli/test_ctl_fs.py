@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvpool.cli import fs_files
+from kvpool.cli import ctl_fs, fs_files, remote
 from kvpool.cli.ctl import command
 from kvpool.cli.fs_verify import Verification
 from kvpool.model import Namespace
@@ -17,7 +17,8 @@ from kvpool.rpc.v1 import admin_pb2, types_pb2
 from kvpool.tiers import blockfile
 from kvpool.tiers.memory_store import MemoryStore
 from kvpool.tiers.opening import open_store
-from kvpool.tiers.store import FileName, StoreError
+from kvpool.tiers.posix import PosixStore
+from kvpool.tiers.store import FileName, StoreError, StoreReadOnlyError
 from tests.cli.fake_storage import names, serving
 
 SPACE = Namespace(model="demo", layers=2)
@@ -55,6 +56,7 @@ def master(store):
     """It has catalogued every file."""
     with serving() as fake:
         fake.backends[store.id] = admin_pb2.BackendStatus(
+            complete=True,
             id=store.id, url=store.url, state=types_pb2.Backend.UP, capacity_bytes=1 << 30, used_bytes=8 * 4096,
             blocks=7, servers=[
                 admin_pb2.BackendStatus.Server(node="a", backend=types_pb2.Backend(id=store.id, url=store.url)),
@@ -158,6 +160,38 @@ class TestOpening:
         assert "demo" in ctl("fs", "ls").stdout
 
 
+    def test_the_master_comes_from_the_file_too(self, ctl, master, store, tmp_path):
+        """The node's own; --master wins."""
+        config = tmp_path / "node.yaml"
+        config.write_text(f"master: {master.address}\nstorage_backends: [{store.url}]\n")
+        result = CliRunner().invoke(command, ["--json", "fs", "scrub", "--config", str(config)])
+        assert data_of(result)["compared"]
+        assert not data_of(ctl("--json", "fs", "scrub", "--config", str(config), address=NOBODY))["compared"]
+
+    def test_options_that_are_configured_are_for_urls(self, ctl, store, monkeypatch):
+        """A directory goes without them; given beside one they are a mistake."""
+        monkeypatch.setenv("KVPOOL_STORAGE_OPTIONS", '{"key": "k"}')
+        assert ctl("fs", "ls", store.url).exit_code == 0
+        assert ctl("fs", "ls", store.url, "--storage_options", '{"key": "k"}').exit_code == 2
+
+    def test_a_backend_that_fails_at_its_opening_is_exit_code_3(self, ctl, tmp_path):
+        """It is there, and cannot be read: nothing is wrong with what was asked."""
+        (tmp_path / "broken" / "kvpool.json").mkdir(parents=True)
+        result = ctl("fs", "ls", str(tmp_path / "broken"))
+        assert result.exit_code == 3
+        assert "the backend fails: " in result.stderr
+
+    def test_a_backend_that_hangs_at_its_opening_is_exit_code_3(self, ctl, store, monkeypatch):
+        """A hung mount keeps nobody."""
+        release = threading.Event()
+        monkeypatch.setattr(fs_files, "STALLED_S", 0.05)
+        monkeypatch.setattr(ctl_fs, "open_store", lambda *args, **options: release.wait(30))
+        result = ctl("fs", "usage", store.url)
+        release.set()
+        assert result.exit_code == 3
+        assert f"{store.url} has not answered" in result.stderr
+
+
 class TestList:
     def test_namespaces(self, ctl, store):
         """Which models' blocks, and how many are whole."""
@@ -231,6 +265,20 @@ class TestVerify:
         assert not path(name_of(0)).exists()
         assert not Path(store.url, "aside").exists()
 
+    def test_what_was_found_is_shown_though_an_error_ends_the_run(self, ctl, store, path, monkeypatch):
+        """In the table and for scripts; the exit code is the error's."""
+        flip(path(name_of(0)), 700)
+
+        def refuse(store, name):
+            raise StoreReadOnlyError("read-only file system")
+
+        monkeypatch.setattr(PosixStore, "set_aside", refuse)
+        result = ctl("--json", "fs", "verify", store.url)
+        assert result.exit_code == 3, result.output
+        assert [each["file"] for each in data_of(result)["broken"]] == [str(name_of(0))]
+        assert data_of(result)["disposed"] == 0
+        assert "1 broken, 0 of them set aside" in ctl("fs", "verify", store.url).stdout
+
     def test_a_dry_run_changes_nothing(self, ctl, store, master, path):
         """It only reports; exit code 1 all the same."""
         flip(path(name_of(0)), 700)
@@ -293,12 +341,13 @@ class TestScrub:
         assert result.exit_code == 0, result.output
         assert path(name_of(1)).exists()
 
-    @pytest.mark.parametrize("trouble", ["warming", "scanning", "unknown backend", "no master"])
+    @pytest.mark.parametrize("trouble", ["warming", "scanning", "not scanned", "unknown backend", "no master"])
     def test_nothing_is_removed_as_unknown_unless_the_catalog_is_complete(self, ctl, store, master, trouble):
         """A master that has just started knows of no file."""
         master.files.clear()
         master.warming = trouble == "warming"
         master.backends[store.id].scanning = trouble == "scanning"
+        master.backends[store.id].complete = trouble != "not scanned"
         if trouble == "unknown backend":
             master.backends.clear()
         address = NOBODY if trouble == "no master" else master.address
@@ -350,6 +399,16 @@ class TestScrub:
         assert "1 unknown to the catalog; 1 missing" in result.stdout
         assert master.asked == []
         assert sorted(store.files()) == before
+
+    def test_a_master_whose_list_does_not_end_is_given_its_own_time(self, ctl, store, master, monkeypatch):
+        """Which is not that of other questions, and is the one that is named."""
+        monkeypatch.setattr(remote, "STREAM_S", 0.2)
+        release = threading.Event()
+        master.on_list = lambda: release.wait(30)
+        result = ctl("fs", "scrub", store.url)
+        release.set()
+        assert result.exit_code == 3
+        assert "did not answer within 0.2 s" in result.stderr
 
     def test_empty_directories_go(self, ctl, store, path):
         """What was removed leaves none behind; a directory with files stays."""
@@ -406,3 +465,44 @@ class TestFailingBackend:
         with pytest.raises(fs_files.StalledError, match="has not answered"):
             Verification(store, None, threads=1, remove=False, dry_run=False).run()
         release.set()
+
+
+CALLS = {
+    "files": lambda store: list(store.files()),
+    "namespaces": lambda store: store.namespaces(),
+    "remove": lambda store: store.remove([name_of(1)]),
+    "set_aside": lambda store: store.set_aside(name_of(1)),
+    "aside_files": lambda store: store.aside_files(),
+    "drop_aside": lambda store: store.drop_aside(),
+    "clean": lambda store: store.clean(1.0),
+    "free_bytes": lambda store: store.free_bytes(),
+}
+
+
+class TestBounded:
+    @pytest.mark.parametrize("call", CALLS)
+    def test_no_call_waits_for_ever(self, call, monkeypatch):
+        """Whichever of them a mount hangs in."""
+        monkeypatch.setattr(fs_files, "STALLED_S", 0.05)
+        monkeypatch.setattr(fs_files, "CLEAN_S", 0.05)
+        release = threading.Event()
+        store = MemoryStore()
+        monkeypatch.setattr(store, call, lambda *args: iter(()) if release.wait(30) else None)
+        with pytest.raises(fs_files.StalledError, match="has not answered"):
+            CALLS[call](fs_files.BoundedStore(store))
+        release.set()
+
+    def test_what_was_listed_comes_before_the_error(self, monkeypatch):
+        """Piece by piece, in order; the error is raised where the list is read."""
+        monkeypatch.setattr(fs_files, "PIECE", 2)
+
+        def files(since):
+            yield from "abcde"
+            raise StoreError("input/output error")
+
+        store = MemoryStore()
+        monkeypatch.setattr(store, "files", files)
+        listed = fs_files.BoundedStore(store).files()
+        assert [next(listed) for _ in range(5)] == list("abcde")
+        with pytest.raises(StoreError, match="input/output"):
+            next(listed)

@@ -19,7 +19,7 @@ from kvpool.core.messages import (
     StorageLimits,
     Welcome,
 )
-from kvpool.core.reporter import DELTA_KEYS_MAX, Reporter
+from kvpool.core.reporter import FILES_MAX, Reporter
 from kvpool.core.segment import SegmentState
 from kvpool.model import Backend, BackendState, Namespace
 
@@ -184,11 +184,15 @@ def test_changes_wait_for_a_master():
 
 
 def test_a_flood_is_told_in_several_deltas_and_acknowledged_as_one():
-    """Messages stay under their limit."""
+    """One at a time: each change is looked at."""
     node = Node()
-    count = DELTA_KEYS_MAX + 10
+    count = FILES_MAX + 10
     node.added(*range(count))
     messages = node.reporter.flush()
+    assert sum(len(run) for added, _ in told(list(messages)) for run in added) == FILES_MAX
+    assert node.reporter.behind
+    messages += node.reporter.flush()
+    assert not node.reporter.behind
     assert sum(len(run) for added, _ in told(list(messages)) for run in added) == count
     node.reporter.handle(Ack(node.reporter.sequence - 1))
     assert len(node.tier.changes) == 10

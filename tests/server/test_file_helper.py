@@ -293,7 +293,7 @@ def desk(tmp_path: Path) -> Any:
     worker.helper = Told()  # type: ignore[assignment]
     yield made, worker, worker.helper
     made.batches.put(None)
-    worker.join(T)
+    asyncio.run(until(lambda: not worker.is_alive(), "it has ended"))
     assert not worker.is_alive()
     segment.close()
 
@@ -315,7 +315,7 @@ def test_what_was_sent_ahead_comes_back_when_the_thread_is_given_up(desk: Any) -
         batch.abandoned = True
         batch.give_back(made.results)
     told.answers.put(answered(first, 4))
-    worker.join(T)
+    asyncio.run(until(lambda: not worker.is_alive(), "it has ended"))
     assert told.closed.is_set()
     done = [(batch, job.file, failure) for batch, job, failure, _ in made.results if job is not None]
     assert [entry[2] for entry in done] == [None] * 4 + [fileworker._GIVEN_BACK] * 4

@@ -18,6 +18,7 @@ from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
 from kvpool.model import Backend, BackendState, Namespace
 from kvpool.server import filetier
+from kvpool.server.filescan import TRIES_MAX
 from kvpool.server.filetier import FileTier
 from kvpool.testing.store_faults import FaultyStore
 from kvpool.tiers import blockfile
@@ -539,9 +540,11 @@ def test_threads_for_files_that_are_refused_come_later(monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             await until(lambda: refused >= 2 and not node.tier._workers[0], "there are none left")
-            node.put(1)
             node.tier.state.stuck(0, 1.0, time.monotonic())
             await until(lambda: node.backend.state is BackendState.UP, "a probe has ended")
+            node.put(1)
+            before = refused
+            await until(lambda: refused > before, "another one is refused")
             assert list(node.store.files()) == []
         await until(lambda: list(node.store.files()), "it is written")
         assert raised == []
@@ -549,20 +552,24 @@ def test_threads_for_files_that_are_refused_come_later(monkeypatch: pytest.Monke
     with_node(test)
 
 
-def test_probes_that_never_return_are_so_many_only() -> None:
-    """A mount that hangs for days must not cost a thread a second."""
+def test_probes_that_never_return_are_rare() -> None:
+    """A mount that hangs for days must not cost a thread a second; one in its place is found all the same."""
 
     async def test(node: Node) -> None:
         event = node.faulty.hang(["probe"])
-        node.tier._probes_lost[0] = filetier.PROBE_AGAIN - 1
+        node.tier._probes_lost[0] = 1  # as many hang for good
         node.faulty.fail_once(StoreError("Input/output error"), "write")
         node.put(1)
-        await until(lambda: node.faulty.hanging == 2, "it is probed once more")
+        await until(lambda: node.faulty.hanging == 1, "it is probed")
         first = node.tier._probes[0]
-        await until(lambda: time.monotonic() - first > (filetier.PROBE_AGAIN + 1) * TIMEOUT_S, "time goes by")
+        await until(lambda: node.faulty.hanging == 2, "it is probed once more")
+        assert node.tier._probes[0] - first > 2 * filetier.PROBE_AGAIN * TIMEOUT_S
+        node.faulty.heal()  # those that hang go on hanging
+        node.tier._probes_lost[0] = 0
+        await until(lambda: node.backend.state is BackendState.UP, "a later one has found it")
         assert node.faulty.hanging == 2
         event.set()
-        await until(lambda: not node.tier._probes, "it has come back")
+        await until(lambda: not node.faulty.hanging, "they have come back")
 
     with_node(test)
 
@@ -598,6 +605,33 @@ def test_a_scan_ends_whatever_a_store_does(monkeypatch: pytest.MonkeyPatch) -> N
         node.tier.state.scans_asked.append(node.store.id)
         await until(lambda: told and told[-1].last, "the scan has ended")
         assert told[-1].error == "a defect"
+
+    with_node(test)
+
+
+@pytest.mark.parametrize("failures", [1, TRIES_MAX - 1, TRIES_MAX])
+def test_a_scan_leaves_nothing_out_that_can_be_read(failures: int) -> None:
+    """A file that tells what others of its length hold may fail for a moment; if many do, it is the backend."""
+
+    async def test(node: Node) -> None:
+        told: list[Scanned] = []
+
+        def tell(scanned: Scanned) -> bool:
+            told.append(scanned)
+            return True
+
+        node.put(*range(2 * TRIES_MAX))
+        await until(lambda: len(list(node.store.files())) == 2 * TRIES_MAX, "all are written")
+        for _ in range(failures):
+            node.faulty.fail_once(StoreError("Input/output error"), "read")
+        node.tier.tell = tell
+        node.tier.state.scans_asked.append(node.store.id)
+        await until(lambda: told and told[-1].last, "the scan has ended")
+        if failures == TRIES_MAX:
+            assert told[-1].error == "Input/output error"
+        else:
+            assert told[-1].error == ""
+            assert sum(len(run) for scanned in told for run in scanned.added) == 2 * TRIES_MAX
 
     with_node(test)
 

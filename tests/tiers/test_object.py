@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from kvpool.errors import ConfigError
 from kvpool.testing.store_conformance import SPACES, StoreConformance, extent_of, name_of, read, write_many
 from kvpool.tiers.layout import IDENTITY_FILE
-from kvpool.tiers.object import ObjectStore
-from kvpool.tiers.opening import check_urls, open_store
+from kvpool.tiers.object import ObjectStore, _modified
+from kvpool.tiers.opening import check_urls, open_store, public
 from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import StoreError, StoreFullError, StoreMissingError, StoreReadOnlyError
 
@@ -98,6 +99,37 @@ class TestDirectory(StoreConformance):
             with pytest.raises(StoreFullError, match="quota"):
                 store.write(name, extent_of(name))
         assert [path.name for path in (self.root / "blocks" / str(name)).parent.iterdir()] == [Path(str(name)).name]
+
+    def test_what_is_being_written_is_no_leftover(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor is what another one writes where a listing does not say since when."""
+        store, other = self.open("me"), self.open("other")
+        move, [name] = store._fs.mv, write_many(store, range(1))
+        cleaned = []
+
+        def meanwhile(*arguments: Any) -> None:
+            cleaned.append((store.clean(0), other.clean(0)))
+            move(*arguments)
+
+        monkeypatch.setattr(store._fs, "mv", meanwhile)
+        monkeypatch.setattr("kvpool.tiers.object._modified", lambda entry: _modified({**entry, "mtime": math.inf}))
+        store.write(name, extent_of(name))
+        assert cleaned == [(0, 0)]
+        assert _modified({}) == math.inf
+
+    def test_a_lost_connection_is_made_again_by_a_probe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Filesystems of one connection, such as SFTP, do not do that themselves."""
+        store = self.open("me")
+        [name] = write_many(store, range(1))
+
+        def closed(*_: object, **__: object) -> None:
+            raise OSError("Socket is closed")
+
+        for method in ("cat_file", "pipe_file", "info"):
+            monkeypatch.setattr(store._fs, method, closed)
+        with pytest.raises(StoreError, match="Socket is closed"):
+            read(store, name)
+        store.probe()
+        assert read(store, name) == extent_of(name)
 
 
 def test_a_directory_has_a_url_too(tmp_path):
@@ -241,6 +273,36 @@ def test_nothing_shows_a_secret(memory_url, monkeypatch):
     assert not any(secret in str(failed.value) for secret in ("hush-hush", "mum-is-the-word", "pass-word"))
     assert failed.value.__cause__ is None
     assert failed.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("/mnt/kv@home?", "/mnt/kv@home?"),
+        ("s3://bucket/pool", "s3://bucket/pool"),
+        ("sftp://me:word@host:22/kv@1?key=x", "sftp://host:22/kv@1"),
+        ("sftp://me:wo@rd@host/kv", "sftp://host/kv"),
+        ("memory://", "memory://"),
+    ],
+)
+def test_names_of_backends_are_shown_without_secrets(url, shown):
+    """In the log, and in what a node remembers."""
+    assert public(url) == shown
+
+
+def test_a_description_that_may_be_there_is_not_left_out(memory_url, monkeypatch):
+    """Else all of its objects would be, from a scan that counts as complete."""
+    store = open_object(memory_url)
+    store.keep_namespace(SPACES[0])
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError("503 Slow Down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._fs, "cat_file", busy)
+        with pytest.raises(StoreError, match="Slow Down"):
+            store.namespaces()
+    assert store.namespaces() == [SPACES[0]]
 
 
 def test_files_are_listed_a_few_directories_at_a_time(memory_url, monkeypatch):

@@ -20,7 +20,7 @@ import pytest
 from kvpool.errors import ConfigError
 from kvpool.model import Namespace
 from kvpool.testing.store_conformance import extent_of, name_of, read, write_many
-from kvpool.tiers import posix_io
+from kvpool.tiers import posix, posix_io
 from kvpool.tiers.layout import Identity
 from kvpool.tiers.opening import open_store
 from kvpool.tiers.posix import PosixStore
@@ -103,6 +103,17 @@ def test_nobody_waits_for_a_fifo_at_the_place_of_a_description(store, root):
     assert sorted(space.model for space in store.namespaces()) == ["one", "two"]
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_description_that_may_be_there_is_not_left_out(store, monkeypatch, code):
+    """Else all of its files would be, from a scan that counts as complete."""
+    space = Namespace(model="demo")
+    store.keep_namespace(space)
+    Disturbed(monkeypatch, "read", code)
+    with pytest.raises(StoreError, match=os.strerror(code)):
+        store.namespaces()
+    assert store.namespaces() == [space]
+
+
 def test_a_block_appears_under_its_name_whole(store, root, monkeypatch):
     """Until the rename it has another name, beside its place, that says who writes it."""
     seen = []
@@ -138,6 +149,18 @@ def test_owners_become_file_names(root):
     assert len(list(store.files())) == 1
     leftover = root / "blocks" / f".x.{'______host_example_50088__'}.1.tmp"
     leftover.touch()
+    assert store.clean(1e9) == 1
+
+
+def test_long_owners_are_told_from_each_other(root):
+    """Two nodes of a host with a long name: neither takes what the other one writes for its own."""
+    host = "host" * 20
+    store = PosixStore(str(root), owner=f"{host}-1", capacity_bytes=GIB)
+    other = PosixStore(str(root), owner=f"{host}-2")
+    path = store._temporary_name(f"{root}/kvpool.json")
+    Path(path).touch()
+    posix._writing.clear()  # as if another process wrote it
+    assert other.clean(1e9) == 0
     assert store.clean(1e9) == 1
 
 
@@ -491,7 +514,7 @@ def test_a_stale_handle_is_tried_again(store, root, monkeypatch, function):
     assert read(store, other) == extent_of(other)
     Disturbed(monkeypatch, function, *[errno.ESTALE] * 100)
     with pytest.raises(StoreError, match="Stale file handle"):
-        store.write(other, extent_of(other))
+        store.write(name_of(3), extent_of(name_of(3)))
     monkeypatch.undo()
     assert temporaries(root) == []
 
@@ -525,9 +548,12 @@ def test_a_file_that_another_host_has_just_written_is_found(store, root, monkeyp
     assert len(opened) == 1
 
 
-@pytest.mark.parametrize("code", [errno.ENOENT, errno.EEXIST])
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EEXIST, errno.EIO, errno.ETIMEDOUT])
 def test_a_rename_that_was_done_twice_is_done(store, root, monkeypatch, code):
-    """The answer to the first one was lost; the second finds its work done, and says so with an error."""
+    """The answer to the first one was lost; the second finds its work done, and says so with an error.
+
+    Or there is no second one: a client's patience was over.
+    """
 
     def twice(real, source, target):
         real(source, target)
@@ -547,6 +573,19 @@ def test_a_rename_that_finds_the_block_there_is_done(store, root, monkeypatch):
     store.write(NAME, extent_of(NAME))
     assert rename.calls == 1
     assert temporaries(root) == []
+
+
+def test_a_rename_whose_file_was_taken_away_is_done_again(store, root, monkeypatch):
+    """Somebody thought that a writer which had been stopped for long was dead: nothing was renamed."""
+
+    def taken(real, source, target):
+        Path(source).unlink()
+        real(source, target)
+
+    rename = Disturbed(monkeypatch, "rename", taken)
+    store.write(NAME, extent_of(NAME))
+    assert rename.calls == 2
+    assert read(store, NAME) == extent_of(NAME)
 
 
 def test_a_rename_that_finds_something_else_there_fails(store, root, monkeypatch):

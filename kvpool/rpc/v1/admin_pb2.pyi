@@ -268,7 +268,7 @@ class BackendsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class BackendStatus(_message.Message):
-    __slots__ = ("id", "url", "state", "reason", "capacity_bytes", "used_bytes", "blocks", "removing_bytes", "full", "scanning", "scanned_files", "scan_expected", "servers")
+    __slots__ = ("id", "url", "state", "reason", "capacity_bytes", "used_bytes", "blocks", "removing_bytes", "full", "scanning", "scanned_files", "scan_expected", "servers", "complete")
     class Server(_message.Message):
         __slots__ = ("node", "backend")
         NODE_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +289,7 @@ class BackendStatus(_message.Message):
     SCANNED_FILES_FIELD_NUMBER: _ClassVar[int]
     SCAN_EXPECTED_FIELD_NUMBER: _ClassVar[int]
     SERVERS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     url: str
     state: _types_pb2.Backend.State
@@ -302,7 +303,8 @@ class BackendStatus(_message.Message):
     scanned_files: int
     scan_expected: int
     servers: _containers.RepeatedCompositeFieldContainer[BackendStatus.Server]
-    def __init__(self, id: _Optional[bytes] = ..., url: _Optional[str] = ..., state: _Optional[_Union[_types_pb2.Backend.State, str]] = ..., reason: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., removing_bytes: _Optional[int] = ..., full: bool = ..., scanning: bool = ..., scanned_files: _Optional[int] = ..., scan_expected: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[BackendStatus.Server, _Mapping]]] = ...) -> None: ...
+    complete: bool
+    def __init__(self, id: _Optional[bytes] = ..., url: _Optional[str] = ..., state: _Optional[_Union[_types_pb2.Backend.State, str]] = ..., reason: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., removing_bytes: _Optional[int] = ..., full: bool = ..., scanning: bool = ..., scanned_files: _Optional[int] = ..., scan_expected: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[BackendStatus.Server, _Mapping]]] = ..., complete: bool = ...) -> None: ...
 
 class BackendsResponse(_message.Message):
     __slots__ = ("backends",)
