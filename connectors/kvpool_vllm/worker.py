@@ -27,7 +27,7 @@ from kvpool_vllm.receives import Receives
 from kvpool_vllm.tally import Data, Tally, say_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from concurrent.futures import Future
 
     from kvpool.client import Client, GetResult, PutResult
@@ -213,9 +213,9 @@ class WorkerSide:
         return self._fetch(job.parts[0], blocks, layers, timeout_s).prefix
 
     def _end_load(self, job: LoadJob, arrived: int, seen: LoadSeen | None = None) -> None:
-        self.counters["load.blocks"] += arrived
-        self.counters["load.failed"] += job.blocks - arrived
         with self._progress:
+            self.counters["load.blocks"] += arrived
+            self.counters["load.failed"] += job.blocks - arrived
             if seen is not None:
                 self.counters["load.us"] += round(seen.seconds * 1e6)
                 self._seen[job.request_id] = seen
@@ -250,9 +250,8 @@ class WorkerSide:
         if results is None:
             self._begin_save(job)
             return
-        self.counters["save.layerwise"] += 1
-        self.counters["save.stored"] += max((result.stored for result in results), default=0)
-        self._end_save(job, stored=not any(result.failed for result in results))
+        stored = max((result.stored for result in results), default=0)
+        self._end_save(job, {"layerwise": 1, "stored": stored}, whole=not any(result.failed for result in results))
 
     def start_saves(self, meta: StepMeta) -> None:
         """Hand this step's saves to the save threads; call when the step's KV is in memory."""
@@ -272,23 +271,26 @@ class WorkerSide:
 
     def _refuse_save(self, job: SaveJob) -> None:
         say_once(self.counters, "save.errors", "no thread for a save, its blocks are not stored")
-        self._end_save(job, stored=False)
+        self._end_save(job, {}, whole=False)
 
     def _save(self, job: SaveJob) -> None:
-        stored, started = False, time.monotonic()
+        whole, stored, started = False, 0, time.monotonic()
         try:
-            results = [result for part in self._own_parts(job) for result in self._store(part, job.transfer)]
-            stored = not any(result.failed for result in results)
+            results = [self._store(part, job.transfer) for part in self._own_parts(job)]
+            whole = not any(result.failed for shards in results for result in shards)
+            stored = sum(max(result.stored for result in shards) for shards in results)
         except Exception:  # whatever it was, a later request misses; the engine waits for this report
             say_once(self.counters, "save.errors", "a save failed, its blocks are not stored")
         finally:
-            self.counters["save.us"] += round((time.monotonic() - started) * 1e6)
-            self._end_save(job, stored=stored)
+            us = round((time.monotonic() - started) * 1e6)
+            self._end_save(job, {"stored": stored, "us": us}, whole=whole)
 
-    def _end_save(self, job: SaveJob, *, stored: bool) -> None:
+    def _end_save(self, job: SaveJob, counted: Mapping[str, int], *, whole: bool) -> None:
         with self._progress:
+            for name, count in counted.items():
+                self.counters[f"save.{name}"] += count
             self._saved.append(job.job_id)
-            if not stored:
+            if not whole:
                 self._unsaved.add(job.job_id)
             self._progress.notify()
 
@@ -380,9 +382,7 @@ class WorkerSide:
 
     def _store(self, part: Part, transfer: int) -> list[PutResult]:
         """Store all shards of a part; a block counts as stored with the first of them."""
-        results = [
+        return [
             self._device.save(self._client, part, kv, shard=shard, after=self._fence, transfer=transfer)
             for shard, kv in self._shards[part.group]
         ]
-        self.counters["save.stored"] += max(result.stored for result in results)
-        return results

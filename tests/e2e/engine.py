@@ -343,6 +343,7 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
                 "leases": sum(side.leases for side in engine.schedulers),
                 "tracked": sum(len(side._requests) for side in engine.schedulers),
                 "held_for_saving": sum(side._saves.blocks for side in engine.schedulers),
+                "block_tokens": engine.llm.llm_engine.vllm_config.cache_config.block_size,
                 "preemptions": engine.preemptions,
                 "scheduled_tokens": engine.scheduled_tokens,
                 "client": {name: side._client.stats() for name, side in sides.items() if side},
