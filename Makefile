@@ -42,7 +42,7 @@ lint: setup ## ruff and mypy --strict
 e2e: setup-vllm ## Tests with a real vLLM on the CPU, in an environment of its own (PYTEST_ARGS="-k abort")
 	$(VENV_VLLM)/bin/python -m pytest tests/e2e tests/connectors/test_device_copies.py tests/integration/test_device_torch.py tests/bench/test_device.py -W default --timeout 900 $(PYTEST_ARGS)
 
-bench: setup ## Measure: store, lookup, files if DIR=DIRECTORY is given, and a trace if TRACE=FILE is
+bench: setup ## Measure: store, lookup, files if DIR=DIRECTORY is given, a trace if TRACE=FILE is; for --json run each kvpool-bench by itself
 	$(VENV)/bin/kvpool-bench store $(ARGS)
 	$(VENV)/bin/kvpool-bench lookup $(ARGS)
 	@if [ -n "$(DIR)" ]; then $(VENV)/bin/kvpool-bench fs "$(DIR)" $(ARGS); fi

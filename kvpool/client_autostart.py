@@ -62,12 +62,15 @@ def node_arguments(settings: ClientSettings, ranks: int, path: str) -> tuple[lis
         given["advertise_host"] = settings.advertise_host
     if settings.cache_buffer_capacity_gb is not None:
         del given["segment_size"]  # this one is for the host
+    switches = []
     for name in AUTOSTARTED:
         value = getattr(settings, name)
-        if value is not None and name != "storage_options":
+        if isinstance(value, bool):
+            switches.append(f"--{name}" if value else f"--no_{name}")
+        elif value is not None and name != "storage_options":
             given[name] = ",".join(value) if isinstance(value, tuple) else str(value)
     secrets = {"storage_options": json.dumps(settings.storage_options)} if settings.storage_options else {}
-    return [word for name, value in given.items() for word in (f"--{name}", value)], secrets
+    return [word for name, value in given.items() for word in (f"--{name}", value)] + switches, secrets
 
 
 def _answers(path: str) -> bool:

@@ -109,12 +109,13 @@ class MasterSettings(Settings):
     log_level: str = setting("info", LOG_LEVEL, "What to log.")
 
     def _check(self) -> None:
-        if self.eviction_ratio > self.eviction_high_watermark_ratio:
-            raise ConfigError(
-                "eviction_ratio",
-                f"must be at most eviction_high_watermark_ratio ({self.eviction_high_watermark_ratio}), "
-                f"not {self.eviction_ratio}",
-            )
+        for name, most in (
+            ("eviction_ratio", "eviction_high_watermark_ratio"),
+            ("storage_eviction_ratio", "storage_high_watermark_ratio"),
+        ):
+            ratio, high = getattr(self, name), getattr(self, most)
+            if ratio > high:
+                raise ConfigError(name, f"must be at most {most} ({high}), not {ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,7 @@ def default_pipeline(backends: Iterable[str]) -> str:
 AUTOSTARTED = (
     "cache_buffer_capacity_gb", "pipeline", "storage_backends", "storage_options", "storage_capacity",
     "storage_write_policy", "storage_queue_size", "storage_threads", "storage_processes", "storage_direct",
-    "storage_fsync", "storage_timeout",
+    "storage_fsync", "storage_timeout", "insecure",
 )  # fmt: skip
 """Settings that a client passes on to a node which it starts."""
 
@@ -222,7 +223,8 @@ AUTOSTARTED = (
 def _as_node(name: str) -> Any:
     """Return the field of a setting that an autostarted node is given."""
     item = NodeSettings.__dataclass_fields__[name]
-    text = f"{item.metadata['help'].removesuffix('.')} (of an autostarted node)."
+    said = item.metadata["help"]
+    text = f"{said if said.endswith('...') else said.removesuffix('.')} (of an autostarted node)."
     return setting(item.default, item.metadata["kind"], text, shown=item.metadata["shown"])
 
 
@@ -256,6 +258,7 @@ class ClientSettings(Settings):
     storage_direct: str = _as_node("storage_direct")
     storage_fsync: str = _as_node("storage_fsync")
     storage_timeout: int = _as_node("storage_timeout")
+    insecure: bool = _as_node("insecure")
 
     def _check(self) -> None:
         if self.autostart_node:  # else they are somebody else's
@@ -334,13 +337,14 @@ def load(
     config_path: str | None = None,
     environ: Mapping[str, str] = os.environ,
     flags_from: str = "",
+    origins: Mapping[str, str] = MappingProxyType({}),
     foreign: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
 ) -> Loaded[S]:
     """Return the settings of one component from flags, environment, file and defaults.
 
-    Flags that are None count as not given; ``flags_from`` names their origin when it is no command
-    line. ``foreign`` are values with their origin that other systems' settings were translated to; they
-    win over the file. Raises ConfigError naming the field, where its value came from, and what is allowed.
+    Flags that are None count as not given; ``flags_from`` names their origin when it is no command line, ``origins``
+    that of single ones. ``foreign`` are values with their origin that other systems' settings were translated to;
+    they win over the file. Raises ConfigError naming the field, where its value came from, and what is allowed.
     """
     notes: list[str] = []
     known = {item.name: item for item in dataclasses.fields(cls)}
@@ -360,7 +364,7 @@ def load(
             continue
         if name not in known:
             raise ConfigError(name, no_such_setting(name, known) + (f" (from {flags_from})" if flags_from else ""))
-        values[name] = (value, flags_from or f"flag --{name}")
+        values[name] = (value, origins.get(name) or flags_from or f"flag --{name}")
 
     parsed: dict[str, Any] = {}
     for name, (value, source) in values.items():
@@ -416,6 +420,8 @@ def read_file(path: str) -> dict[str, Any]:
             data = stream.read(CONFIG_BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # no such user's home, or no path at all
+        raise ConfigError("config", f"cannot read {path!r}: {error}") from None
     if len(data) > CONFIG_BYTES_MAX:
         raise ConfigError("config", f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
     try:
@@ -437,7 +443,7 @@ def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: 
         content = from_mooncake(content, path, notes)
     elif UCM_SIGNS & content.keys():
         content = from_ucm(content, path, notes)
-    known = {item.name for item in dataclasses.fields(cls)}
+    known = {item.name: item for item in dataclasses.fields(cls)}
     values: dict[str, tuple[Any, str]] = {}
     elsewhere = []
     for name, value in content.items():
@@ -445,6 +451,9 @@ def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: 
             raise ConfigError(name, f"{no_such_setting(name, everyone)} (from {path})")
         if name not in known:
             elsewhere.append(name)
+        elif known[name].metadata["kind"] is MODE and isinstance(value, int):
+            # YAML reads 0660 as 432, and 440 as what stands there: nobody can tell which of the two was meant.
+            raise ConfigError(name, f'{value} is not allowed; write it in quotes, for example "0660" (from {path})')
         elif value is not None:
             values[name] = (value, path)
     if elsewhere:

@@ -102,7 +102,10 @@ def _parse_address(value: Any, name: str) -> str:
 def _parse_path(value: Any, name: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not str(value).strip() or "\0" in str(value):
         raise _refuse(name, value, "a path")
-    return str(Path(value).expanduser().absolute())
+    try:
+        return str(Path(value).expanduser().absolute())
+    except RuntimeError:
+        raise _refuse(name, value, "a path, with ~ for the home of a user that there is") from None
 
 
 def _parse_socket_path(value: Any, name: str) -> str:

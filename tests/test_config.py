@@ -200,6 +200,7 @@ BAD = [
     (MasterSettings, "log_level", "loud", "debug or info"),
     (MasterSettings, "max_blocks", 0, "1 to"),
     (MasterSettings, "data_dir", 5, "path"),
+    (MasterSettings, "data_dir", "~nobody-here/x", "path"),
     (NodeSettings, "segment_size", "1XB", "KB, MB, GB"),
     (NodeSettings, "segment_size", "0", "from 1"),
     (NodeSettings, "master", "localhost", "HOST:PORT"),
@@ -242,6 +243,11 @@ class TestValues:
                 environ={"KVPOOL_EVICTION_RATIO": "0.6"},
             )
 
+    def test_so_it_is_for_files(self):
+        """The pair of the backends."""
+        with pytest.raises(ConfigError, match=r"storage_eviction_ratio: must be at most storage_high_.*0\.5"):
+            MasterSettings(storage_high_watermark_ratio=0.5, storage_eviction_ratio=0.6)
+
     def test_the_seed_ratios_are_accepted(self):
         """0.9/0.1 and 0.95/0.05 are in use elsewhere."""
         for high, gap in (("0.9", "0.1"), ("0.95", "0.05")):
@@ -257,7 +263,7 @@ class TestValues:
         try:
             load(component, flags={name: value}, environ={})
         except ConfigError as error:
-            assert error.field in {name, "eviction_ratio"}
+            assert error.field in {name, "eviction_ratio", "storage_eviction_ratio"}
 
     @given(st.text())
     def test_split_address_is_total(self, text):
@@ -295,6 +301,20 @@ class TestFiles:
         """So is one that cannot be read."""
         with pytest.raises(ConfigError, match=r"config: cannot read .*: No such file"):
             load(MasterSettings, flags={}, config_path=str(tmp_path / "none.yaml"), environ={})
+
+    @pytest.mark.parametrize("path", ["~nobody-here/x.yaml", "a\0b"])
+    def test_a_path_that_cannot_be_is_named(self, path):
+        """It is no traceback."""
+        with pytest.raises(ConfigError, match="config: cannot read "):
+            load(MasterSettings, flags={}, config_path=path, environ={})
+
+    @pytest.mark.parametrize("text", ["440", "0660", "432"])
+    def test_a_mode_in_a_file_is_in_quotes(self, write, text):
+        """Else nobody knows which number was meant."""
+        with pytest.raises(ConfigError, match=r'socket_mode: .*in quotes, for example "0660"'):
+            load(NodeSettings, flags={}, config_path=write(f"socket_mode: {text}\n"), environ={})
+        loaded = load(NodeSettings, flags={}, config_path=write('socket_mode: "0660"\n'), environ={})
+        assert loaded.settings.socket_mode == 0o660
 
     def test_bytes_that_are_no_text_are_refused(self, tmp_path):
         """A binary file is not parsed."""
@@ -506,3 +526,17 @@ def test_a_relative_directory_is_the_same_wherever_it_is_read_from():
     settings = NodeSettings(storage_backends="kv,file:///mnt/kv")
     assert settings.storage_backends == (str(Path("kv").absolute()), "file:///mnt/kv")
     assert settings.pipeline == "Cache|Posix"
+
+
+@pytest.mark.parametrize(("component", "program"), [(MasterSettings, "kvpool-master"), (NodeSettings, "kvpool-node")])
+def test_the_page_has_every_setting_and_no_other(component, program):
+    """With its default and what it is for."""
+    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
+    part = page.partition(f"## {program}\n")[2].partition("\n## ")[0]
+    rows = []
+    for item in dataclasses.fields(component):
+        shown = str(item.metadata["shown"] or "none")
+        shown = shown.lower() if shown in {"True", "False"} else shown
+        text = item.metadata["help"].replace("|", "\\|")  # a bar would end the table's cell
+        rows.append(f"| `{item.name}` | {shown} | {text} |")
+    assert [line for line in part.splitlines() if line.startswith("| `")] == rows

@@ -96,9 +96,13 @@ _MOONCAKE = frozenset((*MOONCAKE_IGNORED, *MOONCAKE_TO_KVPOOL)) - _OURS
 
 @dataclass(slots=True)
 class Translated:
-    """Our settings from ``kv_connector_extra_config``, those from elsewhere with their origin, and what to log."""
+    """Our settings from ``kv_connector_extra_config``, those from elsewhere with their origin, and what to log.
+
+    ``origins``: the keys of others that flags were translated from.
+    """
 
     flags: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, tuple[Any, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -106,10 +110,18 @@ class Translated:
         """Note a key that has no effect."""
         self.notes.append(f"{source}: {key} is not used: {reason}")
 
+    def translated(self, name: str, value: Any, key: str) -> None:
+        """Take what another store's key in ``kv_connector_extra_config`` is here; our own name for it wins."""
+        if self.flags.get(name) is None:
+            self.flags[name], self.origins[name] = value, f"{SOURCE}: {key}"
+
     def take(self, found: FromUCM, source: str) -> None:
         """Take what UCM's keys are here."""
         for name, (value, key) in found.taken.items():
-            self.foreign[name] = (value, f"{source}: {key}")
+            if source == SOURCE:
+                self.translated(name, value, key)
+            else:
+                self.foreign[name] = (value, f"{source}: {key}")
         for key, reason in found.ignored.items():
             self.ignore(key, reason, source)
 
@@ -155,7 +167,7 @@ def _sizes(side: str, sizes: Any, result: Translated) -> None:
         raise ConfigError(side, f'must be an object as {{"tp_size": 2}}, not {sizes!r} (from {SOURCE})')
     for key, value in sizes.items():
         if key == "tp_size":
-            result.foreign[f"{side}_tp_size"] = (value, f"{SOURCE}: {side}.tp_size")
+            result.translated(f"{side}_tp_size", value, f"{side}.tp_size")
         else:
             result.ignore(f"{side}.{key}", _GEOMETRY, SOURCE)
 

@@ -63,7 +63,10 @@ def read_settings(transfer_config: Any, number: int | None = None, *, tell: bool
     and why.
     """
     translated = translate(transfer_config)
-    loaded = load(ConnectorSettings, flags=translated.flags, flags_from=SOURCE, foreign=translated.foreign)
+    loaded = load(
+        ConnectorSettings, flags=translated.flags, flags_from=SOURCE, origins=translated.origins,
+        foreign=translated.foreign,
+    )  # fmt: skip
     role = role_of(transfer_config.kv_role, loaded.settings)
     if tell:
         for note in (*translated.notes, *loaded.notes, *_not_the_engines(loaded)):

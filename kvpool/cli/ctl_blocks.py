@@ -89,14 +89,15 @@ def evict(remote: Remote, namespace: str | None, hashes: str | None, coldest: st
 
 def read_hashes(text: str) -> bytes:
     """Return packed keys from the command line, a file (``@path``) or standard input (``-``)."""
-    if text == "-":
-        text = sys.stdin.read(HASHES_CHARS_MAX + 1)
-    elif text.startswith("@"):
-        try:
-            with Path(text[1:]).expanduser().open(encoding="ascii") as stream:
+    where = "standard input" if text == "-" else text[1:]
+    try:
+        if text == "-":
+            text = sys.stdin.read(HASHES_CHARS_MAX + 1)
+        elif text.startswith("@"):
+            with Path(where).expanduser().open(encoding="ascii") as stream:
                 text = stream.read(HASHES_CHARS_MAX + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RefusedUsage(f"hashes: cannot read {text[1:]}: {error}") from None
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last one: no such user's home
+        raise RefusedUsage(f"hashes: cannot read {where}: {error}") from None
     if len(text) > HASHES_CHARS_MAX:
         raise RefusedUsage(f"hashes: at most {HASHES_CHARS_MAX} characters")
     words = [word for word in re.split(r"[,\s]+", text) if word]

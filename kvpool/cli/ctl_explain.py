@@ -27,7 +27,7 @@ _WHY = {
     ExplainedBlock.Removal.NODE_LOST: "was not heard of for too long",
     ExplainedBlock.Removal.NODE_RESTARTED: "was restarted",
     ExplainedBlock.Removal.NOT_REPORTED: "reported anew without it",
-    ExplainedBlock.Removal.CAPACITY: "because its storage backend was full",
+    ExplainedBlock.Removal.CAPACITY: "because its storage backend, or the master's index (max_blocks), was full",
     ExplainedBlock.Removal.FILE_LOST: "because its file was missing or broken",
     ExplainedBlock.Removal.TRANSFER: "because the transfer that it was stored for has ended",
 }

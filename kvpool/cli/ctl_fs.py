@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 
-from kvpool.cli import fs_print, printers
+from kvpool.cli import fs_files, fs_print, printers
 from kvpool.cli.fs_catalog import Catalog
+from kvpool.cli.fs_files import BoundedStore, answered
 from kvpool.cli.fs_files import usage as usage_of
 from kvpool.cli.fs_scrub import Scrub
 from kvpool.cli.fs_verify import Verification
-from kvpool.cli.options import CONTEXT, load_settings, one_line_errors
+from kvpool.cli.options import CONTEXT, RefusedUsage, load_settings, one_line_errors
 from kvpool.cli.remote import ExitCode, Remote, RemoteError, asks_master
 from kvpool.config import NodeSettings, default_pipeline
-from kvpool.errors import KVPoolError
+from kvpool.errors import ConfigError, KVPoolError
 from kvpool.model import directory_of, parse_duration_ms
 from kvpool.rpc.v1 import admin_pb2
-from kvpool.tiers.opening import open_store
+from kvpool.tiers.opening import open_store, public
 from kvpool.tiers.store import BlockStore, StoreError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,7 +33,7 @@ def fs() -> None:
     """Look after the files of storage backends. Works without a pool; a master that answers is told.
 
     BACKEND is a directory or an fsspec URL, as in the nodes' --storage_backends; without any, those of --config
-    or KVPOOL_STORAGE_BACKENDS are meant.
+    or KVPOOL_STORAGE_BACKENDS are meant, and usage asks the master.
 
     \b
     Examples:
@@ -62,29 +63,43 @@ def threads_option(function: F) -> F:
     return option(function)
 
 
+def _open(url: str, owner: str, options: Mapping[str, Any] | None) -> BlockStore:
+    """Open a backend, and make none. Raises RefusedUsage for what is none, StoreError, StalledError where one fails."""
+    try:
+        store = answered(
+            public(url), lambda: open_store(url, owner=owner, options=options, create=False), fs_files.STALLED_S
+        )
+    except ConfigError as error:
+        why = error.__cause__
+        absent = isinstance(why, (FileNotFoundError, NotADirectoryError))
+        if isinstance(why, (StoreError, OSError)) and not absent:
+            raise StoreError(error.problem) from None
+        raise RefusedUsage(str(error)) from None
+    return BoundedStore(store)
+
+
 @contextmanager
 def opened(backends: Sequence[str], storage_options: str | None, config: str | None) -> Iterator[list[BlockStore]]:
     """Yield the backends that are meant, opened; none of them is made. Ends the program with one line."""
-    flags = {"storage_backends": backends or None, "storage_options": storage_options}
+    flags: dict[str, Any] = {"storage_backends": backends or None, "storage_options": storage_options}
     if backends:  # whatever is configured for a node, these are to be opened
         flags["pipeline"] = default_pipeline(backends)
+        if storage_options is None and all(directory_of(backend) is not None for backend in backends):
+            flags["storage_options"] = {}  # those of a file or the environment are for URLs
     settings = load_settings(NodeSettings, flags, config).settings
     if not settings.storage_backends:
         raise click.UsageError("name a BACKEND: a directory, or a URL; or set KVPOOL_STORAGE_BACKENDS")
     owner = f"kvpoolctl-{socket.gethostname()}-{os.getpid()}"
     stores: list[BlockStore] = []
     try:
-        with one_line_errors():
-            for url in settings.storage_backends:
-                options = settings.storage_options if directory_of(url) is None else None
-                # A name that is mistyped makes no backend; those that were opened are closed.
-                stores.append(open_store(url, owner=owner, options=options, create=False))
-        try:
-            yield stores
-        except StoreError as error:
-            raise RemoteError(ExitCode.UNREACHABLE, f"the backend fails: {error}") from None
-        except KVPoolError as error:
-            raise RemoteError(ExitCode.UNREACHABLE, str(error)) from None
+        for url in settings.storage_backends:
+            options = settings.storage_options if directory_of(url) is None else None
+            stores.append(_open(url, owner, options))
+        yield stores
+    except StoreError as error:
+        raise RemoteError(ExitCode.UNREACHABLE, f"the backend fails: {error}") from None
+    except KVPoolError as error:
+        raise RemoteError(ExitCode.UNREACHABLE, str(error)) from None
     finally:
         for store in stores:
             store.close()
@@ -174,13 +189,18 @@ def ls(
         raise click.exceptions.Exit(ExitCode.NOTHING)
 
 
-def _show(remote: Remote, runs: Sequence[Verification | Scrub]) -> None:
-    """Show what was found, and end the program with exit code 1 where something was."""
-    if remote.as_json:
-        printers.print_json({"backends": [run.data() for run in runs]})
-    else:
-        for run in runs:
-            run.show()
+@contextmanager
+def shown(remote: Remote) -> Iterator[list[Verification | Scrub]]:
+    """Take runs, and show what they found, even if an error ends them; end with exit code 1 if that is something."""
+    runs: list[Verification | Scrub] = []
+    try:
+        yield runs
+    finally:
+        if runs and remote.as_json:
+            printers.print_json({"backends": [run.data() for run in runs]})
+        elif runs:
+            for run in runs:
+                run.show()
     if not all(run.clean for run in runs):
         raise click.exceptions.Exit(ExitCode.NOTHING)
 
@@ -211,13 +231,12 @@ def verify(
     """
     if remove and dry_run:
         raise click.UsageError("--remove and --dry_run exclude each other")
-    with opened(backends, storage_options, config) as stores:
-        runs = []
+    with opened(backends, storage_options, config) as stores, shown(remote) as runs:
         for store in stores:
             catalog = None if dry_run else find_catalog(remote, store)
-            runs.append(Verification(store, catalog, threads=threads, remove=remove, dry_run=dry_run))
-            runs[-1].run()
-    _show(remote, runs)
+            run = Verification(store, catalog, threads=threads, remove=remove, dry_run=dry_run)
+            runs.append(run)
+            run.run()
 
 
 @fs.command("scrub", context_settings=CONTEXT)
@@ -256,8 +275,7 @@ def scrub(
     """
     with one_line_errors():
         older_than_s = parse_duration_ms(older_than, "older_than") / 1000
-    with opened(backends, storage_options, config) as stores:
-        runs = []
+    with opened(backends, storage_options, config) as stores, shown(remote) as runs:
         for store in stores:
             catalog = find_catalog(remote, store)
             if remove_unknown and (catalog is None or not catalog.settled()):
@@ -272,4 +290,3 @@ def scrub(
             )  # fmt: skip
             run.run()
             runs.append(run)
-    _show(remote, runs)

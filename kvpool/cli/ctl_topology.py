@@ -79,7 +79,7 @@ def topology_data(
         "namespaces": [item for item in printers.namespaces_data(spaces)["namespaces"] if item["blocks"]],
         "backends": [
             {
-                "id": backend.id.hex(),
+                "id": printers.backend_id(backend.id),
                 "url": backend.url,
                 "state": types_pb2.Backend.State.Name(backend.state).lower(),
                 "nodes": sorted(server.node for server in backend.servers),
@@ -133,7 +133,8 @@ class _ListFlags(click.Command):
         flag, first = "", True
         for arg in args:
             if arg.startswith("--"):
-                flag, first = arg, True
+                flag, given, _ = arg.partition("=")
+                first = not given
             elif not first and flag.lstrip("-").replace("_", "-") in _LIST_FLAGS:
                 spread.append(flag)
             else:

@@ -1,39 +1,145 @@
-"""Reading a backend's files for kvpoolctl: every one of them, in threads, each compared with what it says of itself."""
+"""A backend's files for kvpoolctl: every one of them read, in threads, and compared with what it says of itself.
+
+Any call into a store may hang for ever: each is made in a daemon thread, and given up when nothing comes of it.
+"""
 
 from __future__ import annotations
 
 import mmap
 import queue
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kvpool.errors import KVPoolError
 from kvpool.model import Namespace
 from kvpool.tiers import blockfile
 from kvpool.tiers.store import (
     BlockStore,
+    FileName,
     StoreBrokenError,
     StoredFile,
     StoreError,
     StoreMissingError,
     StoreSizeError,
 )
+from kvpool.tiers.wrapper import StoreWrapper
 
+T = TypeVar("T")
 Key = bytes
 
 FILE_BYTES_MAX = 4 << 30
 """No block is larger: what claims to be is not read into memory."""
 
 STALLED_S = 60.0
+"""A backend of which nothing comes for so long does not answer."""
+
+CLEAN_S = 3600.0
+"""The same of a call that looks at every directory before it says anything."""
+
+PIECE = 1000
+PIECE_S = 1.0
+PIECES_MAX = 8
+"""What a thread lists is handed over in pieces of so many, or after this time; so many pieces may wait."""
+
 BUFFER_BYTES = 4 << 20
 
 
 class StalledError(KVPoolError):
     """The backend does not answer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    error: BaseException | None
+
+
+def streamed(url: str, items: Callable[[], Iterable[T]], stalled_s: float) -> Iterator[T]:
+    """Yield what ``items()`` yields, in a thread of its own; raise whatever it raises.
+
+    Raises StalledError when nothing comes for ``stalled_s``; the thread is then left behind.
+    """
+    pieces: queue.Queue[list[T] | _Ended] = queue.Queue(PIECES_MAX)
+    unwanted = threading.Event()
+
+    def give(piece: list[T] | _Ended) -> None:
+        while not unwanted.is_set():
+            try:
+                pieces.put(piece, timeout=PIECE_S)
+            except queue.Full:
+                continue
+            return
+
+    def work() -> None:
+        piece: list[T] = []
+        given, error = time.monotonic(), None
+        try:
+            for item in items():
+                piece.append(item)
+                if len(piece) == PIECE or time.monotonic() - given > PIECE_S:
+                    give(piece)
+                    piece, given = [], time.monotonic()
+                    if unwanted.is_set():
+                        return
+        except BaseException as exc:  # whoever waits for the items raises it
+            error = exc
+        give(piece)
+        give(_Ended(error))
+
+    threading.Thread(target=work, name="kvpoolctl-store", daemon=True).start()
+    try:
+        while not isinstance(piece := _next(pieces, url, stalled_s), _Ended):
+            yield from piece
+        if piece.error is not None:
+            raise piece.error
+    finally:
+        unwanted.set()
+
+
+def _next(pieces: queue.Queue[T], url: str, stalled_s: float) -> T:
+    try:
+        return pieces.get(timeout=stalled_s)
+    except queue.Empty:
+        raise StalledError(f"{url} has not answered for {stalled_s:.0f} s: is its mount alive?") from None
+
+
+def answered(url: str, call: Callable[[], T], stalled_s: float) -> T:
+    """Return what a call returns, as ``streamed`` does. Raises StalledError, and whatever the call raises."""
+    (result,) = streamed(url, lambda: [call()], stalled_s)
+    return result
+
+
+class BoundedStore(StoreWrapper):
+    """A store of which no call lasts for ever, but for those that read a file: ``check_files`` has threads for these.
+
+    All others may raise StalledError.
+    """
+
+    def around(self, operation: str, size: int, call: Callable[[], T]) -> T:
+        """Make the call in a thread of its own."""
+        del size
+        if operation == "read":
+            return call()
+        return answered(self.url, call, CLEAN_S if operation == "clean" else STALLED_S)
+
+    def remove(self, names: Sequence[FileName]) -> None:
+        """See BlockStore; many names are many calls."""
+        failed: StoreError | None = None
+        for at in range(0, len(names), PIECE):
+            try:
+                super().remove(names[at : at + PIECE])
+            except StoreError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
+        """See BlockStore."""
+        return streamed(self.url, lambda: self.store.files(since), STALLED_S)
 
 
 class Verdict(Enum):
@@ -120,7 +226,7 @@ def check_files(
     The threads are daemons: one that is stuck in a hung mount does not keep the program from ending.
     """
     todo: queue.SimpleQueue[StoredFile] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Checked | BaseException] = queue.SimpleQueue()
+    done: queue.Queue[Checked | BaseException] = queue.Queue()
     for file in files:
         todo.put(file)
 
@@ -139,10 +245,7 @@ def check_files(
     for number in range(min(threads, len(files))):
         threading.Thread(target=work, name=f"verify-{number}", daemon=True).start()
     for _ in files:
-        try:
-            checked = done.get(timeout=STALLED_S)
-        except queue.Empty:
-            raise StalledError(f"{store.url} has not answered for {STALLED_S:.0f} s: is its mount alive?") from None
+        checked = _next(done, store.url, STALLED_S)
         if isinstance(checked, BaseException):
             raise checked
         yield checked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,11 +30,6 @@ DISK_UNIT_BYTES = 4096
 
 ROWS_SHOWN = 200
 LISTED_STEP = 1000
-
-
-def backend_id(id_: bytes) -> str:
-    """Return a backend's id as its kvpool.json has it."""
-    return str(uuid.UUID(bytes=id_))
 
 
 @contextmanager
@@ -87,7 +81,7 @@ def _spaces(store: BlockStore, usage: Mapping[bytes, SpaceUsage]) -> list[dict[s
 def usage_data(store: BlockStore, usage: Mapping[bytes, SpaceUsage], used_bytes: int) -> dict[str, Any]:
     """Return what a backend holds and has left as plain data."""
     return {
-        "id": backend_id(store.id),
+        "id": printers.backend_id(store.id),
         "url": store.url,
         "capacity_bytes": store.capacity_bytes,
         "used_bytes": used_bytes,
@@ -122,7 +116,7 @@ def print_usage(backends: Sequence[Mapping[str, Any]]) -> None:
 
 def spaces_data(store: BlockStore, usage: Mapping[bytes, SpaceUsage]) -> dict[str, Any]:
     """Return the namespaces of a backend as plain data."""
-    return {"id": backend_id(store.id), "url": store.url, "namespaces": _spaces(store, usage)}
+    return {"id": printers.backend_id(store.id), "url": store.url, "namespaces": _spaces(store, usage)}
 
 
 def print_spaces(backends: Sequence[Mapping[str, Any]]) -> None:
@@ -154,7 +148,7 @@ def print_spaces(backends: Sequence[Mapping[str, Any]]) -> None:
 def files_data(store: BlockStore, files: Sequence[StoredFile]) -> dict[str, Any]:
     """Return files as plain data."""
     return {
-        "id": backend_id(store.id),
+        "id": printers.backend_id(store.id),
         "url": store.url,
         "files": [
             {

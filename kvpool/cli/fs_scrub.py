@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpool.cli import fs_print
+from kvpool.cli import fs_print, printers
 from kvpool.cli.fs_catalog import Catalog
 from kvpool.cli.fs_files import Verdict, check_files
 from kvpool.cli.fs_verify import Disposal
@@ -106,7 +106,7 @@ class Scrub:
     def data(self) -> dict[str, Any]:
         """Return what was found and done as plain data."""
         return {
-            "id": fs_print.backend_id(self._store.id),
+            "id": printers.backend_id(self._store.id),
             "url": self._store.url,
             "files": self._files,
             "compared": self._catalog is not None,

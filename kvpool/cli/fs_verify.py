@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvpool.cli import fs_print
+from kvpool.cli import fs_print, printers
 from kvpool.cli.fs_catalog import Catalog
 from kvpool.cli.fs_files import Checked, Verdict, check_files
 from kvpool.cli.remote import RemoteError
-from kvpool.model import format_size
-from kvpool.tiers.store import BlockStore, FileName, StoreError
+from kvpool.model import Namespace, format_size
+from kvpool.tiers.store import BlockStore, FileName, StoredFile, StoreError
 
 UNREADABLE_MAX = 16
 """So many failures in a row are the backend's, not the files'."""
@@ -27,12 +28,12 @@ class Disposal:
         self.told = 0
         self.done = 0
 
-    @property
-    def word(self) -> str:
-        """What was done, in a word."""
+    def said(self, broken: int) -> str:
+        """Return what was done with so many broken files, in words."""
         if self._dry_run:
             return "left as they are"
-        return "removed" if self._remove else "set aside"
+        some = "" if self.done == broken else f"{self.done} of them "
+        return some + ("removed" if self._remove else "set aside")
 
     def __call__(self, name: FileName) -> None:
         """Get rid of one file. Raises StoreError."""
@@ -65,23 +66,28 @@ class Verification:
         self.found: dict[Verdict, list[Checked]] = {verdict: [] for verdict in Verdict}
 
     def run(self) -> None:
-        """Read everything. Raises StoreError when the backend fails, not a file of it."""
+        """Read everything. Raises StoreError when the backend fails, not a file of it; what was found is kept."""
         store = self._store
         spaces = {space.digest: space for space in store.namespaces()}
         files = fs_print.listed(store)
         start = time.monotonic()
-        in_a_row = 0
+        try:
+            self._read(files, spaces)
+        finally:
+            self._seconds = time.monotonic() - start
+
+    def _read(self, files: Sequence[StoredFile], spaces: Mapping[bytes, Namespace]) -> None:
+        store, in_a_row = self._store, 0
         with fs_print.reading(store.url, files) as (shown, task):
             for checked in check_files(store, files, spaces, self._threads):
                 self.found[checked.verdict].append(checked)
+                self._bytes += checked.file.bytes
                 in_a_row = in_a_row + 1 if checked.verdict is Verdict.UNREADABLE else 0
                 if in_a_row == UNREADABLE_MAX:
                     raise StoreError(f"{checked.problem}; {in_a_row} files in a row could not be read")
                 if checked.verdict is Verdict.BROKEN:
                     self._dispose(checked.file.name)
-                self._bytes += checked.file.bytes
                 shown.advance(task, checked.file.bytes)
-        self._seconds = time.monotonic() - start
 
     @property
     def clean(self) -> bool:
@@ -96,7 +102,7 @@ class Verification:
             return [{"file": str(each.file.name), "bytes": each.file.bytes, "reason": each.problem} for each in found]
 
         return {
-            "id": fs_print.backend_id(self._store.id),
+            "id": printers.backend_id(self._store.id),
             "url": self._store.url,
             "files": sum(map(len, self.found.values())),
             "bytes": self._bytes,
@@ -116,7 +122,8 @@ class Verification:
         fs_print.print_problems(f"Broken files in {self._store.url}", ("file", "bytes", "reason"), rows)
         rate = format_size(self._bytes / self._seconds) if self._seconds else format_size(self._bytes)
         text = f"{self._store.url}: {data['files']} files, {format_size(self._bytes)}, read at {rate}/s: "
-        text += f"{len(data['broken'])} broken, {self._dispose.word}" if data["broken"] else "none is broken"
+        broken = len(data["broken"])
+        text += f"{broken} broken, {self._dispose.said(broken)}" if broken else "none is broken"
         if data["unreadable"]:
             text += f"; {len(data['unreadable'])} could not be read, and were left"
         if data["gone"]:

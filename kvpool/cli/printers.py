@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -15,7 +16,11 @@ from rich.text import Text
 from kvpool.model import format_size, mask_shards
 from kvpool.rpc.v1 import admin_pb2, master_pb2, types_pb2
 
-PIPE_WIDTH = 160
+PIPE_WIDTH = 1 << 16
+"""Wider than any row: what is piped is folded nowhere."""
+
+_IDENTIFIERS = frozenset({"namespace", "id", "block", "key", "pin"})
+"""Headings of columns that other commands are given: they are whole, however narrow the terminal is."""
 
 
 def print_json(data: Any) -> None:
@@ -34,7 +39,8 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[obj
     body = [list(row) for row in rows]
     for column, heading in enumerate(headings):
         numbers = bool(body) and all(isinstance(row[column], (int, float)) for row in body)
-        table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+        justify: Literal["right", "left"] = "right" if numbers else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in _IDENTIFIERS)
     for row in body:
         table.add_row(*(plain(value) for value in row))
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
@@ -118,10 +124,15 @@ def state_name(state: types_pb2.Backend.State) -> str:
     return value.name.lower() if value is not None else f"state_{state}"
 
 
+def backend_id(id_: bytes) -> str:
+    """Return a backend's id as its kvpool.json has it; "" for none."""
+    return str(uuid.UUID(bytes=id_)) if id_ else ""
+
+
 def backend_data(backend: admin_pb2.BackendStatus) -> dict[str, Any]:
     """Return one storage backend, as the master knows it, as plain data."""
     return {
-        "id": backend.id.hex(),
+        "id": backend_id(backend.id),
         "url": backend.url,
         "state": state_name(backend.state),
         "reason": backend.reason,
@@ -280,7 +291,7 @@ def lookup_data(reply: master_pb2.LookupResponse, digest: bytes, asked: int) -> 
                 "node": _node_id(reply, owner.node),
                 "tier": owner.tier,
                 "shards": mask_shards(int.from_bytes(owner.shards, "little")),
-                "backend": owner.backend.hex(),
+                "backend": backend_id(owner.backend),
             }
             for owner in run.owners
         ]

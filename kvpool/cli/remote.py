@@ -22,6 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 STREAM_S = 600.0
 """All pieces of one answer together."""
 
+TIMEOUT_HELP = "How long to wait for an answer; lists of files have 10 minutes.  [default: 5s]"
+
 
 class ExitCode(IntEnum):
     """What kvpoolctl's exit codes mean."""
@@ -76,7 +78,7 @@ class Remote:
             with self._channel() as channel:
                 return getattr(service(channel), method)(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
-            raise self._explained(error) from None
+            raise self._explained(error, self.timeout_s) from None
 
     def stream(self, method: str, request: Any) -> Iterator[Any]:
         """Call one rpc that answers in pieces, and yield them; raises RemoteError."""
@@ -84,18 +86,18 @@ class Remote:
             with self._channel() as channel:
                 yield from getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=STREAM_S)
         except grpc.RpcError as error:
-            raise self._explained(error) from None
+            raise self._explained(error, STREAM_S) from None
 
     def _channel(self) -> grpc.Channel:
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
         return grpc.insecure_channel(self.address, options=options)
 
-    def _explained(self, error: grpc.RpcError) -> RemoteError:
+    def _explained(self, error: grpc.RpcError, timeout_s: float) -> RemoteError:
         status = error.code()
         details = error.details() or str(status.value[1])
         code = _BY_STATUS.get(status, ExitCode.FAILED)
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return RemoteError(code, f"the master at {self.address} did not answer within {self.timeout_s:g} s")
+            return RemoteError(code, f"the master at {self.address} did not answer within {timeout_s:g} s")
         if code is ExitCode.UNREACHABLE:
             return RemoteError(code, f"cannot reach a master at {self.address}: {details}")
         if code is ExitCode.REFUSED:
@@ -110,7 +112,7 @@ def remote_options(function: F) -> F:
     decorators = (
         click.option("--master", metavar="HOST:PORT", help="The master.  [default: 127.0.0.1:50088; KVPOOL_MASTER]"),
         click.option("--json", "as_json", is_flag=True, default=None, help="Print JSON with stable keys."),
-        click.option("--timeout", metavar="DURATION", help="How long to wait for an answer.  [default: 5s]"),
+        click.option("--timeout", metavar="DURATION", help=TIMEOUT_HELP),
     )
     for decorate in reversed(decorators):
         function = decorate(function)
@@ -118,13 +120,13 @@ def remote_options(function: F) -> F:
 
 
 def asks_master(function: Callable[..., None]) -> Callable[..., None]:
-    """Pass a Remote as first argument, from the command's own options or those before it."""
+    """Pass a Remote as first argument, from the command's own options or those before it, or what --config names."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **options: Any) -> None:
         given = dict(click.get_current_context().obj or {})
         given.update({k: v for k in ("master", "as_json", "timeout") if (v := options.pop(k)) is not None})
-        settings = load_settings(ClientSettings, {"master": given.get("master")}, None).settings
+        settings = load_settings(ClientSettings, {"master": given.get("master")}, options.get("config")).settings
         try:
             timeout_s = parse_duration_ms(given.get("timeout") or "5s", "timeout") / 1000
         except InvalidArgumentError as error:

@@ -24,6 +24,7 @@ from kvpool.config import Loaded, MasterSettings, NodeSettings
 from kvpool.model import format_size, parse_duration_ms
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.server.launch import CHANNEL_OPTIONS, Children, free_port, is_serving, join_address, live_nodes
+from kvpool.server.peers import is_loopback
 
 NODES_MAX = 64
 
@@ -71,6 +72,7 @@ class _Plan:
     port: int
     config: str | None
     segment_size: str | None
+    insecure: bool
     private: bool
     node: Loaded[NodeSettings]
     timeout_s: float
@@ -80,15 +82,21 @@ class _Plan:
         """Where the master is reached from here."""
         return join_address(_reach(self.host), self.port)
 
+    @property
+    def _insecure(self) -> str:
+        return "--insecure" if self.insecure else "--no_insecure"
+
     def master_arguments(self) -> list[str]:
         """Return the command line of the master."""
         shared = ["--config", self.config] if self.config else []
-        return [*shared, "--host", self.host, "--port", str(self.port)]
+        return [*shared, "--host", self.host, "--port", str(self.port), self._insecure]
 
     def node_arguments(self, index: int, directory: Path) -> tuple[list[str], str]:
         """Return the command line of a node, and its socket; the first uses this user's usual socket."""
         arguments = ["--config", self.config] if self.config else []
-        arguments += ["--master", self.address, "--host", self.host, "--port", "0"]
+        # A metrics_port of file or environment is the master's: two parts cannot listen on it.
+        arguments += ["--master", self.address, "--host", self.host, "--port", "0", "--metrics_port", "0"]
+        arguments.append(self._insecure)
         if self.segment_size is not None:
             arguments += ["--segment_size", self.segment_size]
         if self.node.sources["advertise_host"] == "default" and _reach(self.host) == self.host:
@@ -100,6 +108,19 @@ class _Plan:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             arguments += ["--node_id", f"{socket.gethostname()}-{index}", "--data_dir", str(directory)]
         return [*arguments, "--socket_path", path], path
+
+
+def _check_reachable(host: str, *, insecure: bool) -> None:
+    """Refuse an address by which nobody would be answered, not even we."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(_reach(host), None)}
+    except OSError:
+        return  # listening on it says what is wrong
+    if not insecure and not all(map(is_loopback, found)):
+        raise RefusedUsage(
+            f"host: {host} is not the loopback, by which alone a pool answers without --insecure; "
+            "give --insecure on a network that you trust"
+        )
 
 
 def _show(console: Console, address: str, nodes: list[admin_pb2.NodeStatus]) -> None:
@@ -147,9 +168,16 @@ def _run(plan: _Plan, pool: Children, work_dir: Path, console: Console) -> None:
 @click.option("--nodes", type=click.IntRange(1, NODES_MAX), default=1, show_default=True, help="How many nodes.")
 @click.option("--port", metavar="PORT", help="The master's port; 0 takes a free one.  [default: 50088; KVPOOL_PORT]")
 @click.option("--host", metavar="HOST", help="Address to listen on.  [default: 127.0.0.1; KVPOOL_HOST]")
+@click.option(
+    "--insecure/--no_insecure", default=None,
+    help="Answer peers of other hosts without TLS or a token.  [default: false; KVPOOL_INSECURE]",
+)  # fmt: skip
 @click.option("--segment_size", metavar="SIZE", help="Memory of each node.  [default: 1GB; KVPOOL_SEGMENT_SIZE]")
 @click.option("--base_dir", metavar="DIR", help="Put sockets and state here instead of in this user's usual places.")
-@click.option("--config", metavar="FILE", help="YAML or JSON file with settings of master and nodes.  [KVPOOL_CONFIG]")
+@click.option(
+    "--config", metavar="FILE",
+    help="YAML or JSON file with settings of master and nodes; metrics_port is the master's.  [KVPOOL_CONFIG]",
+)  # fmt: skip
 @click.option(
     "--ready_timeout", metavar="DURATION", default="60s", show_default=True, help="How long a start may take."
 )
@@ -158,6 +186,7 @@ def command(
     nodes: int,
     port: str | None,
     host: str | None,
+    insecure: bool | None,
     segment_size: str | None,
     base_dir: str | None,
     config: str | None,
@@ -172,9 +201,10 @@ def command(
       kvpool up --nodes 2 --segment_size 256MB
       kvpool up --port 0 --base_dir ./pool -v
     """
-    master = load_settings(MasterSettings, {"port": port, "host": host}, config)
+    master = load_settings(MasterSettings, {"port": port, "host": host, "insecure": insecure}, config)
     node = load_settings(NodeSettings, {"segment_size": segment_size}, config)
     listen = "127.0.0.1" if master.sources["host"] == "default" else master.settings.host
+    _check_reachable(listen, insecure=master.settings.insecure)
     with one_line_errors():
         timeout_s = parse_duration_ms(ready_timeout, "ready_timeout") / 1000
         master_port = free_port(listen, master.settings.port)
@@ -184,6 +214,7 @@ def command(
         port=master_port,
         config=config,
         segment_size=segment_size,
+        insecure=master.settings.insecure,
         private=base_dir is not None,
         node=node,
         timeout_s=timeout_s,

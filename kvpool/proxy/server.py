@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import gc
 import hmac
 import ipaddress
@@ -87,7 +88,7 @@ class Proxy:
         return app
 
     async def start(self) -> int:
-        """Listen; returns the port. Raises InvalidArgumentError for one that is taken."""
+        """Listen; returns the port. Raises InvalidArgumentError for one that is taken, or a host that is not ours."""
         settings = self._settings
         for url in settings.instances or ():
             self.fleet.add(Role.BOTH, url)
@@ -107,8 +108,9 @@ class Proxy:
         try:
             await self._site.start()
         except OSError as exc:
+            field = "port" if exc.errno in {errno.EADDRINUSE, errno.EACCES} else "host"
             raise InvalidArgumentError(
-                "port", f"cannot listen on {settings.host}:{settings.port}: {exc.strerror}"
+                field, f"cannot listen on {settings.host}:{settings.port}: {exc.strerror or exc}"
             ) from exc
         port: int = self._runner.addresses[0][1]
         return port

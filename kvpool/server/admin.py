@@ -12,6 +12,7 @@ import numpy as np
 from kvpool import __version__
 from kvpool.core.agreement import disagreeing, in_use, warnings
 from kvpool.core.effects import Effect
+from kvpool.core.index import Index
 from kvpool.core.keytable import Rows, as_words
 from kvpool.core.residency import TIER as HBM
 from kvpool.errors import InvalidArgumentError
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     from kvpool.server.master import Pool
 
 RESIDENTS_SLICE = 4096
+ROWS_FREE_LEAST = 0.05
+"""Below this share of free rows an operator is told: a little later files are dropped for want of rows."""
+
+
+def _index_warnings(index: Index) -> list[str]:
+    if index.rows_free >= ROWS_FREE_LEAST * index.rows_max:
+        return []
+    left = f"the index has room for {index.rows_free} more of at most {index.rows_max} blocks"
+    return [f"{left}, and drops files before it has none: start the master with a larger --max_blocks"]
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -59,7 +69,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             warming=state.warming,
             counters=counters,
             settings={name: str(getattr(settings, name)) for name in settings.__dataclass_fields__},
-            warnings=[*warnings(state.index.spaces.values(), now), *backends.warnings(self.pool, now)],
+            warnings=[
+                *warnings(state.index.spaces.values(), now),
+                *backends.warnings(self.pool, now),
+                *_index_warnings(state.index),
+            ],
             removals=len(state.removals),
             removals_max=state.removals.entries_max,
             transfers=len(state.transfers.by_id),

@@ -14,7 +14,7 @@ from kvpool.errors import KVPoolError, RefusedError
 from kvpool.rpc.status import status_of
 
 MESSAGE = (
-    "protected mode: this {what} answers only clients on its own host; "
+    "protected mode: this {what} answers only clients that reach it by the loopback (127.0.0.1); "
     "start it with --insecure to answer every host of a network that you trust"
 )
 

@@ -1,13 +1,17 @@
 """kvpoolctl against a master that answers from a script, over a real socket on loopback."""
 
+import io
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
 
 import grpc
 import pytest
 from click.testing import CliRunner
 
 from kvpool.cli.ctl import command
+from kvpool.cli.printers import print_table
 from kvpool.model import Namespace
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2, types_pb2
 
@@ -16,6 +20,7 @@ KEYS = [bytes([n]) * 32 for n in range(4)]
 HEX = ",".join(key.hex() for key in KEYS)
 PACKED = b"".join(key[:16] for key in KEYS)
 Block = admin_pb2.ExplainedBlock
+BACKEND = str(UUID("ab" * 16))
 FILE_OWNER = master_pb2.LookupResponse.Owner(node=0, tier="fs", shards=b"\x01", backend=b"\xab" * 16)
 
 
@@ -197,6 +202,25 @@ class TestPool:
         assert "[red]?[2Jmodel" in result.stdout
 
 
+    def test_what_is_piped_is_folded_nowhere(self, ctl, master):
+        """A line each, to be searched and cut; digests are whole on a narrow terminal too."""
+        for item in master.namespaces:
+            item.descriptor.model, item.descriptor.revision = "m" * 100, "r" * 60
+        text = ctl("namespaces").stdout
+        assert all(f"{space.digest.hex()} │ {'m' * 100} │ {'r' * 60} │" in text for space in (ONE, TWO))
+
+    def test_identifiers_are_whole_on_a_narrow_terminal(self, monkeypatch):
+        """They are what other commands are given."""
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setenv("COLUMNS", "60")
+        monkeypatch.setenv("TERM", "xterm")
+        print_table("", ("namespace", "model", "shape"), [(ONE.digest.hex(), "m" * 40, "s" * 40)])
+        assert len(terminal.getvalue().splitlines()[0]) <= 60
+        assert ONE.digest.hex() in terminal.getvalue()
+
+
 class TestLookup:
     def test_a_hit_tells_where(self, ctl, master):
         """Runs become ranges of blocks with their owners' names."""
@@ -206,7 +230,7 @@ class TestLookup:
         assert (data["asked"], data["prefix"], data["reason"]) == (4, 3, "not_whole")
         assert data["runs"] == [
             {"first": 0, "blocks": 2, "owners": [{"node": "b", "tier": "dram", "shards": [0, 2], "backend": ""}]},
-            {"first": 2, "blocks": 1, "owners": [{"node": "a", "tier": "fs", "shards": [0], "backend": "ab" * 16}]},
+            {"first": 2, "blocks": 1, "owners": [{"node": "a", "tier": "fs", "shards": [0], "backend": BACKEND}]},
         ]
         request = master.asked[-1]
         assert request.namespace == ONE.digest
@@ -260,6 +284,7 @@ class TestLookup:
             (f"{'00' * 16},abc", "number 2"),
             ("00" * 15, "at least 16 bytes"),
             ("@/does/not/exist", "cannot read"),
+            ("@~nobody-here/x", "cannot read ~nobody-here/x"),
         ],
     )
     def test_bad_hashes_are_exit_code_2(self, ctl, master, hashes, problem):
@@ -268,6 +293,13 @@ class TestLookup:
         assert result.exit_code == 2
         assert problem in result.stderr
         assert master.asked == []
+
+
+    def test_bytes_that_are_no_text_are_exit_code_2(self, ctl, master):
+        """Standard input may be anything."""
+        result = ctl("lookup", "--namespace", "one", "--hashes", "-", stdin=b"\xff\xfe")
+        assert (result.exit_code, master.asked) == (2, [])
+        assert "hashes: cannot read standard input" in result.stderr
 
 
 class TestEvict:
@@ -341,6 +373,13 @@ class TestExplain:
             "do not answer: c",
         ):
             assert said in text, text
+
+    def test_a_full_index_is_named(self, ctl, master):
+        """Files go for want of rows in it, too, with the same reason."""
+        removal = Block.Removal(why=Block.Removal.CAPACITY, node="/mnt/kv", age_s=7)
+        master.explained = [Block(verdict=Block.EVICTED, removals=[removal])]
+        text = ctl("explain", KEYS[0].hex()).stdout
+        assert "because its storage backend, or the master's index (max_blocks), was full" in text
 
     def test_from_a_file_and_from_standard_input(self, ctl, master, tmp_path):
         """Without --namespace any will do."""

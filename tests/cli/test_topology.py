@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
 
 import grpc
 import pytest
@@ -110,7 +111,8 @@ def test_topology_is_what_the_master_knows(master):
         "loads": False, "reports_residency": False, "blocks": 7, "last_seen_s": 0.5,
     }  # fmt: skip
     assert [item["descriptor"]["model"] for item in data["namespaces"]] == ["used"]
-    assert data["backends"] == [{"id": "01" * 16, "url": "/mnt/kv", "state": "read_only", "nodes": ["a", "b"]}]
+    backend = {"id": str(UUID("01" * 16)), "url": "/mnt/kv", "state": "read_only", "nodes": ["a", "b"]}
+    assert data["backends"] == [backend]
 
 
 def test_the_rank_table_of_live_engines(master):
@@ -236,6 +238,15 @@ def test_one_prefill_and_two_decode_hosts(tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout == ONE_PREFILL_TWO_DECODE
     assert result.stderr == ""
+
+
+def test_a_list_may_begin_behind_an_equals_sign():
+    """--ips=A B is --ips A B."""
+    counts = ("--prefill-device-cnt", "2", "--decode-device-cnt", "2", "--npus-per-node=2")
+    one = run("ranktable", "--ips=10.0.0.1", "10.0.0.2", *counts)
+    other = run("ranktable", "--ips", "10.0.0.1", "10.0.0.2", *counts)
+    assert one.exit_code == 0, one.output
+    assert json.loads(one.stdout) == json.loads(other.stdout)
 
 
 def test_one_list_of_devices_is_for_every_host():

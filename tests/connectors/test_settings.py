@@ -212,6 +212,18 @@ def test_keys_of_connectors_that_move_prompts(
         read_settings(TransferConfig({"prefill": {"tp_size": "many"}}))
 
 
+def test_others_keys_in_the_extra_config_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As our own there; others' variables do not."""
+    monkeypatch.setenv("KVPOOL_PREFILL_TP_SIZE", "8")
+    monkeypatch.setenv("KVPOOL_TRANSFER_TIMEOUT", "200")
+    monkeypatch.setenv("ASCEND_TRANSFER_TIMEOUT", "9000")
+    extra: dict[str, Any] = {"prefill": {"tp_size": 2}, "timeout_ms": 30_000}
+    settings = read_settings(TransferConfig(extra))
+    assert (settings.prefill_tp_size, settings.transfer_timeout) == (2, 30_000)
+    assert read_settings(TransferConfig({**extra, "transfer_timeout": 7})).transfer_timeout == 7
+    assert read_settings(TransferConfig()).transfer_timeout == 200
+
+
 def test_only_one_process_of_an_engine_tells(said: Callable[[], list[str]]) -> None:
     """Sixteen ranks do not say the same sixteen times."""
     read_settings(TransferConfig({"backend": "mooncake"}, kv_role="kv_consumer"), tell=False)

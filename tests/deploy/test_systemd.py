@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpool.server.node import EXIT_SUPERSEDED
 from tests.deploy import files
 
 UNITS = sorted((files.DEPLOY / "systemd").glob("*.service"))
@@ -42,6 +43,12 @@ def test_systemd_takes_the_user():
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "User=kvpool\n" in Path(files.DEPLOY / "systemd/kvpool-node.service").read_text()
+
+
+def test_a_node_whose_name_was_taken_is_not_started_again():
+    """It would take the name back, and so on for ever."""
+    text = (files.DEPLOY / "systemd/kvpool-node.service").read_text()
+    assert f"RestartPreventExitStatus={EXIT_SUPERSEDED}\n" in text
 
 
 def test_there_is_a_unit_for_each_daemon():

@@ -265,7 +265,7 @@ def test_prefill_and_decode_apart(tmp_path: Path, model: Path) -> None:
     flags = {"--prefiller-ports": [0], "--decoder-ports": [1]}
     # A third engine says what is right: what the prefill engine has computed already would prove less.
     with served(tmp_path, model, [NIXL, NIXL, None], flags, environment=environment) as (engines, proxy):
-        # On a processor with tiles, vLLM's attention must not begin with a step of one token: it has not asked for them.
+        # On a processor with tiles, vLLM's attention must not begin with a step of one token: it asks for them later.
         engines[1].complete([4] * 640)
         before = {name: engines[1].metric(name) for name in (MOVED, ASKED, HITS)}
         check_same_tokens(proxy, Sure(engines[2], 3))

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from kvpool.cli.node import command
 from kvpool.client_autostart import node_arguments, start_node
-from kvpool.config import AUTOSTARTED, ClientSettings, NodeSettings, child_environment
+from kvpool.config import AUTOSTARTED, ClientSettings, NodeSettings, child_environment, load
 from kvpool.core.slot_table import table_bytes
 from kvpool.errors import UnavailableError
 from kvpool.transport.channel import Channel
@@ -54,14 +55,15 @@ def test_one_node_is_started_for_several_clients(settings):
         {"storage_backends": "/mnt/a:/mnt/b", "storage_capacity": "1TB", "storage_timeout": "5s"},
         {"cache_buffer_capacity_gb": 1.5, "storage_backends": "/mnt/a", "pipeline": "Posix", "storage_direct": "off"},
         {"storage_backends": "s3://bucket/pool", "storage_options": {"key": "k", "secret": "s3cret"}},
+        {"insecure": True},
     ],
 )
 def test_a_started_node_gets_the_storage_settings(storage):
     """As if they had been given to the node itself; secrets are not on its command line, which everybody sees."""
     settings = ClientSettings(segment_size="4MB", autostart_node=True, **storage)
     arguments, secrets = node_arguments(settings, 2, "/run/node.sock")
-    given = dict(zip([name.removeprefix("--") for name in arguments[::2]], arguments[1::2], strict=True))
-    node = NodeSettings(**given, **secrets)
+    given = command.make_context("kvpool-node", arguments).params
+    node = load(NodeSettings, flags={**given, "config": None, **secrets}, environ={}).settings
     assert node.segment_size == (3 << 29 if "cache_buffer_capacity_gb" in storage else 8 << 20)
     assert node.socket_path == "/run/node.sock"
     alone = NodeSettings(**storage)

@@ -20,7 +20,8 @@ from click.testing import CliRunner
 
 from kvpool.cli import proxy
 from kvpool.config import ProxySettings, load
-from kvpool.errors import ConfigError
+from kvpool.errors import ConfigError, InvalidArgumentError
+from kvpool.proxy.server import Proxy
 from tests.integration.pool import Pool, wait_for
 from tests.proxy.fake import COMPLETIONS
 
@@ -247,3 +248,17 @@ def test_the_page_names_every_setting():
         shown = str(item.metadata["shown"] or "none")
         shown = shown.lower() if shown in {"True", "False"} else shown
         assert f"| `{item.name}` | {shown} | {item.metadata['help']} |" in page
+
+
+def test_a_host_that_is_not_ours_is_named():
+    """Not the port, which is none of the trouble."""
+
+    async def start() -> None:
+        server = Proxy(ProxySettings(host="192.0.2.7", port=0))
+        try:
+            with pytest.raises(InvalidArgumentError, match=r"^host: cannot listen on 192\.0\.2\.7:0"):
+                await server.start()
+        finally:
+            await server.close()
+
+    asyncio.run(start())
