@@ -141,6 +141,7 @@ def backend_data(backend: admin_pb2.BackendStatus) -> dict[str, Any]:
         "blocks": backend.blocks,
         "removing_bytes": backend.removing_bytes,
         "full": backend.full,
+        "complete": backend.complete,
         "scanning": backend.scanning,
         "scanned_files": backend.scanned_files,
         "scan_expected": backend.scan_expected,
@@ -180,6 +181,8 @@ def _backend_state(each: dict[str, Any]) -> str:
     if each["scanning"]:
         of = f" of about {each['scan_expected']}" if each["scan_expected"] else ""
         words.append(f"scanning: {each['scanned_files']}{of} files")
+    elif not each["complete"]:
+        words.append("waits to be scanned")
     if each["removing_bytes"]:
         words.append(f"removing {format_size(each['removing_bytes'])}")
     return ", ".join(words)

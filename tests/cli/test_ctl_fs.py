@@ -112,6 +112,8 @@ class TestStatus:
         text = " ".join(ctl("status").stdout.split())
         for said in ("down, read took 3.0 s", "full: nothing is written", "50 of about 200 files", "1.0 MiB"):
             assert said in text
+        status.scanning = status.complete = False
+        assert "waits to be scanned" in " ".join(ctl("status").stdout.split())
 
 
 class TestUsage:

@@ -14,6 +14,7 @@ from kvpool.config import MasterSettings
 from kvpool.core import pins as pins_module
 from kvpool.core.holds import HARD
 from kvpool.core.keytable import as_words
+from kvpool.core.messages import BlockRun
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.server.admin import AdminService
@@ -73,3 +74,14 @@ def test_pins_are_taken_and_ended_as_a_whole_when_the_client_goes(pool):
         assert not pool.state.pins.by_id
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("blocks", "warned"), [(95, False), (96, True)])
+def test_status_warns_of_an_index_that_is_nearly_full(blocks, warned):
+    """While there is time to do something about it."""
+    pool = Pool(MasterSettings(max_blocks=100), None)
+    pool.state.announce(ONE, time.monotonic())
+    keys = b"".join(number.to_bytes(KEY_BYTES) for number in range(blocks))
+    pool.state.index.add(BlockRun(ONE.digest, 1, 4096, keys), 1, "dram")
+    reply = asyncio.run(AdminService(pool).Status(admin_pb2.StatusRequest(), Context()))
+    assert any("--max_blocks" in warning for warning in reply.warnings) is warned
