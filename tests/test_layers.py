@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "core": {"errors", "model"},
     "tiers": WORDS | {"transport"},  # the memfd's making is shared with those who map it
     "rpc": WORDS | {"core"},
-    "transport": WORDS | {"rpc"},
+    "transport": WORDS | {"rpc", "processes"},
     "client": CONTROL | {"core", "rpc", "transport"},
     "server": CONTROL | {"core", "tiers", "transport", "rpc"},
     "testing": WORDS | {"core", "tiers", "transport", "rpc", "client"},

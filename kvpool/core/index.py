@@ -24,6 +24,7 @@ from kvpool.core.slots import file_bytes
 from kvpool.model import KEY_BYTES, Namespace
 
 ROWS_PER_SLICE = 1024
+ROWS_MARKED_PER_SLICE = 1 << 15
 NAMESPACES_MAX = 4096
 HELD_MAX = 1 << 22
 """Keys that may be held at once; twice what pins and transfers may hold together, as they are let go of in slices."""
@@ -282,6 +283,22 @@ class Index:
         over = rows[(self.leased.take(rows) == 0) & (self.space_of.take(rows) == _NO_NAMESPACE)]
         if len(over):
             self._give_back(over)
+
+    def free_placements(self) -> Iterator[None]:
+        """Begin to free the placements that no row has any more; returns the slices that do.
+
+        The index may change between two slices.
+        """
+        return self._free_placements(self.placements.begin_marking())
+
+    def _free_placements(self, forgotten: Iterator[None]) -> Iterator[None]:
+        yield from forgotten
+        # What a row gets from here on is marked as it gets it, whether it lies behind, ahead or is new.
+        end = self.rows_used
+        for start in range(0, end, ROWS_MARKED_PER_SLICE):
+            self.placements.mark(self.placement[start : min(start + ROWS_MARKED_PER_SLICE, end)])
+            yield
+        yield from self.placements.free_unmarked()
 
     # ---- holds ---------------------------------------------------------------------------------
 

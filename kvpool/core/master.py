@@ -49,7 +49,7 @@ from kvpool.core.pins import Pins
 from kvpool.core.placement import Placement
 from kvpool.core.removals import Removals, Why
 from kvpool.core.residency import Residency
-from kvpool.core.rows import RowRelief
+from kvpool.core.rows import PlacementRelief, RowRelief
 from kvpool.core.transfers import Transfers
 from kvpool.errors import OverloadedError
 from kvpool.model import Namespace, NodeAddress, Reason
@@ -63,6 +63,7 @@ STALL_S = 1.0
 SUSPECT_AFTER_S = 0.75
 INVENTORY_RETRY_S = 2.0
 EVICT_RETRY_S = 2.0
+EVICT_BLOCKS_MAX = 1024  # in one message: a node drops them all before it does anything else
 VICTIMS_EVERY_S = 1.0
 VICTIMS_FROM_USE = 0.5
 VICTIMS_SHARE = 0.05
@@ -99,6 +100,7 @@ class MasterState:
             self.index, self.nodes, limits, self.counters, self.removals, self._jobs, self._number, self._drop_rest
         )
         self._row_relief = RowRelief(self.index, self.backends, self._jobs)
+        self._placement_relief = PlacementRelief(self.index, self._jobs)
         self.pins = Pins(self.index, self.nodes, (epoch & 0x7FFFFFFF) << 32 | 1)
         self.transfers = Transfers(
             self.index, self.nodes, limits.lease_ttl_s, self.counters, self._jobs, self._evict, self._unlist, now
@@ -443,6 +445,7 @@ class MasterState:
         effects += self.backends.tick(up, self._last_now)
         effects += self.transfers.tick(up)
         self._row_relief.tick(self._last_now)
+        self._placement_relief.tick()
         if not self._tidying and self.index.moving():
             self._tidying = True
             self._jobs.append(self._tidy())
@@ -488,11 +491,12 @@ class MasterState:
             return []
         self.index.asked[rows] = why
         effects: list[Effect] = []
-        for blocks in bounded(self.index.runs_on(rows, incarnation)):
-            number = self._next_evict
-            self._next_evict += 1
-            node.evict_sent = number
-            effects.append(Send(node.session, Evict(number, blocks)))
+        for start in range(0, len(rows), EVICT_BLOCKS_MAX):
+            for blocks in bounded(self.index.runs_on(rows[start : start + EVICT_BLOCKS_MAX], incarnation)):
+                number = self._next_evict
+                self._next_evict += 1
+                node.evict_sent = number
+                effects.append(Send(node.session, Evict(number, blocks)))
         self.counters["blocks_asked_to_evict"] += len(rows)
         return effects
 

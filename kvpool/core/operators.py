@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,28 +67,47 @@ class Evictions:
         return len(space.table), space.stored_bytes
 
     def coldest(self, size: int) -> tuple[int, int, list[Effect]]:
+        """Do all of ``search_coldest`` at once."""
+        search = self.search_coldest(size)
+        while True:
+            try:
+                next(search)
+            except StopIteration as end:
+                found: tuple[int, int, list[Effect]] = end.value
+                return found
+
+    def search_coldest(self, size: int) -> Generator[None, None, tuple[int, int, list[Effect]]]:
         """Drop about ``size`` bytes of the coldest blocks without lease or pin, memory and files.
 
-        Returns (blocks, bytes, the first slice's effects).
+        Yields between slices of the search; returns (blocks, bytes, the first slice's effects). What was used since
+        it was found stays.
         """
-        picked, total, position = [], 0, 0
-        while total < size and (piece := self._index.recency.after(position)) is not None:
-            rows, position = piece[0].astype(np.int64), piece[1]
-            rows = rows[(self._index.leased.take(rows) == 0) & (self._index.pinned.take(rows) == 0)]
-            sizes = self._sizes(rows)
-            enough = int(np.searchsorted(np.cumsum(sizes), size - total)) + 1
-            picked.append(rows[:enough])
-            total += int(sizes[:enough].sum())
-        chosen: Rows = np.concatenate(picked) if picked else np.empty(0, np.int64)
         recency = self._index.recency
-        stamps = recency.stamps_of(chosen)
+        picked: list[tuple[Rows, NDArray[np.int64]]] = []  # with stamps
+        blocks = total = position = 0
+        newest = recency.clock  # what is touched from now on is not cold, and would be met again for ever
+        while total < size and position < newest and (piece := recency.after(position)) is not None:
+            rows, position = piece[0].astype(np.int64), piece[1]
+            stamps = recency.stamps_of(rows)
+            cold = (stamps <= newest) & (self._index.leased.take(rows) == 0) & (self._index.pinned.take(rows) == 0)
+            rows, stamps = rows[cold], stamps[cold]
+            sizes = np.cumsum(self._sizes(rows))
+            enough = min(int(np.searchsorted(sizes, size - total)) + 1, len(rows))
+            for start in range(0, enough, ROWS_PER_SLICE):
+                end = min(start + ROWS_PER_SLICE, enough)
+                picked.append((rows[start:end], stamps[start:end]))
+            blocks += enough
+            total += int(sizes[enough - 1]) if enough else 0
+            yield
+        drops = (self._drop(self._still_cold(*part)) for part in picked)
+        effects = next(drops, [])
+        if len(picked) > 1:
+            self._jobs.append(drops)
+        return blocks, total, effects
 
-        def still(part: slice) -> Rows:
-            cold: Rows = chosen[part][recency.stamps_of(chosen[part]) == stamps[part]]
-            spared = self._index.pinned.take(cold) > 0
-            return cold[~spared]
-
-        return self._begin(chosen, still)
+    def _still_cold(self, rows: Rows, stamps: NDArray[np.int64]) -> Rows:
+        cold: Rows = rows[(self._index.recency.stamps_of(rows) == stamps) & (self._index.pinned.take(rows) == 0)]
+        return cold
 
     def _begin(self, rows: Rows, still: Callable[[slice], Rows]) -> tuple[int, int, list[Effect]]:
         """Drop a slice at once, the others as long work; ``still`` says which rows of one are meant when it comes."""

@@ -2,16 +2,25 @@
 
 "Node 3 has all of it in DRAM" is true of a hundred thousand blocks at once: each distinct placement is
 kept once and blocks carry its number. A node's death then changes a few placements, not its blocks.
+
+Nobody counts the blocks of a placement. When there are many, those that blocks carry are marked, and the others freed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOWHERE = 0
+
+CROWDED_FROM = 1024
+"""So many placements are kept without asking whether blocks still carry them."""
+
+_STEPS_PER_SLICE = 1024
+_FREED_PER_SLICE = 256
 
 
 class Owner(NamedTuple):
@@ -29,6 +38,9 @@ class Placement(NamedTuple):
     owners: tuple[Owner, ...]
 
 
+_Step = tuple[int, int, Owner, bool]
+
+
 class PlacementTable:
     """Interned placements; number 0 is "nowhere".
 
@@ -40,10 +52,13 @@ class PlacementTable:
         self._numbers: dict[Placement, int] = {}
         self._placements: list[Placement | None] = [Placement(0, ())]
         self._free: list[int] = []
-        self._steps: dict[tuple[int, int, Owner, bool], int] = {}
+        self._steps: dict[_Step, int] = {}
         self._live: set[int] = set()
         self._held: dict[int, NDArray[np.bool_]] = {}
         self._none_held: NDArray[np.bool_] = np.zeros(16, bool)
+        self._marked: NDArray[np.bool_] = np.zeros(16, bool)  # carried by a block since marking began
+        self._marking = False
+        self._crowded_at = CROWDED_FROM
         self.whole: NDArray[np.bool_] = np.zeros(16, bool)
         self.complete: NDArray[np.bool_] = np.zeros(16, bool)
         self.copies: NDArray[np.int64] = np.zeros(16, np.int64)
@@ -98,19 +113,57 @@ class PlacementTable:
     def purge(self, incarnation: int) -> None:
         """Forget every placement that names this incarnation; no block may carry one any more."""
         self._live.discard(incarnation)
-        dead = set(np.flatnonzero(self.held_by(incarnation)).tolist())
-        for number in dead:
-            del self._numbers[self[number]]
-            self._placements[number] = None
-            self._free.append(number)
-            for held in self._held.values():
-                held[number] = False
+        numbers = np.flatnonzero(self.held_by(incarnation))
+        self._release(numbers)
         self._held.pop(incarnation, None)
+        dead = set(numbers.tolist())
         self._steps = {
             step: to
             for step, to in self._steps.items()
             if step[0] not in dead and to not in dead and step[2].incarnation != incarnation
         }
+
+    # ---- placements that no block carries ------------------------------------------------------
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it is time to mark: twice as many placements, or many more steps, than the last time left."""
+        many = len(self._numbers) >= self._crowded_at or len(self._steps) >= 4 * self._crowded_at
+        return many and not self._marking
+
+    def begin_marking(self) -> Iterator[None]:
+        """Mark what blocks get from now on; returns the slices that forget the steps known so far.
+
+        Call ``mark`` with the numbers of all blocks, then ``free_unmarked``; others may change blocks in between.
+        """
+        self._marking = True
+        self._marked[:] = False
+        # Steps are marked when they are taken first. One that is known already would lead to a number unseen.
+        steps, self._steps = self._steps, {}
+        return _emptied(steps)
+
+    def mark(self, numbers: NDArray[np.int32]) -> None:
+        """Keep these."""
+        self._marked[numbers] = True
+
+    def free_unmarked(self) -> Iterator[None]:
+        """Free, slice by slice, every number that was not marked."""
+        for start in range(NOWHERE + 1, len(self), _FREED_PER_SLICE):
+            part = slice(start, min(start + _FREED_PER_SLICE, len(self)))
+            unmarked = (np.flatnonzero(~self._marked[part]) + start).tolist()
+            self._release(np.array([n for n in unmarked if self._placements[n] is not None], np.int64))
+            yield
+        self._marking = False
+        self._crowded_at = max(CROWDED_FROM, 2 * len(self._numbers))
+
+    def _release(self, numbers: NDArray[np.int64]) -> None:
+        """Give numbers to others; no block may carry one, and no step lead from or to one."""
+        for number in numbers.tolist():
+            del self._numbers[self[number]]
+            self._placements[number] = None
+            self._free.append(number)
+        for held in self._held.values():
+            held[numbers] = False
 
     def _stepped(self, numbers: NDArray[np.int32], full: int, owner: Owner, *, adding: bool) -> NDArray[np.int32]:
         if not len(numbers):
@@ -127,6 +180,7 @@ class PlacementTable:
         after = self._steps.get(step)
         if after is None:
             after = self._steps[step] = self._intern(_changed(self[number], full, owner, adding=adding))
+            self._marked[number] = self._marked[after] = True
         return after
 
     def _intern(self, placement: Placement) -> int:
@@ -145,6 +199,7 @@ class PlacementTable:
                 self.whole = np.concatenate((self.whole, np.zeros_like(self.whole)))
                 self.complete = np.concatenate((self.complete, np.zeros_like(self.complete)))
                 self.copies = np.concatenate((self.copies, np.zeros_like(self.copies)))
+                self._marked = np.concatenate((self._marked, np.zeros_like(self._marked)))
                 self._none_held = np.zeros_like(self.whole)
                 self._held = {i: np.concatenate((h, np.zeros_like(h))) for i, h in self._held.items()}
             for owner in placement.owners:
@@ -163,6 +218,13 @@ class PlacementTable:
         self.whole[number] = live == placement.full != 0
         self.complete[number] = everywhere == placement.full != 0
         self.copies[number] = copies
+
+
+def _emptied(steps: dict[_Step, int]) -> Iterator[None]:
+    while steps:
+        for _ in range(min(len(steps), _STEPS_PER_SLICE)):
+            steps.popitem()
+        yield
 
 
 def _changed(before: Placement, full: int, change: Owner, *, adding: bool) -> Placement:

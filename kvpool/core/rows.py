@@ -1,4 +1,7 @@
-"""Rows of the index that are kept free: where storage is larger than the index, rows come to an end before bytes."""
+"""What of the index is kept free: rows and placements.
+
+Where storage is larger than the index, rows come to an end before bytes.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,19 @@ FREE_LEAST = 0.03
 
 FREE_AGAIN = 0.04
 NOTHING_FOUND_S = 10.0
+
+
+class PlacementRelief:
+    """Frees placements that no block has any more, when there are many."""
+
+    def __init__(self, index: Index, jobs: deque[Iterator[list[Effect]]]) -> None:
+        self._index = index
+        self._jobs = jobs
+
+    def tick(self) -> None:
+        """Begin, as long work, if it is time to."""
+        if self._index.placements.crowded:
+            self._jobs.append([] for _ in self._index.free_placements())
 
 
 class RowRelief:

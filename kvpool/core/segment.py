@@ -45,7 +45,6 @@ from kvpool.errors import (
 )
 from kvpool.model import (
     CHECKSUM_BYTES,
-    DIGEST_BYTES,
     KEY_BYTES,
     KEYS_PER_CALL_MAX,
     RESERVE_ITEMS_MAX,
@@ -61,6 +60,9 @@ NAMESPACES_MAX: Final = 4096
 # Around how many of the coldest blocks an eviction looks for a cheap window.
 _CANDIDATES_MAX: Final = 8
 _SNAPSHOT_WINDOW_BLOCKS: Final = 1024
+
+LOCAL_PREFIX_KEYS_MAX: Final = 8192
+"""Keys that a question about a prefix is answered for: a shorter one is right too, and the loop has others to serve."""
 
 
 class SegmentState:
@@ -93,6 +95,7 @@ class SegmentState:
         self._generation = 0
         self._busy_bytes = 0  # of all blocks that may not be evicted
         self._keep: set[bytes] = set()  # what operators have pinned, here or not
+        self._kept: set[Block] = set()  # what of it is here, and within the bound
         self._kept_bytes = 0
         self._infeasible_bytes = self.capacity_bytes + 1  # known to find no room until a pin or write ends
         self._orphans: set[Slot] = set()  # given up by their writers, and pinned still
@@ -417,16 +420,17 @@ class SegmentState:
             self._unpin(held.pins.pop(pin_id, ()))
 
     def local_prefix(self, namespace: bytes, shards: int, keys: bytes) -> int:
-        """Return how many leading keys have all of ``shards`` (a count) committed here."""
+        """Return how many leading keys, of the first LOCAL_PREFIX_KEYS_MAX, have all of ``shards`` (a count) here."""
         if not 1 <= shards <= SHARDS_MAX:
             raise InvalidArgumentError("shards", f"must be from 1 to {SHARDS_MAX}, not {shards}")
         check_items(namespace, (0,), keys, KEYS_PER_CALL_MAX)
         whole = (1 << shards) - 1
-        for at in range(0, len(keys), KEY_BYTES):
+        end = min(len(keys), LOCAL_PREFIX_KEYS_MAX * KEY_BYTES)
+        for at in range(0, end, KEY_BYTES):
             block = self._blocks.get(namespace + keys[at : at + KEY_BYTES])
             if block is None or block.committed & whole != whole:
                 return at // KEY_BYTES
-        return len(keys) // KEY_BYTES
+        return end // KEY_BYTES
 
     def states(self, namespace: bytes, keys: bytes) -> bytes:
         """Return a byte a key: whether some shard of it is being written, and whether some is committed."""
@@ -505,21 +509,29 @@ class SegmentState:
                 self._keep.discard(key)
                 block = self._blocks.get(key)
                 if block is not None and block.kept:
-                    block.kept = False
-                    self._kept_bytes -= block.bytes
-                    block.busy -= 1
-                    if not block.busy:
-                        self._busy_bytes -= block.bytes
-                    self._infeasible_bytes = self.capacity_bytes + 1
+                    self._kept.discard(block)
+                    self._keep_no_longer(block)
 
     def let_all_go(self) -> None:
         """Keep nothing any longer: a new session's master says anew what to keep."""
-        self.let_go([BlockRun(key[:DIGEST_BYTES], 1, 0, key[DIGEST_BYTES:]) for key in list(self._keep)])
+        # There may be a million keys, and few of their blocks here.
+        kept, self._kept, self._keep = self._kept, set(), set()
+        for block in kept:
+            self._keep_no_longer(block)
+
+    def _keep_no_longer(self, block: Block) -> None:
+        block.kept = False
+        self._kept_bytes -= block.bytes
+        block.busy -= 1
+        if not block.busy:
+            self._busy_bytes -= block.bytes
+        self._infeasible_bytes = self.capacity_bytes + 1
 
     def _keep_block(self, block: Block) -> None:
         wanted = block.committed and not block.kept and block.key in self._keep
         if wanted and self._kept_bytes + block.bytes <= self.capacity_bytes // 2:
             block.kept = True
+            self._kept.add(block)
             self._kept_bytes += block.bytes
             if not block.busy:
                 self._busy_bytes += block.bytes

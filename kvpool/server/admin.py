@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from kvpool.server.peers import rpc, rpc_stream
 
 if TYPE_CHECKING:
     from kvpool.server.master import Pool
+
+T = TypeVar("T")
 
 RESIDENTS_SLICE = 4096
 ROWS_FREE_LEAST = 0.05
@@ -160,7 +162,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if request.coldest_bytes:
             if request.namespace or request.keys:
                 raise InvalidArgumentError("coldest_bytes", "goes alone, without namespace or keys")
-            blocks, size, effects = state.evictions.coldest(request.coldest_bytes)
+            blocks, size, effects = await _in_slices(state.evictions.search_coldest(request.coldest_bytes))
             self.pool.perform(effects)
         elif request.keys:
             if len(request.keys) % KEY_BYTES:
@@ -261,3 +263,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def _kept(self) -> None:
         if self.pool.keeper is not None:
             await self.pool.keeper.kept()
+
+
+async def _in_slices(work: Generator[None, None, T]) -> T:
+    """Return what long work returns; others have their turn between its slices."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        await asyncio.sleep(0)

@@ -70,6 +70,10 @@ class Process:
         self.gone = False
         self.stalled_until = 0.0
 
+    def stand_still(self, until: float) -> None:
+        """Do nothing until then, or longer if it does so already: what waits keeps its order."""
+        self.stalled_until = max(self.stalled_until, until)
+
 
 class MasterProcess(Process):
     """A master: its state, and what a server keeps around it."""
@@ -447,11 +451,11 @@ class Cluster:
     def _stall_node(self) -> None:
         if self.nodes:
             node = self.random.choice(self.nodes)
-            node.stalled_until = self.clock() + self.random.choice((0.5, 1, 2, 5))
+            node.stand_still(self.clock() + self.random.choice((0.5, 1, 2, 5)))
             self.note("stands still", node.name)
 
     def _stall_master(self) -> None:
-        self.master.stalled_until = self.clock() + self.random.choice((0.3, 0.9, 2, 8))
+        self.master.stand_still(self.clock() + self.random.choice((0.3, 0.9, 2, 8)))
         self.note("master stands still")
 
     def _new_weather(self) -> None:

@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from kvpool.core import backends, index, keytable, nodes, operators, recency, reporter, rows, segment, transfers
+from kvpool.core import (
+    backends,
+    index,
+    keytable,
+    nodes,
+    operators,
+    placement,
+    recency,
+    reporter,
+    rows,
+    segment,
+    transfers,
+)
 
 _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (index, "ROWS_PER_SLICE", 2),
@@ -19,10 +31,15 @@ _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (nodes, "ROWS_PER_SLICE", 2),
     (transfers, "SLICE_BLOCKS", 2),
     (transfers, "DROP_AGAIN_S", (0.5, 1.0, 8.0)),
+    (placement, "CROWDED_FROM", 4),
+    (placement, "_STEPS_PER_SLICE", 2),
+    (placement, "_FREED_PER_SLICE", 2),
+    (index, "ROWS_MARKED_PER_SLICE", 16),
     (recency, "SEGMENT", 16),
     (keytable, "BUCKETS_MIN", 1),
     (keytable, "MOVE_BUCKETS", 16),
     (reporter, "DELTA_KEYS_MAX", 6),
+    (reporter, "FILES_MAX", 6),
     (reporter, "INVENTORY_KEYS_MAX", 5),
     (segment, "_SNAPSHOT_WINDOW_BLOCKS", 5),
     (reporter, "JOURNAL_DELTAS_MAX", 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import blake2b
 
 import numpy as np
@@ -10,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpool.core import index as index_module
+from kvpool.core import placement as placement_module
 from kvpool.core import recency
 from kvpool.core.holds import HARD, SOFT
 from kvpool.core.index import Index
 from kvpool.core.keytable import as_words
 from kvpool.core.leases import Leases
 from kvpool.core.messages import BlockRun
+from kvpool.core.placement import NOWHERE
 from kvpool.core.slots import file_bytes
 from kvpool.model import Namespace
 from kvpool.testing.checks import check_index
@@ -31,6 +34,9 @@ def small_slices():
     """A slice of two rows, so that sweeps and orders have many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "ROWS_PER_SLICE", 2)
+        patch.setattr(index_module, "ROWS_MARKED_PER_SLICE", 2)
+        patch.setattr(placement_module, "_STEPS_PER_SLICE", 4)
+        patch.setattr(placement_module, "_FREED_PER_SLICE", 2)
         patch.setattr(recency, "SEGMENT", 8)
         yield
 
@@ -51,6 +57,7 @@ class Twin:
         self.index.file_bytes[STORE] = 0
         self.sizes: dict[tuple[int, bytes], int] = {}
         self.pins: dict[tuple[int, bytes], int] = {}
+        self.freeing: Iterator[None] | None = None
 
     def full(self, space: int) -> int:
         return self.spaces[space].full
@@ -137,6 +144,15 @@ class Twin:
         assert sorted(lost) == sorted(had)
         assert broken == {name for name in before if name in self.held and not self.complete(name)}
 
+    def free(self, slices: int) -> None:
+        """Do some slices of freeing placements, from where the last ones ended."""
+        if self.freeing is None:
+            self.freeing = self.index.free_placements()
+        for _ in range(slices):
+            if next(self.freeing, self) is self:
+                self.freeing = None
+                return
+
     def lease(self, space: int, keys: list[int]) -> None:
         rows = self.rows(space, keys)
         self.index.lease(rows)
@@ -203,6 +219,7 @@ change = st.one_of(
     st.tuples(st.just("lease"), spaces, some_keys),
     st.tuples(st.just("unlease"), st.integers(0, 9)),
     st.tuples(st.just("use"), spaces, some_keys),
+    st.tuples(st.just("free"), st.integers(1, 9)),
 )
 
 
@@ -217,6 +234,13 @@ def test_it_says_what_the_naive_model_says(changes):
     while twin.leased:
         twin.unlease(0)
     twin.check()
+    if twin.freeing is not None:
+        twin.free(1000)
+        twin.check()
+    twin.free(1000)
+    twin.check()
+    numbers = twin.index.placements._numbers.values()
+    assert set(numbers) == set(np.unique(twin.index.placement[: twin.index.rows_used]).tolist()) - {NOWHERE}
 
 
 @given(st.lists(st.tuples(some_keys, some_incarnation), max_size=12), st.integers(1, 8))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from kvpool.core import index as index_module
 from kvpool.core import master as master_module
 from kvpool.core import nodes as nodes_module
 from kvpool.core import operators as operators_module
+from kvpool.core import placement as placement_module
+from kvpool.core import recency as recency_module
 from kvpool.core.effects import Received, Remember, Tick
 from kvpool.core.messages import (
     Ack,
@@ -289,6 +293,37 @@ def test_leases_end_with_their_time(pool):
     assert pool.master.leases.blocks == 0
 
 
+# ---- placements ------------------------------------------------------------------------------------
+
+
+def test_placements_that_are_over_are_freed_a_slice_at_a_time(monkeypatch):
+    """Blocks whose copies come and go at varying nodes do not fill the table, while all nodes live on."""
+    monkeypatch.setattr(placement_module, "CROWDED_FROM", 8)
+    monkeypatch.setattr(placement_module, "_STEPS_PER_SLICE", 4)
+    monkeypatch.setattr(placement_module, "_FREED_PER_SLICE", 4)
+    monkeypatch.setattr(index_module, "ROWS_MARKED_PER_SLICE", 2)
+    pool = Pool()
+    for session in range(1, 13):
+        pool.join(session, str(session))
+    held = dict.fromkeys(range(6), 0)  # masks of nodes
+    told = dict.fromkeys(range(1, 13), 0)
+    slices, choose = 0, random.Random(1)
+    for _ in range(1000):
+        block, session = choose.randrange(6), choose.randrange(1, 13)
+        held[block] ^= 1 << session
+        told[session] += 1
+        there, gone = ((run(block),), ()) if held[block] >> session & 1 else ((), (run(block),))
+        pool.say(session, Delta(told[session], there, gone, 0))
+        pool.perform(pool.master.handle(Tick(), pool.clock()))
+        slices += pool.master.busy
+        pool.perform(pool.master.work())
+    pool.work()
+    assert slices > 100
+    assert len(pool.master.index.placements) < 300
+    assert [block for block in held if pool.prefix(block)] == [block for block, mask in held.items() if mask]
+    check_master(pool.master)
+
+
 # ---- eviction --------------------------------------------------------------------------------------
 
 
@@ -319,6 +354,18 @@ def test_an_eviction_that_was_done_may_be_followed_by_another(pool):
     pool.say(1, Delta(1, (), evict.blocks, 950, evictions_done=evict.id))
     pool.work()
     assert pool.evicted(1) == [key(0), key(1)]
+
+
+def test_an_eviction_comes_in_messages_that_a_node_is_soon_done_with(pool, monkeypatch):
+    """However long the slices are in which blocks are found."""
+    monkeypatch.setattr(master_module, "EVICT_BLOCKS_MAX", 3)
+    pool.join(1, "a", run(*range(10)))
+    pool.say(1, Heartbeat(1600, 0))
+    pool.work()
+    sizes = [sum(len(r) for r in evict.blocks) for evict in pool.told(1, Evict)]
+    assert sizes == [3, 3, 1]
+    assert [evict.id for evict in pool.told(1, Evict)] == [1, 2, 3]
+    assert pool.master.nodes["a"].evict_sent == 3
 
 
 def test_leased_blocks_go_last_and_are_counted(pool):
@@ -440,6 +487,35 @@ def test_the_coldest_are_evicted_up_to_a_size(pool):
     assert pool.master.evictions.coldest(0) == (0, 0, [])
     blocks, size, effects = pool.master.evictions.coldest(1 << 40)
     assert (blocks, size) == (5, 6 * SIZE)
+
+
+def test_the_coldest_are_searched_a_slice_at_a_time(monkeypatch):
+    """What is used during the search is cold no more; what was used since it was found stays."""
+    monkeypatch.setattr(recency_module, "SEGMENT", 4)
+    monkeypatch.setattr(operators_module, "ROWS_PER_SLICE", 2)
+    pool = Pool()
+    pool.join(1, "a", *[run(n) for n in range(20)])
+    search = pool.master.evictions.search_coldest(1 << 40)
+    slices = 0
+    while True:
+        try:
+            next(search)
+        except StopIteration as end:
+            blocks, size, effects = end.value
+            break
+        slices += 1
+        pool.prefix(0)
+        pool.prefix(19 - slices % 3)
+    assert slices == 5
+    assert (blocks, size) == (17, 17 * SIZE)
+    pool.perform(effects)
+    assert pool.evicted(1) == [key(1)]
+    pool.perform(pool.master.work())
+    assert pool.evicted(1) == [key(n) for n in range(1, 4)]
+    pool.prefix(5)
+    pool.work()
+    assert pool.evicted(1) == [key(n) for n in range(1, 17) if n != 5]
+    check_master(pool.master)
 
 
 def test_placing_takes_turns_among_nodes_that_are_large_enough(pool):

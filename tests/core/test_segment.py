@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvpool.core import segment as segment_module
 from kvpool.core.messages import BlockRun
 from kvpool.core.segment import BEING_WRITTEN, NAMESPACES_MAX, NO_ROOM, STORED, SegmentState, header_bytes
 from kvpool.errors import (
@@ -506,6 +507,31 @@ def test_what_an_operator_has_pinned_is_spared_up_to_half_of_the_memory():
     state.check()
 
 
+def test_letting_all_go_takes_as_long_as_there_are_blocks_kept(monkeypatch):
+    """A session begins with it: a million keys without blocks must not hold up the loop."""
+    state = segment(8)
+    put(state, *range(4))
+    state.keep([run(SMALL.digest, *range(2, 10_000))])
+    looked: list[bytes] = []
+    monkeypatch.setattr(segment_module, "block_keys", lambda run: looked.append(run.keys) or [])
+    state.let_all_go()
+    assert looked == []
+    state.check()
+    monkeypatch.undo()
+    assert state.evict([run(SMALL.digest, *range(4))]) == 4 * KIB
+    state.let_all_go()
+
+
+def test_a_prefix_is_looked_for_as_far_as_one_call_may_go(monkeypatch):
+    """What lies behind is not looked at: the answer is a shorter prefix."""
+    monkeypatch.setattr(segment_module, "LOCAL_PREFIX_KEYS_MAX", 3)
+    state = segment(8)
+    put(state, *range(5))
+    assert state.local_prefix(SMALL.digest, 1, keys(*range(5))) == 3
+    assert state.local_prefix(SMALL.digest, 1, keys(*range(3))) == 3
+    assert state.local_prefix(SMALL.digest, 1, keys(0, 1, 9, 2)) == 2
+
+
 def test_a_victim_is_a_whole_block():
     """All shards of a block on this node go together, and only unpinned blocks go at all."""
     state = segment(6)
@@ -921,6 +947,7 @@ class SegmentMachine(RuleBasedStateMachine):
         self.safe &= self.wanted
         assert self.safe <= self.kept() <= self.wanted
         self.safe = self.kept()
+        assert {block.key for block in state._kept} == self.safe
         assert state.reserved == len(self.reserved)
         where = {(s.block.key, s.shard): s for s in state._slot_at.values()}
         for item, (offset, size) in self.reserved.items():
