@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from kvpool.client_bytes import Blocks, Buffer, CopyThreads, quick_switching
+from kvpool.client_bytes import Blocks, Buffer, CopyThreads, keys_at, quick_switching
 from kvpool.client_files import StorageGuards, only_in_files, storage_name
 from kvpool.client_gets import Call, Gets, result_of
 from kvpool.client_health import BreakerOpenError, Health
@@ -107,7 +107,7 @@ class Client:
         self._puts = Puts(self._peers, self._copies, self._local, lambda: self._own.id, self._place, self._counters)
         self._receives = Receives(self._peers, self._copies, self._local)
         if master is not None:
-            self._link = MasterLink(master, self._name, self._own.attach, self._health, self._lookup_s)
+            self._link = MasterLink(master, self._name, self._look_around, self._health, self._lookup_s)
         self.transfers = Transfers(self._link)
         """Prompts on their way from a prefilling engine to a decoding one."""
         if self._link is None or not self._link.wait_tried(CONNECT_S):
@@ -264,7 +264,7 @@ class Client:
             return
         for (backend, node_id, shards), numbers in only_in_files(lookup).items():
             if node.serves(backend, node_id):
-                wanted = b"".join([keys[number * KEY_BYTES : (number + 1) * KEY_BYTES] for number in numbers])
+                wanted = keys_at(keys, numbers)
                 try:
                     node.prefetch(digest, wanted, shards, backend, PREFETCH_S)
                 except KVPoolError as exc:
@@ -502,6 +502,12 @@ class Client:
 
     def _local(self) -> LocalNode | None:
         return self._own.get()
+
+    def _look_around(self) -> None:
+        self._own.attach()
+        if self._link is not None:  # else it is being made
+            self._peers.named(self._link.nodes)
+            self._storage.keep(self._own.id)
 
     def _probe_local(self) -> None:
         node = self._own.node

@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any, TypeVar
@@ -333,6 +333,11 @@ def layers_of(pieces: Sequence[Bytes], first: int, count: int, layer_bytes: int)
     if len(pieces) > 1:
         return list(pieces[first : first + count])
     return [pieces[0][first * layer_bytes : (first + count) * layer_bytes]]
+
+
+def keys_at(keys: bytes, numbers: Iterable[int]) -> bytes:
+    """Return the keys, packed, that have these numbers among ``keys``."""
+    return b"".join([keys[number * KEY_BYTES : (number + 1) * KEY_BYTES] for number in numbers])
 
 
 def pack_digests(digests: Sequence[int]) -> bytes:

@@ -52,9 +52,9 @@ def part_blocks(blocks: int, block_bytes: int, part_bytes: int) -> int:
     return -(-blocks // parts)
 
 
-def key_parts(keys: bytes) -> list[bytes]:
-    """Return keys, packed, in parts that a node does not have to look at for long."""
-    size = PART_BLOCKS_MAX * KEY_BYTES
+def key_parts(keys: bytes, shards: int = 1) -> list[bytes]:
+    """Return keys, packed, in parts that a node does not have to look at for long, with so many shards of each."""
+    size = max(1, PART_BLOCKS_MAX // shards) * KEY_BYTES
     return [keys[at : at + size] for at in range(0, len(keys), size)]
 
 
@@ -82,6 +82,12 @@ class StorageGuards:
             if guard is None:
                 guard = self._guards[key] = self._health.guard(storage_name(node_id, backend), probe)
             return guard
+
+    def keep(self, node_id: str) -> None:
+        """Forget the breakers of this host's nodes of before."""
+        with self._lock:
+            others = [key for key in self._guards if key[0] != node_id]
+            self._health.forget([self._guards.pop(key) for key in others])
 
     def all(self) -> list[Guard]:
         """Return all breakers."""

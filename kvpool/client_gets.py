@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvpool.client_bytes import Blocks, CopyThreads
+from kvpool.client_bytes import Blocks, CopyThreads, keys_at
 from kvpool.client_files import StorageGuards, judge, part_blocks
 from kvpool.client_health import Guard
 from kvpool.client_node import LocalNode
@@ -172,7 +172,7 @@ class Gets:
             return 0
         size = part_blocks(len(numbers), call.blocks.shard_bytes, node.part_bytes())
         parts = [numbers[at : at + size] for at in range(0, len(numbers), size)]
-        asked = [(b"".join(map(call.key, part)), call.blocks.some(part)) for part in parts]
+        asked = [(keys_at(call.keys, part), call.blocks.some(part)) for part in parts]
         seen: list[str] = []
         try:
             place = (call.shard, call.first_layer)

@@ -81,12 +81,12 @@ class LayeredPut:
             if wrapped.layer_bytes != self._layer_bytes:
                 problem = f"a layer of these blocks has {self._layer_bytes} bytes, not {wrapped.layer_bytes}"
                 raise InvalidArgumentError("blocks", problem)
-            with quick_switching:
-                fresh = self._node.copy_layers(self._offsets, wrapped, first_layer, self._copies)
-            for digests, more in zip(self._digests, fresh, strict=True):
-                digests.extend(more)
-            self._written = end_layer
             try:
+                with quick_switching:
+                    fresh = self._node.copy_layers(self._offsets, wrapped, first_layer, self._copies)
+                for digests, more in zip(self._digests, fresh, strict=True):
+                    digests.extend(more)
+                self._written = end_layer
                 self._tell(end_layer, pack_digests([digest for digests in fresh for digest in digests]))
             except KVPoolError as exc:
                 self._fail(exc)

@@ -24,6 +24,7 @@ from kvpool.rpc.convert import address_from_proto, namespace_to_proto
 from kvpool.rpc.status import error_of
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
 from kvpool.transport.channel import Channel, ChannelPool
+from kvpool.transport.dialing import names
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +200,10 @@ class MasterLink:
                     self._said = str(exc)
                     log.warning("no master at %s: %s", self._address, exc)
                 retry_s, pause_s = min(2 * retry_s, RETRY_MAX_S), retry_s
-            self._changed()
+            try:
+                self._changed()
+            except Exception:  # whatever it was, the thread must live: nobody else looks for the master
+                log.exception("after the handshake with the master at %s", self._address)
             self._tried.set()
             self._wake.wait(pause_s)
         self._drop()  # what was made while we were closed
@@ -228,6 +232,8 @@ class MasterLink:
             lambda timeout_s: Channel.connect_tcp(self._host, port, timeout_s), channels_max=CHANNELS_MAX
         )
         self._data_port = port
+        with contextlib.suppress(OSError, UnicodeError):
+            names.find(self._host, port, HANDSHAKE_S)  # a slow resolver is no firewall
         try:
             with pool.channel(DATA_PORT_S):
                 pass

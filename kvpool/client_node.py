@@ -14,19 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from kvpool.client_bytes import (
-    Blocks,
-    Bytes,
-    CopyThreads,
-    copy_hashed,
-    copy_plain,
-    hash_layers,
-    pack_digests,
-    unpack_digests,
-    view,
-)
+from kvpool.client_bytes import Blocks, Bytes, CopyThreads, hash_layers, keys_at, pack_digests, unpack_digests, view
+from kvpool.client_copies import copy_in, copy_out
 from kvpool.client_files import PART_BLOCKS_MAX, PART_BYTES, check_probe, fetch_ms, key_parts, reason_of
-from kvpool.client_rows import digest64, rows_in, rows_out
 from kvpool.client_unpinned import UnpinnedReads
 from kvpool.core.slot_table import ordered
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
@@ -72,14 +62,13 @@ class LocalNode:
             attached, fds = self._attach(channel, CONNECT_S)
         self.node_id, self.epoch = attached.node_id, attached.epoch
         self.backends = frozenset(attached.backends)
-        self._segment = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
-        self._memory: Bytes = np.frombuffer(self._segment.view, np.uint8)
-        self._view = view(self._memory)
-        """The same; the segment's own is gone when it is closed, which others may do while a copy is about to begin."""
+        self._segment: AttachedSegment | None = AttachedSegment.from_fd(fds[0], attached.segment_bytes)
+        self._segment_bytes = attached.segment_bytes
+        self._memory: Bytes | None = np.frombuffer(self._segment.view, np.uint8)
         self._unpinned: UnpinnedReads | None = None
         if ordered(platform.machine()):
             with contextlib.suppress(LookupError):  # a node that keeps no table
-                self._unpinned = UnpinnedReads(self._view, self._copy_items, self._touch)
+                self._unpinned = UnpinnedReads(view(self._memory), self._copy_items, self._touch)
         self._registered: set[bytes] = set()
         self.alive = True
         self.writer = secrets.randbits(63) | 1
@@ -109,17 +98,32 @@ class LocalNode:
     def prefault(self) -> None:
         """Enter the segment's pages into our page table, so that no copy has to. Takes seconds for much memory."""
         try:
-            self._segment.prefault()
+            if (segment := self._segment) is not None:
+                segment.prefault()
         except (InvalidArgumentError, ValueError) as exc:  # ValueError: closed meanwhile
             log.debug("the segment of %s is not prefaulted: %s", self.path, exc)
+
+    def memory(self) -> Bytes:
+        """Return the whole segment, mapped as long as somebody holds it. Raises UnavailableError after ``close``."""
+        if (memory := self._memory) is None:
+            raise UnavailableError("the node was let go of")
+        return memory
 
     def close(self) -> None:
         """Let go of the node; copies that still run keep the mapping until they end."""
         self.alive = False
         self._pool.close()
         self._long.close()
-        self._unpinned = None  # it refers to us
-        self._segment.close()
+        self._memory = self._unpinned = None
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
+
+    def look(self) -> None:
+        """Notice that the node has ended. Asks nothing as long as a channel that is idle is not closed."""
+        if self._pool.any_free:
+            with contextlib.suppress(KVPoolError), self._channel(CONTROL_S):
+                pass
 
     def put(
         self,
@@ -142,7 +146,7 @@ class LocalNode:
             if size <= HASH_FIRST_BYTES_MAX and not blocks.gapped and blocks.rows is None:
                 digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
 
-        with self._writes(), self._channel(timeout_s) as channel:
+        with self._writes(), self._channel(timeout_s) as channel, self._reserving():
             reservation, offsets = self._reserve(
                 channel, namespace, keys, shard, (blocks.shard_bytes, blocks.layers), timeout_s, hash_early, transfer
             )
@@ -153,7 +157,7 @@ class LocalNode:
             }
             items = [(i, offset) for i, offset in enumerate(offsets) if offset >= 0]
             if items:
-                digests = self._copy_in(items, blocks, digests, copies)
+                digests = copy_in(self.memory(), items, blocks, digests, copies)
                 checksums = pack_digests([digest for i, _ in items for digest in digests[i]])
                 commit = node_pb2.Commit(reservation=reservation)
                 reply, _ = channel.call(NodeFrame(commit=commit), NodeFrameReply, checksums, timeout_s=timeout_s)
@@ -190,36 +194,6 @@ class LocalNode:
             reply, payload = channel.call(request, NodeFrameReply, keys, timeout_s=timeout_s)
         return reply.reserved.reservation, self._places(payload, len(keys) // KEY_BYTES, 1, shard_bytes)
 
-    def _copy_in(
-        self,
-        items: list[tuple[int, int]],
-        blocks: Blocks,
-        known: list[list[int]] | None,
-        copies: CopyThreads,
-    ) -> list[list[int]]:
-        """Copy blocks into their slots; returns each one's checksums, computed on the way unless they are known."""
-        digests: list[list[int]] = known or [[]] * len(blocks)
-        if blocks.rows is not None:
-            for (i, _), found in zip(items, rows_in(self._view, blocks.rows, items, copies), strict=True):
-                digests[i] = found
-            return digests
-
-        def work(part: Sequence[tuple[int, int]]) -> None:
-            for i, offset in part:
-                slot = self._memory[offset : offset + blocks.shard_bytes]
-                if known is None:
-                    digests[i] = copy_hashed(blocks.pieces[i], [slot], blocks.layer_bytes, blocks.layers)
-                else:
-                    copy_plain(blocks.pieces[i], [slot], blocks.layer_bytes)
-
-        def quick(part: Sequence[tuple[int, int]]) -> None:
-            memory, size, pieces = self._view, blocks.shard_bytes, blocks.pieces
-            for i, offset in part:
-                memory[offset : offset + size] = view(pieces[i][0])
-
-        copies.run(items, blocks.shard_bytes, quick if known is not None and blocks.simple else work)
-        return digests
-
     # ---- layers, before the commit -------------------------------------------------------------------
 
     def begin_put(
@@ -232,7 +206,8 @@ class LocalNode:
         with contextlib.ExitStack() as held:
             held.enter_context(self._writes())
             channel = held.enter_context(self._channel(timeout_s, self._long))
-            places = self._reserve(channel, namespace, keys, shard, shape, timeout_s, transfer=transfer)
+            with self._reserving():
+                places = self._reserve(channel, namespace, keys, shard, shape, timeout_s, transfer=transfer)
             return held.pop_all(), channel, *places
 
     def copy_layers(
@@ -240,7 +215,8 @@ class LocalNode:
     ) -> list[list[int]]:
         """Copy some layers of blocks into their slots; returns their checksums."""
         begin = first_layer * blocks.layer_bytes
-        return self._copy_in([(i, offset + begin) for i, offset in enumerate(offsets)], blocks, None, copies)
+        items = [(i, offset + begin) for i, offset in enumerate(offsets)]
+        return copy_in(self.memory(), items, blocks, None, copies)
 
     @contextlib.contextmanager
     def long_channel(self, timeout_s: float) -> Iterator[Channel]:
@@ -290,8 +266,7 @@ class LocalNode:
         reasons = unpinned.get(digest, keys, blocks, shard, layers, verify, copies)
         rest = [number for number, reason in enumerate(reasons) if reason]
         if rest:
-            wanted = b"".join([keys[number * KEY_BYTES : (number + 1) * KEY_BYTES] for number in rest])
-            some = blocks.some(rest)
+            wanted, some = keys_at(keys, rest), blocks.some(rest)
             found = self._get_pinned(digest, wanted, some, shard, first_layer, verify, copies, timeout_s)
             for number, reason in zip(rest, found, strict=True):
                 reasons[number] = reason
@@ -375,13 +350,13 @@ class LocalNode:
 
     def part_bytes(self) -> int:
         """Return how much to ask of storage at a time: a small segment must hold several parts for several calls."""
-        return min(PART_BYTES, len(self._memory) // (8 * PARTS_AHEAD))
+        return min(PART_BYTES, self._segment_bytes // (8 * PARTS_AHEAD))
 
     def prefetch(self, namespace: bytes, keys: bytes, shards: Sequence[int], backend: bytes, timeout_s: float) -> None:
         """Ask for blocks to be brought from files into memory; does not wait for them."""
         with self._pool.channel(timeout_s) as channel:
             frame = NodeFrame(prefetch=node_pb2.Prefetch(namespace=namespace, shards=shards, backend=backend))
-            for part in key_parts(keys):
+            for part in key_parts(keys, len(shards)):
                 channel.send_only(frame, part, timeout_s=timeout_s)
 
     def probe_storage(self, namespace: bytes, backend: bytes) -> None:
@@ -449,29 +424,7 @@ class LocalNode:
         copies: CopyThreads,
         reasons: list[str],
     ) -> None:
-        """Copy from the segment: (number of the block, offset, first and end of its checksums) for each."""
-        if blocks.rows is not None:
-            rows_out(self._view, blocks.rows, items, checksums if verify else None, copies, reasons)
-            return
-
-        def quick(part: Sequence[tuple[int, int, int, int]]) -> None:
-            memory, size, pieces = self._view, blocks.shard_bytes, blocks.pieces
-            for i, offset, first, _ in part:
-                (target,) = pieces[i]
-                view(target)[:] = memory[offset : offset + size]
-                reasons[i] = "" if digest64(target) == checksums[first] else "corrupt"
-
-        def work(part: Sequence[tuple[int, int, int, int]]) -> None:
-            for i, offset, first, last in part:
-                slot = self._memory[offset : offset + blocks.shard_bytes]
-                if not verify:
-                    copy_plain([slot], blocks.pieces[i], blocks.layer_bytes)
-                    reasons[i] = ""
-                    continue
-                digests = copy_hashed([slot], blocks.pieces[i], blocks.layer_bytes, blocks.layers)
-                reasons[i] = "" if tuple(digests) == checksums[first:last] else "corrupt"
-
-        copies.run(items, blocks.shard_bytes, quick if verify and blocks.simple else work)
+        copy_out(self.memory(), items, checksums, blocks, verify, copies, reasons)
 
     @property
     def writing(self) -> bool:
@@ -492,6 +445,15 @@ class LocalNode:
         finally:
             with self._lock:
                 self._writing -= 1
+
+    @contextlib.contextmanager
+    def _reserving(self) -> Iterator[None]:
+        """Whom an answer is late from, however short the time, keeps what was reserved until it is attached anew."""
+        try:
+            yield
+        except (UnavailableError, FrameError):
+            self.alive = False
+            raise
 
     def local_prefix(self, namespace: Namespace, keys: bytes, timeout_s: float) -> int:
         """Return how many leading blocks this node holds whole."""
@@ -537,6 +499,6 @@ class LocalNode:
         if len(payload) != 8 * blocks * columns:
             raise FrameError(f"the answer has {len(payload)} bytes for {blocks} blocks")
         places = struct.unpack(f"<{blocks * columns}q", payload)
-        if max(places[::columns], default=0) + shard_bytes > len(self._memory):
+        if max(places[::columns], default=0) + shard_bytes > self._segment_bytes:
             raise FrameError("an offset lies outside of the segment")
         return places

@@ -46,6 +46,8 @@ class OwnNode:
         """The node attached last, alive or not."""
         self.id = ""
         """Its id, even while it is lost."""
+        self.watchers: set[Callable[[], object]] = set()
+        """Called whenever it is let go of, for those who hold on to its memory."""
         self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
         self._attach_at = 0.0
         self._closed = False
@@ -75,12 +77,16 @@ class OwnNode:
             if self._closed:
                 return
             if self.node is not None and self.node.alive:
+                self.node.look()
+            if self.node is not None and self.node.alive:
                 self._abandon(self.node)
                 return
             if self.node is not None:
                 self.node.close()
                 self._left.append(self.node)
                 self.node = None
+                for tell in list(self.watchers):
+                    tell()
             for path in self._paths():
                 try:
                     node = LocalNode(path, self._name)

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +54,9 @@ STEP_BYTES = 512 << 10
 
 SKIP_BYTES = 2 << 20
 
+UNNAMED_S = 600.0
+"""A node that the master has not named for so long is forgotten."""
+
 NodeFrame = node_pb2.NodeFrame
 NodeFrameReply = node_pb2.NodeFrameReply
 
@@ -95,6 +98,8 @@ class Peer:
 
     def __init__(self, address: NodeAddress, health: Health, connect_s: float) -> None:
         self.address = address
+        self.named_at = time.monotonic()
+        """When the master was last seen to name it."""
         self.guard = health.guard(address.node_id, self._probe)
         self._storage = StorageGuards(health)
 
@@ -262,9 +267,25 @@ class Peers:
         """A node that has moved is not missed where it was; a place that answers is kept, for answers may be old."""
         for place, peer in list(self._peers.items()):
             if peer is not present and peer.address.node_id == node_id and peer.unusable():
-                del self._peers[place]
-                self._health.forget(peer.guards)
-                peer.close()
+                self._forget(place, peer)
+
+    def _forget(self, place: tuple[str, int], peer: Peer) -> None:
+        del self._peers[place]
+        self._health.forget(peer.guards)
+        peer.close()
+
+    def named(self, nodes: Iterable[NodeAddress]) -> None:
+        """Forget nodes that the master, which names these, has not named for long: they come back as others."""
+        now = time.monotonic()
+        with self._lock:
+            for address in nodes:
+                if (peer := self._peers.get((address.host, address.port))) is not None:
+                    peer.named_at = now
+            for place, peer in list(self._peers.items()):
+                if now - peer.named_at > UNNAMED_S:
+                    self._forget(place, peer)
+                    if self._last.get(peer.address.node_id) == place:
+                        del self._last[peer.address.node_id]
 
     def unusable(self) -> set[str]:
         """Return what is left alone: places of nodes, names of their ways to storage."""

@@ -54,6 +54,8 @@ class Puts:
         with quick_switching:
             for part, some_keys, some in blocks.parts(keys, PART_BLOCKS_MAX):
                 try:
+                    if part.start and time.monotonic() >= deadline:
+                        raise UnavailableError("deadline exceeded")
                     counts.update(self._put(space, some_keys, some, shard, time_left(deadline), transfer))
                 except InvalidArgumentError:
                     raise

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from kvpool.client_bytes import Blocks, CopyThreads
+from kvpool.client_bytes import Blocks, CopyThreads, keys_at
 from kvpool.core.slot_table import SlotFinder
 from kvpool.model import KEY_BYTES
 
@@ -80,9 +80,7 @@ class UnpinnedReads:
     def _note(self, namespace: bytes, shard: int, keys: bytes, reasons: list[str]) -> None:
         """Remember uses, and tell the node of them once in a while."""
         if any(reasons):
-            keys = b"".join(
-                [keys[at * KEY_BYTES : (at + 1) * KEY_BYTES] for at, reason in enumerate(reasons) if not reason]
-            )
+            keys = keys_at(keys, [number for number, reason in enumerate(reasons) if not reason])
         with self._lock:
             self._used.setdefault((namespace, shard), []).append(keys)
             self._used_bytes += len(keys)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvpool.client import Client
 from kvpool.client_bytes import Bytes, hash_layers, pack_digests, unpack_digests
-from kvpool.client_node import BEING_WRITTEN, NO_ROOM, STORED, LocalNode
-from kvpool.client_results import PutResult
+from kvpool.client_files import key_parts
+from kvpool.client_node import BEING_WRITTEN, CONTROL_S, NO_ROOM, STORED, LocalNode
+from kvpool.client_results import PutResult, reason_of_error
 from kvpool.errors import (
     AllPinnedError,
     FrameError,
@@ -31,9 +32,6 @@ from kvpool.transport.channel import Channel
 
 log = logging.getLogger(__name__)
 
-CONTROL_S = 0.5
-"""A node that answers no question for so long is stopped."""
-
 NodeFrame = node_pb2.NodeFrame
 NodeFrameReply = node_pb2.NodeFrameReply
 
@@ -42,6 +40,11 @@ def shared_memory(client: Client) -> Bytes | None:
     """Return the whole segment of this host's node as mapped here, to be registered with a device; None without one."""
     node = client._local()
     return None if node is None else node._memory
+
+
+def watch_memory(client: Client, left: Callable[[], object]) -> None:
+    """Have ``left`` called, quick, whenever the client lets go of a node: the memory is free once nobody holds it."""
+    client._own.watchers.add(left)
 
 
 @dataclass(slots=True)
@@ -123,26 +126,48 @@ def _pin(
     layers: tuple[int, int],
     lent: LentBlocks,
 ) -> None:
+    channel = held.enter_context(node._channel(CONTROL_S))
+    lent.memory = node.memory()
+    for part in reversed(key_parts(keys)):  # a chain's head is used last
+        slots, checksums = _pin_part(held, channel, node, namespace, part, shard, layers, lent)
+        whole = len(slots) == len(part) // KEY_BYTES
+        lent.slots = slots + lent.slots if whole else slots
+        lent.checksums = checksums + lent.checksums if whole else checksums
+
+
+def _pin_part(
+    held: contextlib.ExitStack,
+    channel: Channel,
+    node: LocalNode,
+    namespace: Namespace,
+    keys: bytes,
+    shard: int,
+    layers: tuple[int, int],
+    lent: LentBlocks,
+) -> tuple[list[Bytes], list[tuple[int, ...]]]:
+    """Return the leading slots of a part, and their checksums."""
     first, end = layers
     blocks, shard_bytes = len(keys) // KEY_BYTES, namespace.shard_layers * lent.layer_bytes
-    channel = held.enter_context(node._channel(CONTROL_S))
     pin = NodeFrame(pin=node_pb2.Pin(namespace=namespace.digest, shards=[shard]))
     reply, payload = channel.call(pin, NodeFrameReply, keys, timeout_s=CONTROL_S)
     places = node._places(payload[: 16 * blocks], blocks, 2, shard_bytes)
     if not reply.pinned.pin:
-        return
+        return [], []
     held.callback(_release, channel, reply.pinned.pin)
     pinned = sum(offset >= 0 for offset in places[::2])
-    checksums = unpack_digests(payload[16 * blocks :])
+    digests = unpack_digests(payload[16 * blocks :])
     slot_layers = reply.pinned.layers
-    if len(checksums) != pinned * slot_layers:
+    if len(digests) != pinned * slot_layers:
         raise FrameError("the checksums do not fit the blocks that are pinned")
-    lent.memory = node._memory
+    memory = node.memory()
+    slots: list[Bytes] = []
+    checksums: list[tuple[int, ...]] = []
     for number, (offset, size) in enumerate(zip(places[::2], places[1::2], strict=True)):
         if offset < 0 or size != shard_bytes or slot_layers != namespace.shard_layers:
             break
-        lent.slots.append(node._memory[offset + first * lent.layer_bytes : offset + end * lent.layer_bytes])
-        lent.checksums.append(checksums[number * slot_layers + first : number * slot_layers + end])
+        slots.append(memory[offset + first * lent.layer_bytes : offset + end * lent.layer_bytes])
+        checksums.append(digests[number * slot_layers + first : number * slot_layers + end])
+    return slots, checksums
 
 
 def _release(channel: Channel, pin: int) -> None:
@@ -165,25 +190,31 @@ class LentSlots:
     """By a block's number in the put, the place of its bytes in the node's memory, layer after layer."""
     result: PutResult = field(default_factory=PutResult)
     """What is known without writing; counts the blocks stored once they are committed."""
+    node: LocalNode | None = None
     channel: Channel | None = None
-    reservation: int = 0
+    reservations: dict[int, list[int]] = field(default_factory=dict)
+    """Numbers of the blocks of each that is neither committed nor given back."""
 
     def commit(self) -> PutResult:
         """Hash what was written to the slots and store it; call when every slot is filled."""
         if self.slots and self.channel is not None:
-            commit = NodeFrame(commit=node_pb2.Commit(reservation=self.reservation))
-            checksums = pack_digests([digest for each in self._digests() for digest in each])
+            digests = self._digests()
             try:
-                reply, _ = self.channel.call(commit, NodeFrameReply, checksums, timeout_s=CONTROL_S)
+                for reservation, numbers in list(self.reservations.items()):
+                    commit = NodeFrame(commit=node_pb2.Commit(reservation=reservation))
+                    checksums = pack_digests([digest for number in numbers for digest in digests[number]])
+                    reply, _ = self.channel.call(commit, NodeFrameReply, checksums, timeout_s=CONTROL_S)
+                    self.result.stored += reply.committed.stored
+                    del self.reservations[reservation]
             except KVPoolError as exc:
-                log.debug("commit: %s", exc)
-                self.result.errors["unavailable"] = len(self.slots)
-            else:
-                self.reservation = 0
-                self.result.stored = reply.committed.stored
+                _blame(self.node, exc)
+                self._failed("unavailable", sum(map(len, self.reservations.values())))
         return self._counted()
 
-    def _digests(self) -> list[list[int]]:
+    def _failed(self, reason: str, blocks: int) -> None:
+        self.result.errors[reason] = self.result.errors.get(reason, 0) + blocks
+
+    def _digests(self) -> dict[int, list[int]]:
         digests: dict[int, list[int]] = {}
 
         def work(numbers: Sequence[int]) -> None:
@@ -191,7 +222,7 @@ class LentSlots:
                 digests[number] = hash_layers([self.slots[number]], self.shard_bytes // self.layers, self.layers)
 
         self.client._copies.run(list(self.slots), self.shard_bytes, work)
-        return [digests[number] for number in self.slots]
+        return digests
 
     def _counted(self) -> PutResult:
         result, counters = self.result, self.client._counters
@@ -215,9 +246,9 @@ def lend_slots(
     """
     blocks = len(keys) // KEY_BYTES
     shard_bytes = namespace.shard_layers * layer_bytes
-    lent = LentSlots(client, blocks, namespace.shard_layers, shard_bytes)
     client.register(namespace)
     node = client._local()
+    lent = LentSlots(client, blocks, namespace.shard_layers, shard_bytes, node=node)
     with contextlib.ExitStack() as held:
         try:
             if node is None:
@@ -227,7 +258,8 @@ def lend_slots(
             raise
         except KVPoolError as exc:
             _blame(node, exc)
-            lent.result = PutResult(errors={_reason(exc): blocks})
+            nothing = PutResult(errors={_reason(exc): blocks})
+            lent = LentSlots(client, blocks, namespace.shard_layers, shard_bytes, result=nothing)
         yield lent
 
 
@@ -235,31 +267,42 @@ def _reserve(
     held: contextlib.ExitStack, node: LocalNode, namespace: Namespace, keys: bytes, shard: int, lent: LentSlots
 ) -> None:
     held.enter_context(node._writes())
-    channel = held.enter_context(node._channel(CONTROL_S))
-    reservation, offsets = node._reserve(
-        channel, namespace, keys, shard, (lent.shard_bytes, lent.layers), CONTROL_S
-    )
-    lent.channel, lent.reservation = channel, reservation
-    held.callback(_abort, lent)
-    lent.memory = node._memory
-    lent.slots = {
-        number: node._memory[at : at + lent.shard_bytes] for number, at in enumerate(offsets) if at >= 0
-    }
-    counts = Counter(offsets)
-    lent.result.existed = counts[STORED] + counts[BEING_WRITTEN]
-    if counts[NO_ROOM]:
-        lent.result.errors["no_room"] = counts[NO_ROOM]
+    lent.channel = channel = held.enter_context(node._channel(CONTROL_S))
+    lent.memory = memory = node.memory()
+    held.callback(_abort, lent, channel)
+    first = 0
+    for part in key_parts(keys):
+        try:
+            reservation, offsets = node._reserve(
+                channel, namespace, part, shard, (lent.shard_bytes, lent.layers), CONTROL_S
+            )
+        except KVPoolError as exc:
+            if not first or channel.broken:  # with it, what was reserved is lost
+                raise
+            lent._failed(_reason(exc), lent.blocks - first)
+            break
+        slots = {number: memory[at : at + lent.shard_bytes] for number, at in enumerate(offsets, first) if at >= 0}
+        if slots:
+            lent.reservations[reservation] = list(slots)
+            lent.slots |= slots
+        counts = Counter(offsets)
+        lent.result.existed += counts[STORED] + counts[BEING_WRITTEN]
+        if counts[NO_ROOM]:
+            lent._failed("no_room", counts[NO_ROOM])
+        first += len(offsets)
 
 
-def _abort(lent: LentSlots) -> None:
-    if lent.reservation and lent.channel is not None:
-        abort = NodeFrame(abort=node_pb2.ReleaseReservation(reservation=lent.reservation))
-        with contextlib.suppress(KVPoolError):  # it dies with its connection, and its process
-            lent.channel.call(abort, NodeFrameReply, timeout_s=CONTROL_S)
+def _abort(lent: LentSlots, channel: Channel) -> None:
+    for reservation in lent.reservations:
+        abort = NodeFrame(abort=node_pb2.ReleaseReservation(reservation=reservation))
+        try:
+            channel.call(abort, NodeFrameReply, timeout_s=CONTROL_S)
+        except KVPoolError as exc:  # it dies with its process, or when the node is attached anew
+            _blame(lent.node, exc)
 
 
 def _blame(node: LocalNode | None, exc: KVPoolError) -> None:
-    log.debug("nothing is lent: %s", exc)
+    log.debug("lent slots: %s", exc)
     if node is not None and isinstance(exc, (UnavailableError, FrameError)):
         node.alive = False  # until it is attached anew
 
@@ -267,6 +310,4 @@ def _blame(node: LocalNode | None, exc: KVPoolError) -> None:
 def _reason(exc: KVPoolError) -> str:
     if isinstance(exc, TooLargeError):
         return "too_large"
-    if isinstance(exc, AllPinnedError):
-        return "no_room"
-    return "unavailable" if isinstance(exc, UnavailableError) else "refused"
+    return "no_room" if isinstance(exc, AllPinnedError) else reason_of_error(exc)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from kvpool import Client
-from kvpool.client_files import only_in_files, storage_name
+from kvpool.client_files import PART_BLOCKS_MAX, only_in_files, storage_name
 from kvpool.client_results import GetResult, Lookup, Run
-from kvpool.model import NodeAddress
+from kvpool.model import KEY_BYTES, NodeAddress
 from kvpool.rpc.v1 import master_pb2
 from tests.file_node import BACKEND, FileNode
 from tests.integration.pool import SPACE, chain_of, content_of, wait_for
@@ -311,6 +311,32 @@ def test_a_lookup_may_ask_for_reading_ahead(client: Client, own: FileNode, make:
     )
     assert client.stats()["prefetch.blocks"] == 12
     assert other.prefetched == []
+
+
+def test_many_shards_are_asked_for_in_smaller_parts(client: Client, own: FileNode) -> None:
+    """No frame is about more than a node may be asked for at once."""
+    keys, shards = bytes(range(16)) * 1100, range(65)
+    node = client._own.node
+    assert node is not None
+    node.prefetch(SPACE.digest, keys, shards, BACKEND, 5.0)
+    wait_for(lambda: sum(len(part) for _, part, _ in own.prefetched) == len(keys), "all are asked for")
+    assert all(len(part) // KEY_BYTES * len(shards) <= PART_BLOCKS_MAX for _, part, _ in own.prefetched)
+    assert {asked for asked, _, _ in own.prefetched} == {tuple(shards)}
+
+
+def test_storage_of_nodes_of_before_is_forgotten(own: FileNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the master is asked who is there."""
+    with Client(None, node=own.path) as client:
+        client.register(SPACE)
+        assert get(client, in_files(own)).prefix == BLOCKS
+        before = client._storage.all()
+        monkeypatch.setattr(client, "_link", FakeLink())
+        client._look_around()
+        assert client._storage.all() == before
+        client._own.id = "another"
+        client._look_around()
+        assert client._storage.all() == []
+        assert not set(before) & set(client._health._guards)
 
 
 def test_shards_that_no_memory_has_are_found() -> None:

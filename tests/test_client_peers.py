@@ -33,6 +33,21 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peers]:
     health.close()
 
 
+def test_nodes_that_the_master_no_longer_names_are_forgotten(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody probes them, and their channels are closed; not before they are missing for long."""
+    slow, well = peers.at(SLOW), peers.at(WELL)
+    peers.named([WELL])
+    assert peers.at(SLOW) is slow
+    monkeypatch.setattr(client_peers, "UNNAMED_S", 0.0)
+    peers.named([WELL])
+    assert peers.at(WELL) is well
+    with pytest.raises(UnavailableError, match="closed"), slow.channel(1.0):
+        pass
+    assert slow.guard not in peers._health._guards
+    assert well.guard in peers._health._guards
+    assert set(peers._last) == {"well"}
+
+
 @pytest.mark.parametrize("wait_s", [0.0, 2 * client_peers.PATIENCE_S])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_owner_that_keeps_us_waiting_does_so_once(

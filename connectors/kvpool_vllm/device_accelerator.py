@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvpool.client import GetResult, PutResult
-from kvpool.client_views import lend_blocks, lend_slots, shared_memory
+from kvpool.client_views import lend_blocks, lend_slots, shared_memory, watch_memory
 from kvpool.errors import UnavailableError
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import LOGGER_NAME
@@ -305,7 +305,10 @@ class Accelerator:
     # ---- inside --------------------------------------------------------------------------------------
 
     def _segment(self, client: Client) -> PinnedSegment | None:
-        return self._pinning.segment(shared_memory(client)) if self._pinning.possible else None
+        if not self._pinning.possible:
+            return None
+        watch_memory(client, self._pinning.let_go)
+        return self._pinning.segment(shared_memory(client))
 
     def _count(self, name: str, blocks: int) -> None:
         with self._lock:

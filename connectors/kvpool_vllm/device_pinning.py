@@ -212,20 +212,27 @@ class Pinning:
     def segment(self, memory: Bytes | None) -> PinnedSegment | None:
         """Return the segment that ``memory`` is, registering it from the first time on; None where that cannot be.
 
-        Not before there is a job: no driver call of another thread may fall into a capture of CUDA graphs.
+        Any other is let go of. Nothing is registered before there is a job: no driver call of another thread may
+        fall into a capture of CUDA graphs.
         """
-        if memory is None or self._registrar is None:
+        if self._registrar is None:
             return None
         with self._lock:
             current = self._segment
             if self._closed or (current is not None and current.memory is memory):
                 return None if self._closed else current
-            self._segment = PinnedSegment(memory, self._registrar, chunk_bytes=self._chunk_bytes)
-            self._segment.start()
-            started = self._segment
-        if current is not None:
-            start_thread(current.close, "kvpool-unpin")
+            started = None
+            if memory is not None:
+                started = PinnedSegment(memory, self._registrar, chunk_bytes=self._chunk_bytes)
+                started.start()
+            self._segment = started
+        if current is not None and start_thread(current.close, "kvpool-unpin") is None:
+            current.close()
         return started
+
+    def let_go(self) -> None:
+        """Unregister the segment of a node that is gone, on a thread of its own."""
+        self.segment(None)
 
     def close(self) -> None:
         """Unregister what is registered."""

@@ -20,9 +20,10 @@ from google.protobuf.message import Message
 from kvpool.errors import FrameError, KVPoolError, OverloadedError, UnavailableError
 from kvpool.rpc.errors import from_proto
 from kvpool.rpc.v1.types_pb2 import Error
+from kvpool.transport.dialing import dial
 from kvpool.transport.frames import HEAD, JOIN_BYTES_MAX, Buffer, frame_buffers, parse_head, parse_message, small_frame
 from kvpool.transport.shm import FDS_MAX, close_fds, receive_with_fds
-from kvpool.transport.sockets import TimedSocket, byte_views, timeval, tune_tcp
+from kvpool.transport.sockets import TimedSocket, byte_views, timeval
 
 REPLY_BYTES_MAX = 1 << 30
 """Payload of a reply that ``call`` takes into memory."""
@@ -76,26 +77,24 @@ class Channel:
     def connect_unix(cls, path: str | os.PathLike[str], timeout_s: float) -> Channel:
         """Connect to a unix socket. Raises UnavailableError when nobody answers there."""
         name = os.fspath(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # A full backlog makes a non-blocking connect fail at once; the kernel's own timeout waits.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(timeout_s))
-            sock.connect(name)
-        except OSError as exc:
-            sock.close()
-            raise UnavailableError(f"cannot reach {name}: {exc.strerror or exc}") from exc
+        with contextlib.ExitStack() as unless_connected:
+            try:
+                sock = unless_connected.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                # A full backlog makes a non-blocking connect fail at once; the kernel's own timeout waits.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(timeout_s))
+                sock.connect(name)
+            except OSError as exc:
+                raise UnavailableError(f"cannot reach {name}: {exc.strerror or exc}") from exc
+            unless_connected.pop_all()
         return cls(sock)
 
     @classmethod
     def connect_tcp(cls, host: str, port: int, timeout_s: float) -> Channel:
         """Connect over TCP. Raises UnavailableError when nobody answers there in time."""
         try:
-            sock = socket.create_connection((host, port), timeout_s)
-        except (OSError, OverflowError, UnicodeError) as exc:
+            return cls(dial(host, port, timeout_s))
+        except (OSError, UnicodeError) as exc:
             raise UnavailableError(f"cannot reach {host}:{port}: {exc}") from exc
-        sock.settimeout(None)
-        tune_tcp(sock)
-        return cls(sock)
 
     @property
     def broken(self) -> bool:
@@ -188,7 +187,10 @@ class Channel:
             reply, self.payload_left = self._receive_header(reply_type, stream=stream, fds=fds)
             if reply.id != message.id:  # type: ignore[attr-defined]
                 if reply.HasField("error"):
-                    raise from_proto(reply.error)  # type: ignore[attr-defined]  # about the whole connection
+                    error = from_proto(reply.error)  # type: ignore[attr-defined]
+                    if not reply.id:  # type: ignore[attr-defined]
+                        raise error  # about the whole connection
+                    raise UnavailableError(f"an earlier request was refused: {error}")  # which nobody waited for
                 raise FrameError(f"answer to request {reply.id}, not {message.id}")  # type: ignore[attr-defined]
         if reply.HasField("error"):
             self._take_payload()
@@ -339,7 +341,7 @@ class Channel:
         except (UnavailableError, FrameError):
             return  # not a word
         error: Error = reply.error  # type: ignore[attr-defined]
-        if error.code:
+        if error.code and reply.id in {0, self._next_id - 1}:  # type: ignore[attr-defined]
             raise from_proto(error)
 
 

@@ -78,7 +78,7 @@ def fd_control(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
 def receive_with_fds(sock: socket.socket, view: memoryview, fds: list[int], flags: int = 0) -> int:
     """Receive bytes into ``view`` and append the file descriptors that came along, close-on-exec.
 
-    Raises FrameError for more than FDS_MAX of them; none is left open then.
+    Raises FrameError for more than FDS_MAX of them, or than this process may open; none is left open then.
     """
     space = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
     done, control, message_flags, _ = sock.recvmsg_into([view], space, flags | socket.MSG_CMSG_CLOEXEC)
@@ -89,7 +89,7 @@ def receive_with_fds(sock: socket.socket, view: memoryview, fds: list[int], flag
             fds.extend(received)
     if message_flags & socket.MSG_CTRUNC or len(fds) > FDS_MAX:
         close_fds(fds)
-        raise FrameError(f"more than {FDS_MAX} file descriptors in a frame")
+        raise FrameError(f"more than {FDS_MAX} file descriptors in a frame, or than this process may open")
     return done
 
 
@@ -115,9 +115,11 @@ class MappedMemory:
     def populate(self, progress: Progress | None = None, *, advice: int = _MADV_POPULATE_WRITE) -> None:
         """Bring every page in now, so that no copy meets a page fault later; gives up the GIL meanwhile.
 
-        Raises InvalidArgumentError("segment_size") when the memory is not there.
+        Raises InvalidArgumentError("segment_size") when the memory is not there, ValueError when it is closed.
         """
         for start in range(0, self.size, _POPULATE_BYTES):
+            if self.fd < 0:
+                raise ValueError("the segment is closed")
             length = min(_POPULATE_BYTES, self.size - start)
             if _libc.madvise(self._address + start, length, advice):
                 code = ctypes.get_errno()

@@ -192,6 +192,20 @@ def test_a_restarted_node_has_another_segment(memory):
     assert pinning.segment(other) is None
 
 
+def test_a_node_that_is_gone_leaves_nothing_registered(memory):
+    """Whether a job finds that it is gone or the client says so: its memory is of use to others."""
+    runtime = Runtime()
+    pinning = Pinning(CudaRegistrar(runtime))
+    for let_go in (lambda: pinning.segment(None), pinning.let_go):
+        segment = pinning.segment(memory)
+        assert segment is not None
+        assert segment.wait(WAIT_S)
+        let_go()
+        while segment.memory is not None:
+            threading.Event().wait(0.001)
+        assert not runtime.locked
+
+
 def test_without_a_node_or_a_registrar_there_is_nothing_to_register(memory):
     """Copies go through a buffer then."""
     assert Pinning(None).segment(memory) is None

@@ -4,6 +4,7 @@ import socket
 import time
 
 from kvpool import Client, Namespace, client_master
+from kvpool.transport import dialing
 from tests.integration.pool import chain_of, wait_for
 
 
@@ -21,6 +22,24 @@ def test_lookups_fall_back_to_grpc(pool, monkeypatch):
             answer = client.lookup(Namespace("grpc only"), [bytes(16)], lease=True, timeout_ms=10_000)
             assert answer.reason == "not_stored"
             assert client.renew([12345]) == [12345]
+
+
+def test_a_slow_resolver_is_no_firewall(pool, monkeypatch):
+    """The data port is used as soon as the master's name is found, however little time a connection has."""
+    look_up = socket.getaddrinfo
+
+    def slow(host, port, **more):
+        if host == "localhost" and not more["flags"]:
+            time.sleep(0.3)
+        return look_up(host, port, **more)
+
+    monkeypatch.setattr(dialing, "names", dialing.Names())
+    monkeypatch.setattr(client_master, "names", dialing.names)
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(client_master, "DATA_PORT_S", 0.15)
+    with Client(f"localhost:{pool.port}", node="") as client:
+        wait_for(lambda: client._link.up, "the master is found")
+        assert client._link._pool is not None
 
 
 def test_puts_go_on_without_the_master(pool):

@@ -9,10 +9,13 @@ import signal
 import numpy as np
 import pytest
 
-from kvpool import Client
+from kvpool import Client, Namespace, client_files
+from kvpool.client_node import LocalNode
 from kvpool.client_views import lend_blocks, lend_slots, shared_memory
-from kvpool.errors import InvalidArgumentError
+from kvpool.errors import AllPinnedError, InvalidArgumentError
 from kvpool.model import KEY_BYTES
+from kvpool.rpc.v1.node_pb2 import NodeFrame
+from kvpool.transport.channel import Channel
 from tests.integration.pool import SPACE, Pool, wait_for
 
 LAYER_BYTES = 1000
@@ -160,6 +163,83 @@ def test_a_stopped_node_lends_nothing(client: Client, bare_pool: Pool):
     wait_for(client.has_node, "the node is attached again")
     with lend_blocks(client, SPACE, keys, LAYER_BYTES) as lent:
         assert len(lent.slots) == 1
+
+
+def frames_of(monkeypatch: pytest.MonkeyPatch, kind: str) -> list[int]:
+    """Return a list that grows by the number of keys of each such question to a node."""
+    call, start = Channel.call, Channel.start
+    seen: list[int] = []
+
+    def note(message: NodeFrame, payload: bytes) -> None:
+        if message.WhichOneof("body") == kind:
+            seen.append(len(payload) // KEY_BYTES)
+
+    def noted_call(self, message, reply_type, payload=b"", **more):
+        note(message, payload)
+        return call(self, message, reply_type, payload, **more)
+
+    def noted_start(self, message, payload=b"", **more):
+        note(message, payload)
+        return start(self, message, payload, **more)
+
+    monkeypatch.setattr(Channel, "call", noted_call)
+    monkeypatch.setattr(Channel, "start", noted_start)
+    return seen
+
+
+def test_much_is_lent_in_parts(client: Client, bare_pool: Pool, monkeypatch: pytest.MonkeyPatch):
+    """No question keeps the node for long, and all of them together are one loan."""
+    monkeypatch.setattr(client_files, "PART_BLOCKS_MAX", 2)
+    reserves, pins = frames_of(monkeypatch, "reserve"), frames_of(monkeypatch, "pin")
+    keys, data = new_keys(5), shards(5)
+    stored_before = keys[2 * KEY_BYTES : 3 * KEY_BYTES]
+    client.put(SPACE, stored_before, [data[2]])
+    reserves.clear()
+    with lend_slots(client, SPACE, keys, LAYER_BYTES) as lent:
+        assert list(lent.slots) == [0, 1, 3, 4]
+        for number, slot in lent.slots.items():
+            slot[:] = data[number]
+        result = lent.commit()
+    assert (result.stored, result.existed, result.failed) == (4, 1, 0)
+    assert reserves == [2, 2, 1]
+    with lend_blocks(client, SPACE, keys[: 3 * KEY_BYTES] + new_keys(1) + keys, LAYER_BYTES) as blocks:
+        assert [bytes(slot) for slot in blocks.slots] == [bytes(shard) for shard in data[:3]]
+        assert blocks.intact() == 3
+    with lend_blocks(client, SPACE, keys, LAYER_BYTES) as blocks:
+        assert [bytes(slot) for slot in blocks.slots] == [bytes(shard) for shard in data]
+        assert blocks.intact() == 5
+    assert pins == [1, 2, 2, 2, 2, 1, 2, 2]
+    bare_pool.wait_idle("a")
+
+
+def test_a_part_that_fails_ends_what_is_lent(client: Client, monkeypatch: pytest.MonkeyPatch):
+    """What comes before it is stored all the same."""
+    monkeypatch.setattr(client_files, "PART_BLOCKS_MAX", 2)
+    reserve, keys, data = LocalNode._reserve, new_keys(5), shards(5)
+
+    def full(self, channel, namespace, part, *more):
+        if part != keys[: 2 * KEY_BYTES]:
+            raise AllPinnedError("all is pinned")
+        return reserve(self, channel, namespace, part, *more)
+
+    monkeypatch.setattr(LocalNode, "_reserve", full)
+    with lend_slots(client, SPACE, keys, LAYER_BYTES) as lent:
+        for number, slot in lent.slots.items():
+            slot[:] = data[number]
+        result = lent.commit()
+    assert (result.stored, result.failed, result.errors) == (2, 3, {"no_room": 3})
+
+
+def test_a_commit_that_is_late_loses_the_node_and_its_slots_are_freed(client: Client, bare_pool: Pool):
+    """It may have come in half, and the node keeps what this process may still write to, until it is told."""
+    many = Namespace("many layers", layers=4096)
+    with lend_slots(client, many, new_keys(64), 8) as lent:
+        assert len(lent.slots) == 64
+        with bare_pool.nodes["a"].stopped():
+            assert lent.commit().errors == {"unavailable": 64}
+        assert not client._own.node.alive
+    wait_for(client.has_node, "the node is attached again")
+    bare_pool.wait_idle("a")
 
 
 def test_a_node_that_dies_under_a_loan(client: Client, bare_pool: Pool):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpool import Client
+from kvpool import Client, client_master
 from kvpool.client_views import lend_blocks
 from kvpool.model import KEY_BYTES
 from kvpool_vllm import device_accelerator
@@ -350,6 +350,21 @@ def test_closing_ends_the_wait_for_a_device_that_hangs(rank: Rank, monkeypatch: 
         with pytest.raises(Exception, match="closed"):
             load.result(WAIT_S)
         rank.copies.gate.set()
+
+
+def test_an_idle_engine_lets_go_of_a_node_that_dies(
+    client: Client, bare_pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    """Its memory is page-locked no longer, though no job looks for it."""
+    monkeypatch.setattr(client_master, "REFRESH_S", 0.1)
+    client._link._wake.set()
+    rank = Rank(client, Driver())
+    rank.pinned()
+    assert rank.save(new_keys(1), [0]).stored == 1
+    segment = rank.pinning.segment(client._own.node._memory)
+    bare_pool.nodes["a"].kill()
+    wait_for(lambda: not rank.driver.locked and segment.memory is None, "the memory is let go of")
+    rank.close()
 
 
 def test_the_node_goes_and_comes_back(rank: Rank, bare_pool: Pool):

@@ -10,8 +10,10 @@ from xxhash import xxh3_64_intdigest
 
 from kvpool import Client, Namespace
 from kvpool.client_bytes import Blocks, CopyThreads
+from kvpool.client_copies import copy_in, copy_out
 from kvpool.client_node import LocalNode
 from kvpool.client_rows import BlockRows
+from kvpool.errors import UnavailableError
 from kvpool.model import KEY_BYTES
 from tests.integration.pool import Pool, T, chain_of, wait_for
 
@@ -94,7 +96,7 @@ def test_rows_come_layer_by_layer(pool: Pool) -> None:
 
 @pytest.mark.parametrize("rows", [True, False])
 def test_a_node_that_is_closed_as_a_copy_begins(pool: Pool, rows: bool) -> None:
-    """Another thread may have seen the node end: the copy finds the bytes that were there, or others, but no error."""
+    """Another thread may have seen the node end: a copy that has begun goes on, a later one is told."""
     node = LocalNode(pool.socket_path("a"), "closed")
     source = tables(3)
     buffers = [BlockRows([source[0]], [3, 4]), BlockRows([tables()[0]], [1, 2])]
@@ -102,9 +104,13 @@ def test_a_node_that_is_closed_as_a_copy_begins(pool: Pool, rows: bool) -> None:
         Blocks(part if rows else list(part), bytes(2 * KEY_BYTES), 1, writable=True) for part in buffers
     ]
     copies, reasons = CopyThreads(1), ["", ""]
+    memory = node.memory()
     node.close()
     known = None if rows else [[xxh3_64_intdigest(row)] for row in source[0][3:5]]  # known digests: the quick way
-    digests = node._copy_in([(0, FREE), (1, FREE + SIZE)], into, known, copies)
+    digests = copy_in(memory, [(0, FREE), (1, FREE + SIZE)], into, known, copies)
     checksums = [digest for found in digests for digest in found]
-    node._copy_items([(0, FREE, 0, 1), (1, FREE + SIZE, 1, 2)], checksums, out, True, copies, reasons)
+    items = [(0, FREE, 0, 1), (1, FREE + SIZE, 1, 2)]
+    copy_out(memory, items, checksums, out, True, copies, reasons)
     assert reasons == ["", ""]
+    with pytest.raises(UnavailableError):
+        node._copy_items(items, checksums, out, True, copies, reasons)

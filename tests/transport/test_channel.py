@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -111,6 +113,11 @@ def test_peer_that_takes_nothing_meets_the_deadline(peer: Peer) -> None:
         (HEAD.pack(MAGIC, 1, 0) + b"\xff", errors.FrameError, "not a NodeFrameReply"),
         (answer(2), errors.FrameError, "answer to request 2, not 1"),
         (encode(NodeFrameReply(error=to_proto(errors.OverloadedError("full")))), errors.OverloadedError, "full"),
+        (
+            encode(NodeFrameReply(id=9, error=to_proto(errors.InvalidArgumentError("keys", "too many")))),
+            errors.UnavailableError,
+            "an earlier request was refused: .*too many",
+        ),
     ],
 )
 def test_bad_answers_break_the_channel(peer: Peer, data: bytes, error: type[Exception], text: str) -> None:
@@ -157,6 +164,21 @@ def test_nobody_there_is_unavailable(tmp_path: Any) -> None:
     ]
     for connect in attempts:
         with pytest.raises(errors.UnavailableError, match="cannot reach"):
+            connect()
+
+
+def test_without_file_descriptors_nobody_can_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """A shortage is like a peer that is away."""
+
+    def none_left(*arguments: Any) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socket", none_left)
+    for connect in (
+        lambda: Channel.connect_unix(tmp_path / "socket", T),
+        lambda: Channel.connect_tcp("127.0.0.1", 1, T),
+    ):
+        with pytest.raises(errors.UnavailableError, match="Too many open files"):
             connect()
 
 

@@ -9,6 +9,7 @@ import pytest
 from kvpool import client_health
 from kvpool.client import Client
 from kvpool.client_health import BreakerOpenError, Health
+from kvpool.client_master import MasterLink
 from kvpool.client_threads import started_threads
 from kvpool.errors import UnavailableError
 from kvpool.model import KEY_BYTES, Namespace
@@ -47,6 +48,21 @@ def test_a_client_without_threads_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         assert client.lookup_async(digest, bytes(KEY_BYTES)).result(10).reason
     with pytest.raises(RuntimeError):
         client.lookup_async(digest, bytes(KEY_BYTES))
+
+
+def test_nothing_ends_the_thread_that_looks_for_the_master() -> None:
+    """Without it the master would be away for ever."""
+    calls = threading.Semaphore(0)
+
+    def changed() -> None:
+        calls.release()
+        raise OSError("too many open files")
+
+    link = MasterLink("127.0.0.1:1", "test", changed, Health(3, 1.0), 0.1)
+    assert link.wait_tried(10)
+    for _ in range(2):
+        assert calls.acquire(timeout=10)
+    link.close()
 
 
 def test_a_breaker_that_nobody_watches_is_watched_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,98 @@
+"""Nodes that this host's clients lose hold of: what is left of them, here and there."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvpool import Client, client_master, client_puts
+from kvpool.client_node import LocalNode
+from tests.integration.pool import SPACE, Pool, chain_of, content_of, get_chain, put_chain, wait_for
+
+SIZE = 64 << 10
+KEYS = chain_of(3, 8)
+
+
+def memory_files() -> set[str]:
+    """Return the inodes of memfds that this process has mapped or open."""
+    maps = re.findall(r" (\d+) +/memfd:", Path("/proc/self/maps").read_text())
+    files = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return {*maps, *(str(path.stat().st_ino) for path in files if str(path.readlink()).startswith("/memfd:"))}
+
+
+def test_memory_of_a_dead_node_is_free_though_nobody_calls(bare_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle engine would else keep it from the next node, which then may not have enough to start."""
+    monkeypatch.setattr(client_master, "REFRESH_S", 0.2)
+    bare_pool.start_master()
+    bare_pool.start_node("a")
+    before = memory_files()
+    client = bare_pool.client("a")
+    put_chain(client, SPACE, KEYS, SIZE)
+    assert get_chain(client, SPACE, KEYS, SIZE).prefix == len(KEYS)
+    (mapped,) = memory_files() - before
+    bare_pool.nodes["a"].kill()
+    wait_for(lambda: mapped not in memory_files(), "the segment is unmapped")
+    bare_pool.start_node("a")
+    wait_for(lambda: client._own.node is not None, "the next one is attached without a call")
+    put_chain(client, SPACE, KEYS, SIZE)
+
+
+@pytest.mark.parametrize("unpinned", [True, False])
+def test_calls_that_lose_the_node_under_way_are_misses(pool: Pool, unpinned: bool) -> None:
+    """Its memory is unmapped once nobody copies; whoever comes later is told so."""
+    client = pool.client("a")
+    put_chain(client, SPACE, KEYS, SIZE)
+    assert get_chain(client, SPACE, KEYS, SIZE).prefix == len(KEYS)
+    layers = client.put_layers(SPACE, chain_of(4, 2), shard=0, shard_bytes=SIZE, transfer=1)
+    node = client._own.node
+    assert layers is not None
+    assert node is not None
+    if not unpinned:
+        node._unpinned = None
+    held = node.memory()
+    sum_before = int(held.sum(dtype=np.uint64))
+    find = node._unpinned
+    node.close()
+    node._unpinned, node.alive = find, True  # as for a call that began before
+    assert get_chain(client, SPACE, KEYS, SIZE).tiers.get("local", 0) == 0
+    node.alive = True
+    assert client.put(SPACE, chain_of(5, 2), [content_of(key, SIZE) for key in chain_of(5, 2)]).stored == 0
+    layers.write(0, 1, [np.zeros(SIZE // SPACE.shard_layers, np.uint8)] * 2)
+    assert layers.commit().errors == {"unavailable": 2}
+    assert int(held.sum(dtype=np.uint64)) == sum_before
+
+
+def test_slots_that_a_put_in_a_hurry_reserved_are_freed(bare_pool: Pool) -> None:
+    """The answer comes too late for it, and the node keeps them until it is told that nobody writes there."""
+    bare_pool.start_master()
+    bare_pool.start_node("a")
+    client = bare_pool.client("a")
+    put_chain(client, SPACE, KEYS, SIZE)  # a channel is open
+    others = chain_of(6, 8)
+    with bare_pool.nodes["a"].stopped():
+        assert client.put(SPACE, others, [content_of(key, SIZE) for key in others], timeout_ms=5).stored == 0
+    wait_for(client.has_node, "the node is attached again")
+    bare_pool.wait_idle("a")
+
+
+def test_parts_of_a_put_whose_time_is_over_are_not_begun(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could not be written in time."""
+    monkeypatch.setattr(client_puts, "PART_BLOCKS_MAX", 3)
+    client: Client = pool.client("a")
+    client.register(SPACE)
+    put, asked = LocalNode.put, []
+
+    def slow_put(self: LocalNode, *arguments: object) -> dict[str, int]:
+        asked.append(arguments)
+        counts = put(self, *arguments)  # type: ignore[arg-type]
+        time.sleep(max(0.0, over - time.monotonic()))
+        return counts
+
+    monkeypatch.setattr(LocalNode, "put", slow_put)
+    over = time.monotonic() + 1.1
+    result = client.put(SPACE, KEYS, [content_of(key, SIZE) for key in KEYS], timeout_ms=1000)
+    assert (len(asked), result.stored, result.errors) == (1, 3, {"unavailable": 5})
