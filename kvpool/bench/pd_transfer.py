@@ -147,8 +147,9 @@ class Times:
 
     @property
     def transfer(self) -> list[float]:
-        """What the transfer took."""
-        return [first - hit for first, hit in zip(self.first, self.hit, strict=True)]
+        """By how much the first token came later than one that only had to wait for the prefill."""
+        each = zip(self.whole, self.prefill, self.hit, strict=True)
+        return [whole - prefill - hit for whole, prefill, hit in each]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +282,9 @@ class TransferRun:
             "prefill_ms": _rounded(times.prefill),
             "copy_ms": _rounded(times.copied[RUN]),
         }
+        for name, limits in times.copied.items():
+            self._add("transfer", times.transfer, name, limits, detail)
         if way == AFTER:
-            for name, limits in times.copied.items():
-                self._add("transfer", times.transfer, name, limits, detail)
             out_of, into = ([pair[n] * 1000 for pair in times.seconds] for n in range(2))
             if any(into):
                 each = [a + b for a, b in zip(out_of, into, strict=True)]

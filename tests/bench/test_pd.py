@@ -352,15 +352,17 @@ def test_a_transfer_is_measured_beside_hits_and_copies(monkeypatch):
         TransferRun(32, 2, Prompts(1, 3, 4096), report, LIMIT_S).measure(system, bare)
     sent = [side for side, _ in pair.sent]
     assert sent.count("prefill") == 2 + 2 * 2
-    assert sent.count("decode") == 2 + 2 * 2 * (1 + HITS)
-    after, beside = pair.sent[:2], sorted(pair.sent[2:4])
+    assert sent.count("decode") == 1 + 2 + 2 * 2 * (1 + HITS)
+    first, *after = pair.sent[:3]
+    beside = sorted(pair.sent[3:5])
+    assert first == ("decode", None), "it computes a prompt before it is sent one"
     assert after == [("prefill", None), ("decode", "f")]
     assert beside[0][1] == beside[1][1] and len(beside[0][1]) == 16
     names = [(figure.name, figure.detail["decode asked"]) for figure in report.figures]
-    assert names == [("transfer", AFTER)] * 3 + [("ttft", AFTER), ("ttft", WITH)]
+    assert names == [*[("transfer", AFTER)] * 3, ("ttft", AFTER), *[("transfer", WITH)] * 3, ("ttft", WITH)]
     assert [figure.limit for figure in report.figures[:3]] == [RUN, LAYERS, COLD]
     assert all(len(figure.detail["each_ms"]) == 2 and figure.limit_value > 0 for figure in report.figures)
-    assert report.tables("t")[0].row_count == 5
+    assert report.tables("t")[0].row_count == 8
 
 
 def test_an_engine_that_hands_nothing_over_is_said():

@@ -42,8 +42,8 @@ class Lab:
         self.engines.append(ModelEngine(self.pool, self.faults, **options))
         return self.engines[-1]
 
-    def drain(self, engine: ModelEngine, *, patient: bool = False) -> None:
-        """Step until nothing is left to do, and check that nothing is held then; ``patient``: a step after all saves.
+    def drain(self, engine: ModelEngine) -> None:
+        """Step until nothing is left to do, each step after all saves, and check that nothing is held then.
 
         An engine without a model is too quick for its saves: more than may wait are left out.
         """
@@ -53,7 +53,7 @@ class Lab:
                 f"stuck: {[(r.request_id, r.status, len(r.blocks)) for r in engine.requests.values()]}"
             )
             engine.step()
-            while patient and len(engine.worker._saved) < engine.worker._unreported_saves:
+            while len(engine.worker._saved) < engine.worker._unreported_saves:
                 assert time.monotonic() < deadline, "a save does not end"
                 time.sleep(0)
         assert len(engine.pool.free) == engine.pool.num_gpu_blocks
@@ -63,10 +63,10 @@ class Lab:
         assert engine.side._saves.blocks == 0
 
     def answer(
-        self, engine: ModelEngine, prompt: list[int], tokens: int = 3, *, patient: bool = False
+        self, engine: ModelEngine, prompt: list[int], tokens: int = 3
     ) -> Request:
         request = engine.submit(f"r{random.random()}", prompt, tokens)
-        self.drain(engine, patient=patient)
+        self.drain(engine)
         assert request.answer == expected(prompt, tokens)
         return request
 
@@ -86,7 +86,7 @@ def test_second_engine_loads_what_the_first_computed(lab: Lab, mode: str) -> Non
     """In every way of loading the answer is the same, and the prompt's blocks are loaded, not computed."""
     prompt = list(range(30))
     first, second = lab.engine(**MODES[mode]), lab.engine(**MODES[mode])
-    lab.answer(first, prompt, patient=True)
+    lab.answer(first, prompt)
     lab.answer(second, prompt)
     assert second.loaded_tokens >= 28
     assert second.side.counters["load.arrived"] >= 7
