@@ -62,9 +62,7 @@ class Lab:
         assert not engine.worker._loading
         assert engine.side._saves.blocks == 0
 
-    def answer(
-        self, engine: ModelEngine, prompt: list[int], tokens: int = 3
-    ) -> Request:
+    def answer(self, engine: ModelEngine, prompt: list[int], tokens: int = 3) -> Request:
         request = engine.submit(f"r{random.random()}", prompt, tokens)
         self.drain(engine)
         assert request.answer == expected(prompt, tokens)
