@@ -233,7 +233,7 @@ class MasterLink:
         )
         self._data_port = port
         with contextlib.suppress(OSError, UnicodeError):
-            names.find(self._host, port, HANDSHAKE_S)  # a slow resolver is no firewall
+            names.find(self._host, port, HANDSHAKE_S, fresh=True)  # a slow resolver is no firewall; it may have moved
         try:
             with pool.channel(DATA_PORT_S):
                 pass

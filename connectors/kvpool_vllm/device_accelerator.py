@@ -308,7 +308,12 @@ class Accelerator:
         if not self._pinning.possible:
             return None
         watch_memory(client, self._pinning.let_go)
-        return self._pinning.segment(shared_memory(client))
+        memory = shared_memory(client)
+        segment = self._pinning.segment(memory)
+        if memory is not shared_memory(client):  # the node went just now, and nobody lets go of it once more
+            self._pinning.let_go()
+            return None
+        return segment
 
     def _count(self, name: str, blocks: int) -> None:
         with self._lock:

@@ -39,7 +39,10 @@ STALLED_S = 60.0
 """A backend of which nothing comes for so long does not answer."""
 
 CLEAN_S = 3600.0
-"""The same of a call that looks at every directory before it says anything."""
+"""The same of a call that looks at every directory, or reads every descriptor, before it says anything."""
+
+REMOVE_MAX = 100
+"""Files removed in one call: each may be a round trip."""
 
 PIECE = 1000
 PIECE_S = 1.0
@@ -124,14 +127,14 @@ class BoundedStore(StoreWrapper):
         del size
         if operation == "read":
             return call()
-        return answered(self.url, call, CLEAN_S if operation == "clean" else STALLED_S)
+        return answered(self.url, call, CLEAN_S if operation in {"clean", "namespaces"} else STALLED_S)
 
     def remove(self, names: Sequence[FileName]) -> None:
         """See BlockStore; many names are many calls."""
         failed: StoreError | None = None
-        for at in range(0, len(names), PIECE):
+        for at in range(0, len(names), REMOVE_MAX):
             try:
-                super().remove(names[at : at + PIECE])
+                super().remove(names[at : at + REMOVE_MAX])
             except StoreError as error:
                 failed = failed or error
         if failed is not None:

@@ -92,7 +92,11 @@ class FileScan:
 
 def pieces(store: BlockStore, since: float, stopped: Callable[[], bool], longest: int) -> Iterator[Scanned]:
     """Yield what a backend holds, as far as its namespaces are known, until it is ``stopped``. Raises StoreError."""
-    namespaces = tuple(store.namespaces())
+    problem = ""
+    try:
+        namespaces = tuple(store.namespaces(strict=True))
+    except StoreError as exc:  # what can be found is, but that is not all
+        problem, namespaces = str(exc), tuple(store.namespaces())
     known = {namespace.digest for namespace in namespaces}
     yield Scanned(store.id, False, namespaces=namespaces)
     sizes = _Sizes(store, longest)
@@ -112,7 +116,7 @@ def pieces(store: BlockStore, since: float, stopped: Callable[[], bool], longest
             groups, keys = {}, 0
     for file, shard_bytes in sizes.again():
         groups.setdefault((file.name.namespace, file.name.shard, shard_bytes), []).append(file.name.key)
-    yield Scanned(store.id, True, files, files, _runs(groups))
+    yield Scanned(store.id, True, files, files, _runs(groups), error=problem)
 
 
 def _runs(groups: dict[tuple[bytes, int, int], list[bytes]]) -> tuple[BlockRun, ...]:
@@ -142,8 +146,11 @@ class _Sizes:
                 found = self._known[kind] = self._read(file)
             except StoreError:
                 self._failed.setdefault(kind, []).append(file)
-                if len(self._failed[kind]) == TRIES_MAX:
+                if self._tries[kind] == TRIES_MAX:
                     raise
+            else:
+                if not found and self._tries[kind] == TRIES_MAX and kind in self._failed:
+                    raise StoreError(f"{self._store.url}: no file of {file.bytes} bytes could be understood")
         return found
 
     def again(self) -> Iterator[tuple[StoredFile, int]]:

@@ -54,6 +54,9 @@ PROBE_AGAIN: Final = 4
 What hangs does so for as long as its mount is there: another one may have taken its place.
 """
 
+PATIENCE_S_MAX: Final = 3600.0
+"""But not after more than that: each costs a thread."""
+
 CLEAN_EVERY_S: Final = 3600.0
 
 SCAN_AGAIN_S: Final = 5.0
@@ -328,7 +331,7 @@ class FileTier:
         probing = self._probes.get(number)
         if probing is not None and now - probing > self._timeout_s:
             self.state.stuck(number, now - probing, now)
-            if now - probing > PROBE_AGAIN * self._timeout_s * 2 ** self._probes_lost[number]:
+            if now - probing > min(PATIENCE_S_MAX, PROBE_AGAIN * self._timeout_s * 2 ** self._probes_lost[number]):
                 self._probes_lost[number] += 1
                 self._begin_probe(number, now)
         for worker in workers:

@@ -62,20 +62,21 @@ class Session:
         if tier is not None:
             tier.changed, tier.tell, tier.listening = self.changed, self._tell, lambda: reporter.welcomed
         self._out: asyncio.Queue[NodeMessage] = asyncio.Queue()
-        self._flush_asked = False
+        self._flush_at: asyncio.TimerHandle | None = None
         self._flushed_at = 0.0
         self._report_asked = False
         self.superseded = asyncio.Event()
 
     def changed(self) -> None:
         """Report soon; what changes meanwhile goes along."""
-        if not self._flush_asked:
-            self._flush_asked = True
+        if self._flush_at is None:
             loop = asyncio.get_running_loop()
-            loop.call_at(max(loop.time() + FLUSH_S, self._flushed_at + FLUSH_EVERY_S), self._flush)
+            self._flush_at = loop.call_at(max(loop.time() + FLUSH_S, self._flushed_at + FLUSH_EVERY_S), self._flush)
 
     def _flush(self) -> None:
-        self._flush_asked = False
+        if self._flush_at is not None:
+            self._flush_at.cancel()
+            self._flush_at = None
         self._flushed_at = asyncio.get_running_loop().time()
         if self._out.qsize() >= QUEUE_MAX:
             self.changed()  # the master takes nothing at the moment: the changes stay where they are
@@ -137,7 +138,7 @@ class Session:
         loop = asyncio.get_running_loop()
         end = loop.time() + TOLD_S
         while self._reporter.welcomed and loop.time() < end and self._tier is not None and self._tier.state.changes:
-            self.changed()
+            self._flush()
             await asyncio.sleep(FLUSH_S)
         if self._tier is not None and self._tier.state.changes:
             log.warning("the master has not been told of %d files", len(self._tier.state.changes))

@@ -16,7 +16,7 @@ from kvpool.errors import ConfigError, KVPoolError
 from kvpool.model import directory_of, format_size
 from kvpool.processes import start_thread
 from kvpool.server.filehelper import Opening
-from kvpool.server.filetier import FileTier
+from kvpool.server.filetier import PATIENCE_S_MAX, FileTier
 from kvpool.server.metrics import Value
 from kvpool.tiers.dram import Segment
 from kvpool.tiers.measured import Measured, MeasuredStore
@@ -106,9 +106,9 @@ class Known:
         self.ids: dict[str, str] = {}
         self.writers: dict[str, Writers] = {}  # of directories, each for all attempts to open it
         if self.path is not None:
-            with contextlib.suppress(OSError, ValueError):  # nothing is remembered, as at first
+            with contextlib.suppress(OSError, ValueError, TypeError):  # nothing is remembered, as at first
                 found = json.loads(self.path.read_text())
-                self.ids = {str(url): str(name) for url, name in found.items()} if isinstance(found, dict) else {}
+                self.ids = {public(str(url)): str(name) for url, name in dict(found).items()}
 
     def has(self, url: str) -> bool:
         """Whether it was used before."""
@@ -149,7 +149,7 @@ async def _open_later(settings: NodeSettings, url: str, owner: str, known: Known
         try:
             opened = await asyncio.wait_for(_open(settings, url, owner, known), patience_s)
         except TimeoutError:
-            patience_s *= 2  # each costs a thread
+            patience_s = min(2 * patience_s, PATIENCE_S_MAX)  # each costs a thread
             continue
         except ConfigError as exc:
             log.debug("%s", exc)

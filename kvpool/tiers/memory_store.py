@@ -74,8 +74,9 @@ class MemoryStore:
             found = [StoredFile(name, len(data)) for name, data in self._files.items()]
         yield from found
 
-    def namespaces(self) -> list[Namespace]:
+    def namespaces(self, *, strict: bool = False) -> list[Namespace]:
         """Return the descriptors."""
+        del strict
         return list(self._namespaces.values())
 
     def keep_namespace(self, namespace: Namespace) -> None:

@@ -298,12 +298,13 @@ class ObjectStore:
 
     # ---- beside the blocks -------------------------------------------------------------------------
 
-    def namespaces(self) -> list[Namespace]:
-        """Return the descriptors. Raises StoreError, also where one may be there and cannot be read."""
+    def namespaces(self, *, strict: bool = False) -> list[Namespace]:
+        """Return the descriptors. Raises StoreError; if ``strict`` also where one may be there and cannot be read."""
         with self._errors(NAMESPACES):
             paths = [entry["name"] for entry in self._listed([self._path(NAMESPACES)]) if entry["type"] == "file"]
             found = self._each("cat_file", paths)
-            self._checked(found)
+            if strict:
+                self._checked(found)
         read = zip(paths, found, strict=True)
         parsed = [parse_namespace(path.rpartition("/")[2], data) for path, data in read if isinstance(data, bytes)]
         return [namespace for namespace in parsed if namespace is not None]

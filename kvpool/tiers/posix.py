@@ -187,8 +187,8 @@ class PosixStore:
 
     # ---- beside the blocks -------------------------------------------------------------------------
 
-    def namespaces(self) -> list[Namespace]:
-        """Return the descriptors. Raises StoreError, also where one may be there and cannot be read."""
+    def namespaces(self, *, strict: bool = False) -> list[Namespace]:
+        """Return the descriptors. Raises StoreError; if ``strict`` also where one may be there and cannot be read."""
         found = []
         for entry in self._entries(f"{self.url}/{NAMESPACES}"):
             if entry.name.startswith("."):
@@ -196,7 +196,7 @@ class PosixStore:
             try:
                 said, _ = posix_io.read_small(entry.path, 1 << 16)
             except OSError as exc:
-                if exc.errno not in _NO_DESCRIPTOR:
+                if strict and exc.errno not in _NO_DESCRIPTOR:
                     raise self._error(exc, entry.path, writing=False) from exc
                 log.warning("%s cannot be read: %s", entry.path, exc.strerror)
                 continue

@@ -117,8 +117,11 @@ class BlockStore(Protocol):
         Those that were last written before ``since``, by the storage's own clock, may be left out.
         """
 
-    def namespaces(self) -> list[Namespace]:
-        """Return the descriptors kept beside the files; what is none is left out. Raises StoreError."""
+    def namespaces(self, *, strict: bool = False) -> list[Namespace]:
+        """Return the descriptors kept beside the files; those that cannot be read are left out. Raises StoreError.
+
+        ``strict``: also where one may be there and cannot be read.
+        """
 
     def keep_namespace(self, namespace: Namespace) -> None:
         """Keep a descriptor beside the files; idempotent. Raises StoreError."""

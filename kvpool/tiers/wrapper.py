@@ -87,9 +87,9 @@ class StoreWrapper:
             yield first
             yield from found
 
-    def namespaces(self) -> list[Namespace]:
+    def namespaces(self, *, strict: bool = False) -> list[Namespace]:
         """See BlockStore."""
-        return self.around("namespaces", 0, self.store.namespaces)
+        return self.around("namespaces", 0, lambda: self.store.namespaces(strict=strict))
 
     def keep_namespace(self, namespace: Namespace) -> None:
         """See BlockStore."""

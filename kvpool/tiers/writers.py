@@ -8,16 +8,20 @@ any more has only what is younger to look at.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from kvpool.tiers import posix_io
 from kvpool.tiers.layout import IDENTITY_FILE, WRITERS
+
+LOCK_S = 5.0
+"""How long one call waits for another one."""
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -50,7 +54,7 @@ class Writers:
         ``since``: None leaves what it says, or has a new one count from now on. Nothing is made where the backend
         itself is away, as when its filesystem is not mounted.
         """
-        with self._lock:
+        with self._locked():
             if self._left:
                 return None
             self._identity.stat()
@@ -69,6 +73,16 @@ class Writers:
                 if since < self._kept:
                     raise  # but it does not say all
                 return now
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Raises OSError where another call hangs: it may do so for ever."""
+        if not self._lock.acquire(timeout=LOCK_S):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(self._path))
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _touch(self) -> float:
         os.utime(self._path)
@@ -115,7 +129,7 @@ class Writers:
 
     def leave(self) -> None:
         """Remove our mark for good: all that we have written is known."""
-        with self._lock:
+        with self._locked():
             self._left = True
             self._path.unlink(missing_ok=True)
 

@@ -45,8 +45,8 @@ class Names:
         self._changed = threading.Condition()
         self._names.clear()
 
-    def find(self, host: str, port: int, timeout_s: float) -> Addresses:
-        """Return a host's addresses, those known last while they are looked up anew.
+    def find(self, host: str, port: int, timeout_s: float, *, fresh: bool = False) -> Addresses:
+        """Return a host's addresses, those known last while they are looked up anew, unless they must be ``fresh``.
 
         Raises OSError when there is none in time, UnicodeError for what is no name.
         """
@@ -56,9 +56,9 @@ class Names:
             pass  # a name
         with self._changed:
             name = self._names.setdefault((host, port), _Name())
-            if time.monotonic() >= name.fresh_until and not name.asked:
+            if (fresh or time.monotonic() >= name.fresh_until) and not name.asked:
                 name.asked = start_thread(self._ask, "kvpool-names", host, port, name) is not None
-            if not name.found and not self._changed.wait_for(lambda: not name.asked, timeout_s):
+            if (fresh or not name.found) and not self._changed.wait_for(lambda: not name.asked, timeout_s):
                 raise TimeoutError("its name is not found in time")
             if not name.found:
                 raise OSError(name.error)

@@ -489,7 +489,7 @@ class TestBounded:
         monkeypatch.setattr(fs_files, "CLEAN_S", 0.05)
         release = threading.Event()
         store = MemoryStore()
-        monkeypatch.setattr(store, call, lambda *args: iter(()) if release.wait(30) else None)
+        monkeypatch.setattr(store, call, lambda *args, **more: iter(()) if release.wait(30) else None)
         with pytest.raises(fs_files.StalledError, match="has not answered"):
             CALLS[call](fs_files.BoundedStore(store))
         release.set()

@@ -24,7 +24,7 @@ from kvpool.testing.store_faults import FaultyStore
 from kvpool.tiers import blockfile
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
 from kvpool.tiers.memory_store import MemoryStore
-from kvpool.tiers.store import FileName, StoredFile, StoreError, StoreFullError
+from kvpool.tiers.store import FileName, StoredFile, StoreError, StoreFullError, StoreMissingError
 from tests.server.waiting import T, until
 
 SPACE = Namespace(model="demo")
@@ -632,6 +632,31 @@ def test_a_scan_leaves_nothing_out_that_can_be_read(failures: int) -> None:
         else:
             assert told[-1].error == ""
             assert sum(len(run) for scanned in told for run in scanned.added) == 2 * TRIES_MAX
+
+    with_node(test)
+
+
+@pytest.mark.parametrize("kind", ["read", "namespaces"])
+def test_a_scan_that_does_not_see_all_says_so(kind: str) -> None:
+    """What it has found counts; it is done once more, and nothing is removed as unknown until then."""
+
+    async def test(node: Node) -> None:
+        told: list[Scanned] = []
+
+        def tell(scanned: Scanned) -> bool:
+            told.append(scanned)
+            return True
+
+        node.put(*range(2 * TRIES_MAX))
+        await until(lambda: len(list(node.store.files())) == 2 * TRIES_MAX, "all are written")
+        node.tier.tell = tell
+        node.faulty.fail_once(StoreError("Input/output error"), kind)
+        for _ in range(TRIES_MAX - 1 if kind == "read" else 0):
+            node.faulty.fail_once(StoreMissingError("evicted meanwhile"), kind)
+        node.tier.state.scans_asked.append(node.store.id)
+        await until(lambda: told and told[-1].last, "the scan has ended")
+        assert told[-1].error
+        assert sum(len(run) for scanned in told for run in scanned.added) == (0 if kind == "read" else 2 * TRIES_MAX)
 
     with_node(test)
 

@@ -105,6 +105,22 @@ def test_an_attempt_that_comes_late_leaves_the_mark_alone(opening, tmp_path, mon
     assert float(mark.read_text()) == says[0]
 
 
+class Identified:
+    """Of a store, what is remembered."""
+
+    id = bytes(16)
+
+
+def test_what_is_remembered_has_no_secrets(tmp_path):
+    """Nor does it go on having those that it had before."""
+    (tmp_path / "backends.json").write_text('{"sftp://me:word@host/kv": "ab", "/mnt/kv": "cd"}')
+    known = storage.Known(str(tmp_path))
+    assert known.has("sftp://me:word@host/kv") and known.has("sftp://host/kv") and known.has("/mnt/kv")
+    known.remember("sftp://me:word@host/other", Identified())
+    assert "word" not in (tmp_path / "backends.json").read_text()
+    assert storage.Known(str(tmp_path)).has("sftp://host/other")
+
+
 def test_another_backend_in_its_place_is_taken_and_remembered(opening, tmp_path, caplog):
     """The files are named by their content: nothing can be mixed up, but somebody should know."""
     (first,) = opening()

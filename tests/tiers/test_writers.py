@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from kvpool.tiers import writers
 from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import FileName
 from kvpool.tiers.writers import Writers
@@ -39,6 +41,26 @@ def test_others_see_a_mark_since_when_and_that_it_is_touched(root: str) -> None:
     assert other.others()[mine.name].since == began + 100
     assert mine.others() == {}
     assert not list(Path(root).rglob("*.tmp"))
+
+
+def test_a_call_that_hangs_keeps_no_other_one_waiting_for_ever(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mount may have been replaced meanwhile."""
+    monkeypatch.setattr(writers, "LOCK_S", 0.05)
+    mine, hangs, goes_on = Writers(root, OLD), threading.Event(), threading.Event()
+
+    def touch(self: Writers, since: float | None) -> float:
+        hangs.set()
+        assert goes_on.wait(10)
+        return 1.0
+
+    monkeypatch.setattr(Writers, "_write", touch)
+    thread = threading.Thread(target=mine.keep, args=(None,))
+    thread.start()
+    assert hangs.wait(10)
+    with pytest.raises(TimeoutError):
+        mine.keep(None)
+    goes_on.set()
+    thread.join(10)
 
 
 def test_a_mark_is_of_a_process_and_of_a_node(root: str) -> None:

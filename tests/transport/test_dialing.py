@@ -104,6 +104,20 @@ def test_what_was_known_last_is_used_while_it_is_looked_up_anew(
     assert hosts(names.find(NAME, 1, 0.0)) == ["127.0.0.2"]
 
 
+def test_who_must_have_it_fresh_waits_for_it(resolver: Resolver) -> None:
+    """What was found a moment ago may be where nobody is any more; what cannot be had in time is what was known."""
+    names = Names()
+    assert hosts(names.find(NAME, 1, T)) == ["127.0.0.1"]
+    resolver.says = ["127.0.0.2"]
+    assert hosts(names.find(NAME, 1, T)) == ["127.0.0.1"]
+    assert hosts(names.find(NAME, 1, T, fresh=True)) == ["127.0.0.2"]
+    resolver.gate.clear()
+    with pytest.raises(TimeoutError):
+        names.find(NAME, 1, 0.01, fresh=True)
+    assert hosts(names.find(NAME, 1, 0.01)) == ["127.0.0.2"]
+    resolver.gate.set()
+
+
 def test_a_name_that_nobody_knows_says_so(resolver: Resolver) -> None:
     """And is looked up again by the next who asks."""
     resolver.says = []
