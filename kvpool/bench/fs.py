@@ -112,8 +112,8 @@ class FsBench:
         with (
             bench_pool(None, segment_size=sizes.segment_bytes, master_flags=catalog, node_flags=flags) as pool,
             connected(pool.master, sizes.namespace, node=pool.sockets[0], name="fs") as client,
+            closing(FilePool(pool, client, sizes, mode, kept / "files")) as files,
         ):
-            files = FilePool(pool, client, sizes, mode, kept / "files")
             self._report.step(f"{format_size(sizes.block_bytes)}: making directories")
             keys = files.make_directories()
             self._sequential(files)
@@ -126,7 +126,8 @@ class FsBench:
         """Fill and read in turns with large raw files, and with raw files like the pool's: as many, of their size.
 
         A disk may read what was written last much faster than the rest, and files in one place than in another:
-        those like the pool's are written in its directories, and are its own when they are read.
+        those like the pool's are written in its directories, and are its own when they are read; out of
+        and into as much memory as its node has.
         """
         size = self._sizes.bytes
         raw = LargeFiles(self._directory, size, self._sizes.block_bytes, self._mode)

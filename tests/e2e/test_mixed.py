@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,28 @@ def mixed_load(rng: random.Random) -> list[dict[str, Any]]:
             one["abort_after"] = rng.randrange(1, 12)
         load.append(one)
     return load
+
+
+@contextlib.contextmanager
+def stumbling(*pids: int) -> Iterator[None]:
+    """Stop each of the processes for a moment, again and again: everybody then opens a channel, so many as may be."""
+    over = threading.Event()
+
+    def stumble() -> None:
+        while not over.is_set():
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(0.2)  # less than any of them is given up for
+                os.kill(pid, signal.SIGCONT)
+                over.wait(0.2)
+
+    thread = threading.Thread(target=stumble)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def cold_answers(engine: EngineProcess, load: list[dict[str, Any]]) -> dict[tuple[int, ...], list[int]]:
@@ -122,7 +145,8 @@ def test_mixed_requests_on_two_ranks(small_pool: Pool, model: Path) -> None:
         start = settled(engine, small_pool)
         cold = cold_answers(engine, load)
         assert sum(map(len, cold.values())) > len(cold), "tokens beyond the first"
-        engine.ask("mixed", requests=load[:200], at_once=16)  # opens the channels that stay
+        with stumbling(small_pool.node.pid, small_pool.master.pid):
+            engine.ask("mixed", requests=load[:200], at_once=16)
         assert settled(engine, small_pool) == start
         opened, state, known = descriptors(engine, small_pool), engine.state(), small_pool.control("status")
 
