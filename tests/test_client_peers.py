@@ -64,6 +64,8 @@ def test_an_owner_that_keeps_us_waiting_does_so_once(
         return [""] * len(items)
 
     monkeypatch.setattr(Peer, "get", get)
+    if not wait_s:
+        monkeypatch.setattr(client_peers, "PATIENCE_S", 60.0)  # whatever the machine does meanwhile, it was quick
     copies = CopyThreads(threads)
     copies.streams = threads
     wanted = [

@@ -114,7 +114,11 @@ class Pool:
     def start(self) -> None:
         """Start both, where they were before."""
         self.master = self._start("master", "--port", self.address.rpartition(":")[2])
-        self.node = self._start_node()
+        try:
+            self.node = self._start_node()
+        except BaseException:
+            self.master.kill()  # nobody holds anything that could be closed
+            raise
 
     def kill(self) -> None:
         """Kill -9 both, and wait until they are gone."""
@@ -135,7 +139,11 @@ class Pool:
         socket_path = str(self._folder / "node.sock")
         segment = ("--segment_size", self._segment_size, "--socket_path", socket_path)
         node = self._start("node", "--master", self.address, *segment)
-        self._wait_ready(node)
+        try:
+            self._wait_ready(node)
+        except BaseException:
+            node.kill()
+            raise
         return node
 
     def control(self, *command: str) -> Any:

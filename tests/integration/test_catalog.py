@@ -132,6 +132,7 @@ def test_files_beyond_the_capacity_are_removed_the_coldest_first(bare_pool, tmp_
     client = bare_pool.client("a")
     client.register(SPACE)
     put_chain(client, SPACE, chain_of(2, 3 * BLOCKS), SIZE)
+    wait_for(lambda: bare_pool.status().counters["files_removed"] > 0, "files are removed", 60)
     wait_for(lambda: backend(bare_pool).removing_bytes == 0 and 0 < backend(bare_pool).used_bytes <= 0.8 * (4 << 20),
              "the backend is below its watermark", 60)  # fmt: skip
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,8 +134,10 @@ def test_a_name_that_leads_to_nobody_is_looked_up_anew(resolver: Resolver, port:
     with pytest.raises(OSError, match="refused"):
         dial(NAME, port, T)
     resolver.says = ["127.0.0.1"]
+    resolver.gate.clear()  # until it is known that nobody answers there
     with pytest.raises(OSError, match="refused"):
         dial(NAME, port, T)
+    resolver.gate.set()
     with dialing.names._changed:
         assert dialing.names._changed.wait_for(lambda: not dialing.names._names[NAME, port].asked, T)
     dial(NAME, port, T).close()
@@ -150,6 +153,7 @@ def test_addresses_share_the_time(resolver: Resolver, monkeypatch: pytest.Monkey
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(dialing, "_connect", connect)
+    monkeypatch.setattr(dialing, "time", SimpleNamespace(monotonic=lambda: 100.0))
     resolver.says = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
     with pytest.raises(TimeoutError):
         dial(NAME, port, 3.0)
