@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from kvpool.bench.fs_raw import Mode, Slots, forget_all, read_files, write_files
+from kvpool.bench.fs_raw import Mode, forget_all, read_files, write_files
 from kvpool.bench.harness import BenchError
+from kvpool.bench.limits import Walk
 from kvpool.bench.pool import ASK_S, BenchPool
 from kvpool.client import Client
 from kvpool.client_results import GetResult
@@ -89,14 +91,18 @@ class FilePool:
         self._directory = directory
         self._space = sizes.namespace
         self._reasons = ""
-        self._slots = Slots(sizes.segment_bytes, extent_bytes(sizes.block_bytes, self._space.layers))
         rng = np.random.default_rng(sizes.block_bytes)
+        file_bytes = extent_bytes(sizes.block_bytes, self._space.layers)
+        self._walk = Walk(sizes.segment_bytes, file_bytes, header_bytes=0, unit=mmap.PAGESIZE)
+        content = rng.integers(0, 256, file_bytes, np.uint8)  # does not compress
+        for _ in range(self._walk.blocks):
+            self._walk.next()[:] = content
         self._source = list(rng.integers(0, 256, (sizes.batch, sizes.block_bytes), np.uint8))
         self._targets = [[np.ones(sizes.block_bytes, np.uint8) for _ in self._source] for _ in range(AT_ONCE)]
 
     def close(self) -> None:
         """Give memory back."""
-        self._slots.close()
+        self._walk.close()
 
     def catalogued(self) -> int:
         """Return how many blocks the master knows to be in files. Raises BenchError."""
@@ -148,7 +154,7 @@ class FilePool:
         keys = split_keys(os.urandom(KEY_BYTES * self._sizes.blocks))
         paths = [path.with_suffix(".raw") for path in self._paths(keys)]
         try:
-            return write_files(paths, self._slots, self._mode)
+            return write_files(paths, self._walk, self._mode)
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)
@@ -156,7 +162,7 @@ class FilePool:
     def read_raw(self, keys: Sequence[bytes]) -> float:
         """Read the files of some blocks without the pool; returns seconds."""
         self.forget()
-        return read_files(self._paths(split_keys(b"".join(keys))), self._slots, self._mode)
+        return read_files(self._paths(split_keys(b"".join(keys))), self._walk, self._mode)
 
     def _paths(self, keys: Sequence[bytes]) -> list[Path]:
         return [self._directory / BLOCKS / str(FileName(self._space.digest, key, 0)) for key in keys]

@@ -6,7 +6,6 @@ has for it, and nothing else: no checksums, no index, no copies that the way of 
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 import threading
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kvpool.bench.limits import Walk
+from kvpool.client_bytes import view
 from kvpool.tiers import posix_io
-from kvpool.transport.shm import MappedMemory, create_memfd
 
 PACK_BYTES = 256 << 20
 """Size of a file that holds many blocks."""
@@ -139,51 +139,28 @@ class LargeFiles:
             path.unlink(missing_ok=True)
 
 
-class Slots:
-    """Shared memory as large as a node's, in pieces of a file's size: it is used in turn, and as cold as slots are."""
-
-    def __init__(self, memory_bytes: int, size: int) -> None:
-        self._size = size
-        self._step = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        count = max(1, memory_bytes // self._step)
-        self._memory = MappedMemory(create_memfd("kvpool-bench", count * self._step), count * self._step)
-        piece = os.urandom(size)
-        for number in range(count):
-            self._memory.view[number * self._step : number * self._step + size] = piece
-        self._numbers = itertools.cycle(range(count))  # advancing it is atomic
-
-    def next(self) -> memoryview:
-        """Return the piece that was not used for the longest time."""
-        start = next(self._numbers) * self._step
-        return self._memory.view[start : start + self._size]
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._memory.close()
-
-
-def write_files(paths: Sequence[Path], slots: Slots, mode: Mode) -> float:
-    """Write new files, each by one call; returns seconds."""
+def write_files(paths: Sequence[Path], walk: Walk, mode: Mode) -> float:
+    """Write new files of a walk's blocks, each by one call; returns seconds."""
 
     def work(first: int) -> None:
         for path in paths[first :: mode.threads]:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | mode.flag, 0o600)
             try:
-                _move(os.pwrite, fd, slots.next(), 0)
+                _move(os.pwrite, fd, view(walk.next()), 0)
             finally:
                 os.close(fd)
 
     return in_threads(mode.threads, work)
 
 
-def read_files(paths: Sequence[Path], slots: Slots, mode: Mode) -> float:
-    """Read whole files, each by one call; returns seconds."""
+def read_files(paths: Sequence[Path], walk: Walk, mode: Mode) -> float:
+    """Read whole files into a walk's blocks, each by one call; returns seconds."""
 
     def work(first: int) -> None:
         for path in paths[first :: mode.threads]:
             fd = os.open(path, READ_ONCE | mode.flag)
             try:
-                _move(_read, fd, slots.next(), 0)
+                _move(_read, fd, view(walk.next()), 0)
             finally:
                 os.close(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 import time
@@ -22,25 +23,27 @@ _GET, _PUT = b"G", b"P"
 
 
 class Walk:
-    """Shared memory as large as a segment, walked through block by block as slots are: as cold as theirs."""
+    """Shared memory as large as a segment, walked through block by block as slots are: as cold as theirs.
 
-    def __init__(self, size: int, block_bytes: int) -> None:
-        """Map and populate it."""
+    Several threads may walk.
+    """
+
+    def __init__(self, size: int, block_bytes: int, *, header_bytes: int = HEADER_BYTES, unit: int = 1) -> None:
+        """Map and populate it. Each block begins after a header, and both take a multiple of ``unit``."""
         fd = create_memfd("kvpool-bench", size)
         self._memory = MappedMemory(fd, size)
         self._memory.populate()
         seal(fd)
         self._bytes: Bytes = np.frombuffer(self._memory.view, np.uint8)
         self._block_bytes = block_bytes
-        self._at = 0
+        step = -(-(header_bytes + block_bytes) // unit) * unit
+        starts = range(header_bytes, size - step + header_bytes + 1, step)
+        self.blocks = len(starts)
+        self._starts = itertools.cycle(starts)  # advancing it is atomic
 
     def next(self) -> Bytes:
         """Return the next block."""
-        step = HEADER_BYTES + self._block_bytes
-        if self._at + step > len(self._bytes):
-            self._at = 0
-        start = self._at + HEADER_BYTES
-        self._at += step
+        start = next(self._starts)
         return self._bytes[start : start + self._block_bytes]
 
     def close(self) -> None:

@@ -574,16 +574,23 @@ def test_probes_that_never_return_are_rare() -> None:
     with_node(test)
 
 
+def scanned(node: Node) -> list[Scanned]:
+    """Have the backend scanned; returns what is told of it, piece by piece."""
+    told: list[Scanned] = []
+
+    def tell(piece: Scanned) -> bool:
+        told.append(piece)
+        return True
+
+    node.tier.tell = tell
+    node.tier.state.scans_asked.append(node.store.id)
+    return told
+
+
 def test_a_scan_ends_whatever_a_store_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect is the scan's end and said to be; a file that is far too long is no block."""
 
     async def test(node: Node) -> None:
-        told: list[Scanned] = []
-
-        def tell(scanned: Scanned) -> bool:
-            told.append(scanned)
-            return True
-
         def files(since: float) -> Iterator[StoredFile]:
             yield StoredFile(named(2), 1 << 62)
             yield from found
@@ -594,15 +601,13 @@ def test_a_scan_ends_whatever_a_store_does(monkeypatch: pytest.MonkeyPatch) -> N
         node.put(1)
         await until(lambda: list(node.store.files()), "it is written")
         found = list(node.store.files())
-        node.tier.tell = tell
         monkeypatch.setattr(node.faulty, "files", files)
-        node.tier.state.scans_asked.append(node.store.id)
+        told = scanned(node)
         await until(lambda: told and told[-1].last, "the scan has ended")
         assert (told[-1].error, told[-1].files) == ("", 2)
         assert [run.keys for run in told[-1].added] == [key(1)]
-        told.clear()
         monkeypatch.setattr(node.faulty, "files", defect)
-        node.tier.state.scans_asked.append(node.store.id)
+        told = scanned(node)
         await until(lambda: told and told[-1].last, "the scan has ended")
         assert told[-1].error == "a defect"
 
@@ -614,24 +619,17 @@ def test_a_scan_leaves_nothing_out_that_can_be_read(failures: int) -> None:
     """A file that tells what others of its length hold may fail for a moment; if many do, it is the backend."""
 
     async def test(node: Node) -> None:
-        told: list[Scanned] = []
-
-        def tell(scanned: Scanned) -> bool:
-            told.append(scanned)
-            return True
-
         node.put(*range(2 * TRIES_MAX))
         await until(lambda: len(list(node.store.files())) == 2 * TRIES_MAX, "all are written")
         for _ in range(failures):
             node.faulty.fail_once(StoreError("Input/output error"), "read")
-        node.tier.tell = tell
-        node.tier.state.scans_asked.append(node.store.id)
+        told = scanned(node)
         await until(lambda: told and told[-1].last, "the scan has ended")
         if failures == TRIES_MAX:
             assert told[-1].error == "Input/output error"
         else:
             assert told[-1].error == ""
-            assert sum(len(run) for scanned in told for run in scanned.added) == 2 * TRIES_MAX
+            assert sum(len(run) for piece in told for run in piece.added) == 2 * TRIES_MAX
 
     with_node(test)
 
@@ -641,22 +639,15 @@ def test_a_scan_that_does_not_see_all_says_so(kind: str) -> None:
     """What it has found counts; it is done once more, and nothing is removed as unknown until then."""
 
     async def test(node: Node) -> None:
-        told: list[Scanned] = []
-
-        def tell(scanned: Scanned) -> bool:
-            told.append(scanned)
-            return True
-
         node.put(*range(2 * TRIES_MAX))
         await until(lambda: len(list(node.store.files())) == 2 * TRIES_MAX, "all are written")
-        node.tier.tell = tell
         node.faulty.fail_once(StoreError("Input/output error"), kind)
         for _ in range(TRIES_MAX - 1 if kind == "read" else 0):
             node.faulty.fail_once(StoreMissingError("evicted meanwhile"), kind)
-        node.tier.state.scans_asked.append(node.store.id)
+        told = scanned(node)
         await until(lambda: told and told[-1].last, "the scan has ended")
         assert told[-1].error
-        assert sum(len(run) for scanned in told for run in scanned.added) == (0 if kind == "read" else 2 * TRIES_MAX)
+        assert sum(len(run) for piece in told for run in piece.added) == (0 if kind == "read" else 2 * TRIES_MAX)
 
     with_node(test)
 
