@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import struct
 import threading
@@ -48,9 +49,15 @@ PROGRESS_S = 0.4
 PATIENCE_S = 0.1
 """A failure that took longer is not waited for again in the same call."""
 
-REQUEST_BYTES = 32 << 20
-STEP_BYTES = 512 << 10
-"""What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs."""
+REQUEST_BYTES = 128 << 20
+"""What is asked for at once: between two requests nothing is on its way."""
+
+GATHER_BYTES = 32 << 20
+"""Of blocks with gaps, what is copied to be sent at once."""
+
+STEP_BYTES = 256 << 10
+"""What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs.
+While it is hashed nothing is taken from the socket: much more, and the sender has to wait."""
 
 SKIP_BYTES = 2 << 20
 
@@ -169,7 +176,6 @@ class Peer:
         if backend:
             request.backend, request.fetch_ms, progress_s = backend, fetch_ms(timeout_s), timeout_s
         keys = b"".join([item.key for item in items])
-        reasons = []
         with self._pool.channel(timeout_s) if backend else self.channel(timeout_s) as channel:
             reply = channel.begin(
                 NodeFrame(get=request), NodeFrameReply, keys, timeout_s=timeout_s, progress_s=progress_s
@@ -180,19 +186,7 @@ class Peer:
             checksums = unpack_digests(take(channel, CHECKSUM_BYTES * layers * here))
             if here and layers != want.layers:
                 raise FrameError(f"the node sends {layers} layers, {want.layers} were asked for")
-            at = 0
-            for size, item in zip(sizes, items, strict=True):
-                if size < 0:
-                    reasons.append(reason_of(size))
-                    continue
-                if size != want.bytes:
-                    skip(channel, size)
-                    reasons.append("wrong_size")
-                else:
-                    digests = receive_hashed(channel, item.pieces, want)
-                    reasons.append("" if digests == list(checksums[at : at + layers]) else "corrupt")
-                at += layers
-        return reasons
+            return receive_blocks(channel, sizes, [item.pieces for item in items], want, checksums)
 
     def put(
         self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float, transfer: int = 0
@@ -235,7 +229,7 @@ class Peer:
         """Store blocks that have gaps: sockets send runs of bytes, so some of them at a time are copied."""
         deadline = time.monotonic() + timeout_s
         counts: Counter[str] = Counter()
-        for _, some_keys, some in blocks.parts(keys, max(1, REQUEST_BYTES // blocks.shard_bytes)):
+        for _, some_keys, some in blocks.parts(keys, max(1, GATHER_BYTES // blocks.shard_bytes)):
             counts.update(self.put(namespace, some_keys, some.gathered(), shard, time_left(deadline), transfer))
         return dict(counts)
 
@@ -424,32 +418,63 @@ def skip(channel: Channel, size: int) -> None:
         channel.recv_into([nowhere[: min(SKIP_BYTES, size - start)]])
 
 
-def receive_hashed(channel: Channel, pieces: list[Bytes], want: Want) -> list[int]:
-    """Receive a block into its buffers, hashing each step while it is in the cache."""
-    if pieces[0].ndim > 1:
-        return [_receive_scattered(channel, layer_of(pieces, n, want.layer_bytes)) for n in range(want.layers)]
-    digests: list[int] = []
-    if want.layer_bytes <= STEP_BYTES:
-        step = STEP_BYTES // want.layer_bytes
-        for first in range(0, want.layers, step):
-            count = min(step, want.layers - first)
-            some = layers_of(pieces, first, count, want.layer_bytes)
-            channel.recv_into([view(piece) for piece in some])
-            digests += hash_layers(some, want.layer_bytes, count)
-        return digests
-    for layer in range(want.layers):
-        target = layer_of(pieces, layer, want.layer_bytes)
-        digest: Any = xxhash.xxh3_64()
-        for start in range(0, want.layer_bytes, STEP_BYTES):
-            part = target[start : start + STEP_BYTES]
-            channel.recv_into([view(part)])
-            digest.update(part)
-        digests.append(digest.intdigest())
+def receive_blocks(
+    channel: Channel, sizes: Sequence[int], blocks: Sequence[list[Bytes]], want: Want, checksums: Sequence[int]
+) -> list[str]:
+    """Receive an answer's blocks into their buffers; returns "" or a miss reason for each.
+
+    ``sizes``: what the answer says of each, its bytes or below 0 why there are none; ``checksums``: of the layers of
+    those that have come.
+    """
+    reasons: list[str] = []
+    at = 0
+    for right, group in itertools.groupby(zip(sizes, blocks, strict=True), lambda one: one[0] == want.bytes):
+        if not right:
+            for size, _ in group:
+                if size < 0:
+                    reasons.append(reason_of(size))
+                    continue
+                skip(channel, size)
+                reasons.append("wrong_size")
+                at += want.layers
+            continue
+        for digests in _receive_hashed(channel, [pieces for _, pieces in group], want):
+            reasons.append("" if tuple(digests) == tuple(checksums[at : at + want.layers]) else "corrupt")
+            at += want.layers
+    return reasons
+
+
+def _receive_hashed(channel: Channel, blocks: Sequence[list[Bytes]], want: Want) -> list[list[int]]:
+    """Receive blocks into their buffers, hashing each step while it is in the cache."""
+    layer_bytes, layers = want.layer_bytes, want.layers
+    if layer_bytes > STEP_BYTES or blocks[0][0].ndim > 1:
+        return [[_receive_layer(channel, layer_of(pieces, n, layer_bytes)) for n in range(layers)] for pieces in blocks]
+    digests: list[list[int]] = []
+    most = STEP_BYTES // layer_bytes
+    together = max(1, most // layers)
+    for start in range(0, len(blocks), together):
+        some = blocks[start : start + together]
+        found: list[list[int]] = [[] for _ in some]
+        for first in range(0, layers, most):
+            count = min(most, layers - first)
+            runs = [layers_of(pieces, first, count, layer_bytes) for pieces in some]
+            channel.recv_into([view(piece) for run in runs for piece in run])
+            for run, digests_of_block in zip(runs, found, strict=True):
+                digests_of_block.extend(hash_layers(run, layer_bytes, count))
+        digests += found
     return digests
 
 
-def _receive_scattered(channel: Channel, target: Bytes) -> int:
-    run = scratch(target.nbytes)
-    channel.recv_into([view(run)])
-    scatter(run, target)
-    return digest64(run)
+def _receive_layer(channel: Channel, target: Bytes) -> int:
+    """Receive a layer that is large, or has gaps."""
+    if target.ndim > 1:
+        run = scratch(target.nbytes)
+        channel.recv_into([view(run)])
+        scatter(run, target)
+        return digest64(run)
+    digest: Any = xxhash.xxh3_64()
+    for start in range(0, len(target), STEP_BYTES):
+        part = target[start : start + STEP_BYTES]
+        channel.recv_into([view(part)])
+        digest.update(part)
+    return int(digest.intdigest())

@@ -16,7 +16,7 @@ from typing import Protocol
 from kvpool.client_bytes import CopyThreads, quick_switching, unpack_digests
 from kvpool.client_gets import Call
 from kvpool.client_node import CONTROL_S, LocalNode
-from kvpool.client_peers import PROGRESS_S, Peer, Peers, Want, receive_hashed, skip, take
+from kvpool.client_peers import PROGRESS_S, Peer, Peers, Want, receive_blocks, take
 from kvpool.client_results import reason_of_error
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
 from kvpool.model import CHECKSUM_BYTES, KEY_BYTES, NodeAddress
@@ -161,15 +161,7 @@ class _AskedThere:
     def take(self, part: _Part, layers: int) -> list[str]:
         blocks = self._call.blocks.span(part.first, part.end, part.layers, part.layers + layers)
         want = Want(self._call.shard, part.layers, layers, blocks.layer_bytes)
-        reasons = []
-        for i, pieces in enumerate(blocks.pieces):
-            if self._sizes[i] != want.bytes:
-                skip(self._channel, self._sizes[i])
-                reasons.append("wrong_size")
-                continue
-            digests = receive_hashed(self._channel, pieces, want)
-            reasons.append("" if tuple(digests) == self._checksums[i * layers : (i + 1) * layers] else "corrupt")
-        return reasons
+        return receive_blocks(self._channel, self._sizes[: len(blocks)], blocks.pieces, want, self._checksums)
 
     def close(self) -> None:
         if not self._answered or self._channel.payload_left:

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from kvpool import client_peers
-from kvpool.client_bytes import CopyThreads
+from kvpool.client_bytes import Bytes, CopyThreads
 from kvpool.client_health import Health
 from kvpool.client_peers import Peer, Peers, Source, Want, Wanted
 from kvpool.errors import UnavailableError
@@ -82,3 +85,69 @@ def test_an_owner_that_keeps_us_waiting_does_so_once(
         assert 1 <= asked.count("slow") <= threads
     else:
         assert asked.count("slow") == requests
+
+
+class Stream:
+    """A channel whose answer's payload is these bytes."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+        self.calls: list[int] = []
+
+    @property
+    def payload_left(self) -> int:
+        return len(self._payload)
+
+    def recv_into(self, buffers: Sequence[memoryview]) -> None:
+        self.calls.append(sum(map(len, buffers)))
+        for buffer in buffers:
+            buffer[:] = self._payload[: len(buffer)]
+            self._payload = self._payload[len(buffer) :]
+
+
+@settings(max_examples=200)
+@given(
+    layers=st.integers(1, 5),
+    layer_bytes=st.sampled_from([1, 7, 16, 33]),
+    form=st.sampled_from(["one piece", "a piece a layer", "with gaps"]),
+    blocks=st.lists(st.sampled_from(["right", "right", "right", "absent", "other size", "broken"]), max_size=12),
+    step=st.sampled_from([1, 16, 40, 1000]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_an_answers_blocks_are_received_each_where_it_belongs(
+    layers: int, layer_bytes: int, form: str, blocks: list[str], step: int, seed: int
+) -> None:
+    """Whatever lies between them, and however many fit one step; one that is wrong costs no other."""
+    rng = np.random.default_rng(seed)
+    want = Want(0, 0, layers, layer_bytes)
+    payload, sizes, checksums, contents = b"", [], [], []
+    for kind in blocks:
+        size = {"absent": -1, "other size": want.bytes + 3}.get(kind, want.bytes)
+        content = rng.integers(0, 256, max(size, 0), np.uint8)
+        sizes.append(size)
+        contents.append(content)
+        payload += content.tobytes()
+        if size >= 0:
+            right = [xxh3_64_intdigest(part) for part in content[: want.bytes].reshape(layers, layer_bytes)]
+            checksums += [right[0] ^ 1, *right[1:]] if kind == "broken" else right
+    targets = [_target(form, layers, layer_bytes) for _ in blocks]
+    stream = Stream(payload)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_peers, "STEP_BYTES", step)
+        reasons = client_peers.receive_blocks(stream, sizes, targets, want, checksums)  # type: ignore[arg-type]
+    said = {"right": "", "absent": "not_here", "other size": "wrong_size", "broken": "corrupt"}
+    assert reasons == [said[kind] for kind in blocks]
+    for kind, target, content in zip(blocks, targets, contents, strict=True):
+        if kind == "right":
+            assert b"".join(piece.tobytes() for piece in target) == content.tobytes()
+    assert not stream.payload_left
+    if blocks == ["right"] * len(blocks) and form == "one piece" and step == 1000:
+        assert len(stream.calls) <= 1 + want.bytes * len(blocks) // (step - want.bytes)
+
+
+def _target(form: str, layers: int, layer_bytes: int) -> list[Bytes]:
+    if form == "one piece":
+        return [np.zeros(layers * layer_bytes, np.uint8)]
+    if form == "a piece a layer":
+        return [np.zeros(layer_bytes, np.uint8) for _ in range(layers)]
+    return [np.zeros((layer_bytes, 2), np.uint8)[:, :1] for _ in range(layers)]
