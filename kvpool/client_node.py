@@ -32,7 +32,7 @@ CHANNELS_MAX = 16
 LONG_CHANNELS_MAX = 64
 """Of those who keep a channel for as long as a prompt is computed: they write layers, or wait for them."""
 
-PARTS_AHEAD = 3
+PARTS_AHEAD = 4
 """Parts that the node may read from files for one call at once, the one waited for included."""
 
 CONNECT_S = 0.5

@@ -13,6 +13,7 @@ import pytest
 
 from kvpool import Client
 from kvpool.client_files import PART_BLOCKS_MAX, only_in_files, storage_name
+from kvpool.client_node import PARTS_AHEAD
 from kvpool.client_results import GetResult, Lookup, Run
 from kvpool.model import KEY_BYTES, NodeAddress
 from kvpool.rpc.v1 import master_pb2
@@ -107,12 +108,14 @@ def answer(*runs: tuple[int, list[tuple[FileNode, str, bytes, bytes]]]) -> maste
 def test_own_node_reads_files_part_by_part(client: Client, own: FileNode) -> None:
     """Several parts are on their way while one is waited for; every pin ends; blocks count as tier fs."""
     own.hold = threading.Event()
-    thread = threading.Thread(target=lambda: (wait_for(lambda: own.waiting == 3, "3 parts"), own.hold.set()))
+    thread = threading.Thread(
+        target=lambda: (wait_for(lambda: own.waiting == PARTS_AHEAD, "all parts ahead"), own.hold.set())
+    )
     thread.start()
     result = get(client, in_files(own))
     thread.join()
     assert (result.prefix, result.tiers, result.reasons) == (BLOCKS, {"fs": BLOCKS}, {})
-    assert own.waiting_max == 3
+    assert own.waiting_max == PARTS_AHEAD
     assert sum(blocks for blocks, _ in own.fetches) == BLOCKS
     assert {backend for _, backend in own.fetches} == {BACKEND}
     assert client.stats()["get.fs_bytes"] == BLOCKS * SIZE

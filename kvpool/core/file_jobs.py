@@ -24,6 +24,9 @@ PROBE_MAX_S: Final = 5.0
 """A backend that is not up is probed again after this long, twice as long each time, up to this long."""
 
 
+ORDER_S: Final = 0.1
+"""Deadlines within the same one of these are equal: those of one call differ a little, and others' lie between."""
+
 LOOKS_MAX: Final = 256
 """Queued files looked at in one search for jobs: what is gone or finds no room must not keep the loop for long."""
 
@@ -118,7 +121,10 @@ class ReadQueue:
         """Take a read that is in no queue; ``first``: before all others."""
         self._turns += 1
         read.queue, read.turn = self, self._turns
-        heapq.heappush(self._heap, (-math.inf if first else read.deadline, self._turns, read))
+        due = -math.inf if first else read.deadline
+        if math.isfinite(due):
+            due -= due % ORDER_S
+        heapq.heappush(self._heap, (due, self._turns, read))
         self._length += 1
 
     def pop(self) -> Read:

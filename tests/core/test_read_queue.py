@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpool.core.file_jobs import Read, ReadQueue
+from kvpool.core.file_jobs import ORDER_S, Read, ReadQueue
 from tests.core.file_world import World, file
 
 DEADLINES = st.sampled_from([1.0, 2.0, 3.0, math.inf])
@@ -41,6 +41,16 @@ def test_reads_leave_in_the_order_of_their_deadlines(steps):
     if not oracle:
         with pytest.raises(IndexError):
             queue.pop()
+
+
+def test_deadlines_that_hardly_differ_are_equal():
+    """Those of one call differ by what its questions took: others that came after all of them are not read between."""
+    queue = ReadQueue()
+    middle = (math.floor(1000 / ORDER_S) + 0.5) * ORDER_S
+    reads = [Read(file(n), [0], True, middle + shift) for n, shift in enumerate([0.002, 0.001, 0.0, ORDER_S, -ORDER_S])]
+    for read in reads:
+        queue.add(read)
+    assert [queue.pop() for _ in reads] == [reads[n] for n in (4, 0, 1, 2, 3)]
 
 
 def test_what_left_it_is_not_kept():
