@@ -141,14 +141,14 @@ class Channel:
 
     def finish(self, message: _Request, reply_type: type[R]) -> tuple[R, memoryview]:
         """Return the whole answer to the request that ``start`` sent."""
-        return self._receive(message, reply_type, stream=False, fds=None), self._take_payload()
+        return self._receive(message, reply_type, stream=False, fds=None, soon=False), self._take_payload()
 
     def proceed(self, message: _Request, reply_type: type[R], *, progress_s: float) -> R:
         """Return the header of the answer to the request that ``start`` sent, as ``begin`` does.
 
         ``progress_s`` bounds every wait for its payload.
         """
-        reply = self._receive(message, reply_type, stream=True, fds=None)
+        reply = self._receive(message, reply_type, stream=True, fds=None, soon=False)
         self._progress_s = progress_s
         return reply
 
@@ -180,10 +180,15 @@ class Channel:
             except UnavailableError:
                 self._raise_last_words(reply_type)
                 raise
-        return self._receive(message, reply_type, stream=stream, fds=fds)
+        return self._receive(message, reply_type, stream=stream, fds=fds, soon=True)
 
-    def _receive(self, message: _Request, reply_type: type[R], *, stream: bool, fds: list[int] | None) -> R:
+    def _receive(
+        self, message: _Request, reply_type: type[R], *, stream: bool, fds: list[int] | None, soon: bool
+    ) -> R:
+        """Return the answer's header; ``soon``: it is worth looking out for."""
         with self._breaking():
+            if soon and self._start == self._end:
+                self._timed.spin()
             reply, self.payload_left = self._receive_header(reply_type, stream=stream, fds=fds)
             if reply.id != message.id:  # type: ignore[attr-defined]
                 if reply.HasField("error"):
@@ -276,8 +281,6 @@ class Channel:
 
     def _receive_header(self, reply_type: type[R], *, stream: bool, fds: list[int] | None) -> tuple[R, int]:
         first = _STREAM_FIRST_BYTES if stream else _BUFFER_BYTES
-        if self._start == self._end:
-            self._timed.spin()
         self._want(HEAD.size, first, fds)
         maximum = STREAM_BYTES_MAX if stream else REPLY_BYTES_MAX
         header_bytes, payload_bytes = parse_head(self._buffer, self._start, maximum)
