@@ -6,14 +6,13 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import numpy as np
 
-from kvpool.bench.fs_raw import Mode, forget_all, read_files, write_files
+from kvpool.bench.fs_raw import Mode, forget_all, in_threads, read_files, write_files
 from kvpool.bench.harness import BenchError
 from kvpool.bench.limits import Walk
 from kvpool.bench.pool import ASK_S, BenchPool
@@ -173,20 +172,23 @@ class FilePool:
             forget_all(self._directory)
 
     def read(self, keys: Sequence[bytes]) -> float:
-        """Get blocks in the order in which they were put, from files; returns seconds. Raises BenchError."""
+        """Get blocks, about in the order in which they were put, from files; returns seconds. Raises BenchError.
+
+        They are given the answer of an earlier lookup, as an engine's worker is.
+        """
         self.forget()
         for target in (target for targets in self._targets for target in targets):
             target[:64] = 0
-        under_way: list[Future[GetResult]] = []
-        start = time.perf_counter()
-        for number, each in enumerate(keys):
-            if len(under_way) == AT_ONCE:
-                self._check(under_way.pop(0).result(), self._sizes.batch, "fs")
-            targets = self._targets[number % AT_ONCE]
-            under_way.append(self._client.get_async(self._space, each, targets, timeout_ms=CALL_MS))
-        for future in under_way:
-            self._check(future.result(), self._sizes.batch, "fs")
-        seconds = time.perf_counter() - start
+        rest = iter([(each, self._client.lookup(self._space, each)) for each in keys])  # advancing it is atomic
+
+        def work(number: int) -> None:
+            for each, found in rest:
+                result = self._client.get(
+                    self._space, each, self._targets[number], lookup=found, timeout_ms=CALL_MS
+                )  # fmt: skip
+                self._check(result, self._sizes.batch, "fs")
+
+        seconds = in_threads(AT_ONCE, work)
         if not all(
             np.array_equal(a, b) for targets in self._targets for a, b in zip(self._source, targets, strict=True)
         ):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvpool import Client
+from kvpool.client_results import GetResult
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.rpc.v1.node_pb2 import NodeFrame, NodeFrameReply, Pin, Prefetch
 from tests.integration.pool import (
@@ -204,15 +205,18 @@ def test_many_clients_and_one_read(fs: FilePool) -> None:
     fs.pool.nodes["a"].kill()
     fs.start_node("a", "--storage_threads", "1", segment=SMALL * 4)
     clients = [fs.pool.client("a", transfer_timeout_ms=10_000) for _ in range(6)]
-    wait_for(lambda: clients[0].lookup(SPACE, keys).prefix == len(keys), "all are found again")
+    for client in clients:  # each has a way to the master, and to the node, then
+        wait_for(lambda client=client: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
     together = threading.Barrier(len(clients))
 
-    def load(client: Client) -> int:
+    def load(client: Client) -> GetResult:
         together.wait(T)
-        return int(get_chain(client, SPACE, keys, SIZE).prefix)
+        loaded: GetResult = get_chain(client, SPACE, keys, SIZE)
+        return loaded
 
     with ThreadPoolExecutor(len(clients)) as threads:
-        assert list(threads.map(load, clients)) == [len(keys)] * len(clients)
+        results = list(threads.map(load, clients))
+    assert [result.prefix for result in results] == [len(keys)] * len(clients), results
     assert fs.event("a", "read_files") == len(keys)
 
 
