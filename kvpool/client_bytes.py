@@ -30,7 +30,12 @@ Buffer = Any
 """bytes, bytearray, memoryview, a numpy array: whatever has contiguous bytes; or a uint8 array of any strides,
 whose bytes are meant in C order."""
 
-STEP_BYTES = 2 << 20
+STEP_BYTES = 512 << 10
+"""What is copied at once, and then hashed: what was read and what was written are to be in a core's own cache still.
+
+Beside a thread that computes in Python each step may have to wait for the GIL: much less would be slower there.
+"""
+
 HOLD_BYTES_MAX = 128 << 10
 """A small block is copied in some ten microseconds without giving up the GIL: beside a thread that computes
 in Python, getting it back would take ten times as long."""

@@ -188,7 +188,7 @@ class LocalNode:
         try:
             channel.start(request, keys, timeout_s=timeout_s)
             meanwhile()
-            reply, payload = channel.finish(request, NodeFrameReply)
+            reply, payload = channel.finish(request, NodeFrameReply, soon=True)
         except UnknownNamespaceError:
             self._register(channel, namespace, timeout_s)
             reply, payload = channel.call(request, NodeFrameReply, keys, timeout_s=timeout_s)
@@ -332,7 +332,7 @@ class LocalNode:
                     asked.append((held, channel, NodeFrame(pin=pin), blocks))
                     channel.start(asked[-1][2], keys, timeout_s=left_s)
                 held, channel, request, blocks = asked[0]
-                reply, payload = channel.finish(request, NodeFrameReply)
+                reply, payload = channel.finish(request, NodeFrameReply, soon=False)
                 reasons = self._take(channel, reply.pinned, payload, blocks, first_layer, verify, copies)
                 asked.popleft()
                 held.close()

@@ -84,7 +84,7 @@ class _AskedHere:
             self._held = held.pop_all()
 
     def answer(self) -> tuple[int, int]:
-        reply, self._payload = self._channel.finish(self._request, NodeFrameReply)
+        reply, self._payload = self._channel.finish(self._request, NodeFrameReply, soon=False)
         self._pinned = reply.pinned
         return _leading(self._payload, self._items, 2), reply.pinned.ready
 

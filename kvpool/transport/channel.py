@@ -139,9 +139,9 @@ class Channel:
         with self._breaking():
             self._send(message, payload)
 
-    def finish(self, message: _Request, reply_type: type[R]) -> tuple[R, memoryview]:
-        """Return the whole answer to the request that ``start`` sent."""
-        return self._receive(message, reply_type, stream=False, fds=None, soon=False), self._take_payload()
+    def finish(self, message: _Request, reply_type: type[R], *, soon: bool) -> tuple[R, memoryview]:
+        """Return the whole answer to the request that ``start`` sent; ``soon``: it is worth looking out for."""
+        return self._receive(message, reply_type, stream=False, fds=None, soon=soon), self._take_payload()
 
     def proceed(self, message: _Request, reply_type: type[R], *, progress_s: float) -> R:
         """Return the header of the answer to the request that ``start`` sent, as ``begin`` does.
@@ -185,7 +185,7 @@ class Channel:
     def _receive(
         self, message: _Request, reply_type: type[R], *, stream: bool, fds: list[int] | None, soon: bool
     ) -> R:
-        """Return the answer's header; ``soon``: it is worth looking out for."""
+        """Return the answer's header; ``soon`` as in ``finish``."""
         with self._breaking():
             if soon and self._start == self._end:
                 self._timed.spin()

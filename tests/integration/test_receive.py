@@ -437,7 +437,7 @@ def test_a_reader_that_is_killed_or_closes_lets_go(pool: Pool) -> None:
             reader = held.enter_context(pool.raw("a"))
             reader.channel.start(NodeFrame(pin=pin), b"".join(keys), timeout_s=T)
             if len(keys) == 2:
-                pinned, payload = reader.channel.finish(NodeFrame(id=1), NodeFrameReply)
+                pinned, payload = reader.channel.finish(NodeFrame(id=1), NodeFrameReply, soon=True)
                 assert (pinned.pinned.ready, pinned.pinned.layers, len(payload)) == (1, LAYERS, 2 * 16 + 2 * 8)
         writer.abort(reply.reserved.reservation)
         held.close()
