@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 Bytes = NDArray[np.uint8]
 
-RUN_BYTES = 256 << 10
-"""Of a layer, copied in one call: hashed out of the cache thereafter."""
+RUN_BYTES = 1 << 20
+"""Of a layer, copied in one call: hashed out of the cache thereafter. Threads that copy less are in each other's way."""
 
-UNIT_BYTES = 2 << 20
-"""What a thread takes at a time, some layers of a run of blocks."""
+UNIT_BYTES = 4 << 20
+"""What a thread takes at a time, some layers of a run of blocks;"""
+
+UNITS = 8
+"""but a run at a time of what would be fewer units than so many."""
 
 digest64: Callable[[Any], int] = xxhash.xxh3_64_intdigest
 """One-shot xxh3-64 of a buffer; typed for arrays, which have the buffer protocol."""
@@ -154,9 +157,10 @@ class _RowCopy:
         self._offsets = [offset for _, offset in items]
         self._numbers = rows.numbers[[number for number, _ in items]]
         size, layers = rows.layer_bytes, len(rows.layers)
+        unit_bytes = min(UNIT_BYTES, max(RUN_BYTES, len(items) * layers * size // UNITS))
         self.units: list[_Unit] = []
         for first, end in _runs(self._offsets, max(1, RUN_BYTES // size)):
-            each = max(1, UNIT_BYTES // (size * (end - first)))
+            each = max(1, unit_bytes // (size * (end - first)))
             self.units += [_Unit(first, end, at, min(at + each, layers)) for at in range(0, layers, each)]
         self.unit_bytes = len(items) * layers * size // max(1, len(self.units))
 
