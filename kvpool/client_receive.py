@@ -32,7 +32,7 @@ POLL_S = 0.001
 
 PART_BYTES_MIN = 4 << 20
 PART_BYTES_MAX = 32 << 20
-PARTS = 4
+PARTS = 2
 """A prompt is asked for in about so many parts."""
 
 NodeFrame = node_pb2.NodeFrame
