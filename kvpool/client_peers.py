@@ -163,8 +163,8 @@ class Peer:
 
     def get(
         self, namespace: bytes, items: Sequence[Wanted], want: Want, timeout_s: float, backend: bytes = b""
-    ) -> list[str]:
-        """Fill the buffers of these blocks; returns "" or a miss reason for each. Raises when the node fails.
+    ) -> Iterator[str]:
+        """Fill the buffers of these blocks; yields "" or a miss reason for each. Raises when the node fails.
 
         With a ``backend`` the node reads from there what it does not have in memory; failing in that is no
         failure of the node.
@@ -186,7 +186,7 @@ class Peer:
             checksums = unpack_digests(take(channel, CHECKSUM_BYTES * layers * here))
             if here and layers != want.layers:
                 raise FrameError(f"the node sends {layers} layers, {want.layers} were asked for")
-            return receive_blocks(channel, sizes, [item.pieces for item in items], want, checksums)
+            yield from receive_blocks(channel, sizes, [item.pieces for item in items], want, checksums)
 
     def put(
         self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float, transfer: int = 0
@@ -374,25 +374,27 @@ def _fetch(
     peer, items, source = request.peer, request.items, (request.peer, request.backend)
     start = time.monotonic()
     left_s = deadline - start
+    answers, rest = request.answers, ""
     try:
         if source in lost:
-            answers = ["owner_lost"] * len(items)
+            rest = "owner_lost"
         elif left_s > 0:
-            answers = peer.get(namespace, items, want, left_s, request.backend)
+            for answer in peer.get(namespace, items, want, left_s, request.backend):
+                answers.append(answer)  # what came before a failure is there
         else:
-            answers = ["late"] * len(items)  # what another one took too long for is not this one's failure
+            rest = "late"  # what another one took too long for is not this one's failure
     except BreakerOpenError:
-        answers = ["breaker_open"] * len(items)
+        rest = "breaker_open"
     except UnavailableError:
-        answers = ["owner_lost"] * len(items)
+        rest = "owner_lost"
         if time.monotonic() - start > PATIENCE_S:
             lost.add(source)
     except OverloadedError:
-        answers = ["overloaded"] * len(items)
+        rest = "overloaded"
     except KVPoolError as exc:
         log.warning("node %s: %s", peer.address.node_id, exc)
-        answers = ["refused"] * len(items)
-    request.answers = answers
+        rest = "refused"
+    answers += [rest] * (len(items) - len(answers))
     again = []
     for item, answer in zip(items, answers, strict=True):
         reasons[item.number] = answer
@@ -420,36 +422,35 @@ def skip(channel: Channel, size: int) -> None:
 
 def receive_blocks(
     channel: Channel, sizes: Sequence[int], blocks: Sequence[list[Bytes]], want: Want, checksums: Sequence[int]
-) -> list[str]:
-    """Receive an answer's blocks into their buffers; returns "" or a miss reason for each.
+) -> Iterator[str]:
+    """Receive an answer's blocks into their buffers; yields "" or a miss reason for each as it has come.
 
     ``sizes``: what the answer says of each, its bytes or below 0 why there are none; ``checksums``: of the layers of
-    those that have come.
+    those that are sent.
     """
-    reasons: list[str] = []
     at = 0
     for right, group in itertools.groupby(zip(sizes, blocks, strict=True), lambda one: one[0] == want.bytes):
         if not right:
             for size, _ in group:
                 if size < 0:
-                    reasons.append(reason_of(size))
+                    yield reason_of(size)
                     continue
                 skip(channel, size)
-                reasons.append("wrong_size")
+                yield "wrong_size"
                 at += want.layers
             continue
         for digests in _receive_hashed(channel, [pieces for _, pieces in group], want):
-            reasons.append("" if tuple(digests) == tuple(checksums[at : at + want.layers]) else "corrupt")
+            yield "" if tuple(digests) == tuple(checksums[at : at + want.layers]) else "corrupt"
             at += want.layers
-    return reasons
 
 
-def _receive_hashed(channel: Channel, blocks: Sequence[list[Bytes]], want: Want) -> list[list[int]]:
-    """Receive blocks into their buffers, hashing each step while it is in the cache."""
+def _receive_hashed(channel: Channel, blocks: Sequence[list[Bytes]], want: Want) -> Iterator[list[int]]:
+    """Receive blocks into their buffers, hashing each step while it is in the cache; yields each one's checksums."""
     layer_bytes, layers = want.layer_bytes, want.layers
     if layer_bytes > STEP_BYTES or blocks[0][0].ndim > 1:
-        return [[_receive_layer(channel, layer_of(pieces, n, layer_bytes)) for n in range(layers)] for pieces in blocks]
-    digests: list[list[int]] = []
+        for pieces in blocks:
+            yield [_receive_layer(channel, layer_of(pieces, n, layer_bytes)) for n in range(layers)]
+        return
     most = STEP_BYTES // layer_bytes
     together = max(1, most // layers)
     for start in range(0, len(blocks), together):
@@ -459,10 +460,9 @@ def _receive_hashed(channel: Channel, blocks: Sequence[list[Bytes]], want: Want)
             count = min(most, layers - first)
             runs = [layers_of(pieces, first, count, layer_bytes) for pieces in some]
             channel.recv_into([view(piece) for run in runs for piece in run])
-            for run, digests_of_block in zip(runs, found, strict=True):
-                digests_of_block.extend(hash_layers(run, layer_bytes, count))
-        digests += found
-    return digests
+            for run, digests in zip(runs, found, strict=True):
+                digests.extend(hash_layers(run, layer_bytes, count))
+        yield from found
 
 
 def _receive_layer(channel: Channel, target: Bytes) -> int:

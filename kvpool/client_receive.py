@@ -161,7 +161,7 @@ class _AskedThere:
     def take(self, part: _Part, layers: int) -> list[str]:
         blocks = self._call.blocks.span(part.first, part.end, part.layers, part.layers + layers)
         want = Want(self._call.shard, part.layers, layers, blocks.layer_bytes)
-        return receive_blocks(self._channel, self._sizes[: len(blocks)], blocks.pieces, want, self._checksums)
+        return list(receive_blocks(self._channel, self._sizes[: len(blocks)], blocks.pieces, want, self._checksums))
 
     def close(self) -> None:
         if not self._answered or self._channel.payload_left:

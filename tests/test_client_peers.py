@@ -87,6 +87,30 @@ def test_an_owner_that_keeps_us_waiting_does_so_once(
         assert asked.count("slow") == requests
 
 
+def test_blocks_that_came_before_a_failure_are_not_asked_for_again(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the rest of the request is another owner's."""
+    asked: list[int] = []
+
+    def get(self: Peer, namespace: bytes, items: Sequence[Wanted], *rest: Any) -> Iterator[str]:
+        if self.address is SLOW:
+            yield ""
+            raise UnavailableError("no answer")
+        asked.extend(item.number for item in items)
+        yield from [""] * len(items)
+
+    monkeypatch.setattr(Peer, "get", get)
+    copies = CopyThreads(1)
+    wanted = [Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(SLOW), Source(WELL)]) for n in range(4)]
+    try:
+        reasons = peers.get(bytes(16), wanted, Want(0, 0, 1, SIZE), copies, 5.0)
+    finally:
+        copies.close()
+    assert reasons == dict.fromkeys(range(4), "")
+    assert asked == [1, 3]
+
+
 class Stream:
     """A channel whose answer's payload is these bytes."""
 
@@ -134,7 +158,7 @@ def test_an_answers_blocks_are_received_each_where_it_belongs(
     stream = Stream(payload)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client_peers, "STEP_BYTES", step)
-        reasons = client_peers.receive_blocks(stream, sizes, targets, want, checksums)  # type: ignore[arg-type]
+        reasons = list(client_peers.receive_blocks(stream, sizes, targets, want, checksums))  # type: ignore[arg-type]
     said = {"right": "", "absent": "not_here", "other size": "wrong_size", "broken": "corrupt"}
     assert reasons == [said[kind] for kind in blocks]
     for kind, target, content in zip(blocks, targets, contents, strict=True):

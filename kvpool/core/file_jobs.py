@@ -25,7 +25,7 @@ PROBE_MAX_S: Final = 5.0
 
 
 ORDER_S: Final = 0.1
-"""Deadlines within the same one of these are equal: those of one call differ a little, and others' lie between."""
+"""Deadlines within the same one of these are as good as equal: see ``order``."""
 
 LOOKS_MAX: Final = 256
 """Queued files looked at in one search for jobs: what is gone or finds no room must not keep the loop for long."""
@@ -96,6 +96,11 @@ class Read:
     learned: bool = False  # its namespace was looked for in the backend
 
 
+def order(deadline: float) -> float:
+    """Return what reads are ordered by: deadlines of one call's parts differ a little, and others' lie between."""
+    return deadline - deadline % ORDER_S if math.isfinite(deadline) else deadline
+
+
 class ReadQueue:
     """Reads, those first that have to be done first: a call that asks for much gets all of it before a later one.
 
@@ -121,10 +126,7 @@ class ReadQueue:
         """Take a read that is in no queue; ``first``: before all others."""
         self._turns += 1
         read.queue, read.turn = self, self._turns
-        due = -math.inf if first else read.deadline
-        if math.isfinite(due):
-            due -= due % ORDER_S
-        heapq.heappush(self._heap, (due, self._turns, read))
+        heapq.heappush(self._heap, (-math.inf if first else order(read.deadline), self._turns, read))
         self._length += 1
 
     def pop(self) -> Read:

@@ -22,6 +22,7 @@ from kvpool.core.file_jobs import (
     ReadQueue,
     Trouble,
     Wait,
+    order,
     ranked,
 )
 from kvpool.core.segment import BEING_WRITTEN, STORED, SegmentState, header_bytes
@@ -153,7 +154,7 @@ class FileReads:
 
         One in hand, or that waits for its namespace or for a backend that is down, has it for when it is queued next.
         """
-        sooner = deadline < read.deadline
+        sooner = order(deadline) < order(read.deadline)
         read.deadline = min(read.deadline, deadline)
         backend = self._backends[read.places[0]]
         if read.backend >= 0 or read.queue is backend.learning:

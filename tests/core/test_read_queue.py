@@ -92,6 +92,18 @@ def test_a_block_that_somebody_more_hurried_asks_for_is_read_earlier():
     assert [job.file for job in world.work()] == [file(5), file(2), file(3)]
 
 
+def test_who_is_hardly_more_hurried_leaves_the_order_as_it_is():
+    """Blocks that two ask for at once keep the place that the first one gave them."""
+    world = World()
+    world.files[0].update({file(n): 512 for n in range(4)})
+    world.work()
+    start = (math.floor(100 / ORDER_S) + 0.5) * ORDER_S
+    world.fetch(0, 1, timeout_s=start)
+    world.fetch(2, 3, timeout_s=start)
+    world.fetch(0, 1, timeout_s=start - ORDER_S / 4)
+    assert [job.file for job in world.work()] == [file(n) for n in range(4)]
+
+
 def test_a_request_hurries_what_was_put_off_and_what_is_in_hand():
     """A read whose first request is over goes before those that nobody waits for; one in hand is hurried elsewhere."""
     world = World(backends=2)
