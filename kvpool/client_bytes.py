@@ -1,8 +1,7 @@
 """A client's buffers, and the copies between them and a segment: bytes move once, hashed while in cache.
 
-Steps are two megabytes: large enough that the C library copies in its fastest way (256 KiB were
-copied and hashed at half the speed) and the GIL is given up for nearly all of the time, small enough that
-what was just copied is hashed out of the cache.
+Steps are large enough that the GIL is given up for nearly all of the time, and small enough that what was just copied
+is hashed out of the cache.
 """
 
 from __future__ import annotations

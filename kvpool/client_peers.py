@@ -186,7 +186,10 @@ class Peer:
             checksums = unpack_digests(take(channel, CHECKSUM_BYTES * layers * here))
             if here and layers != want.layers:
                 raise FrameError(f"the node sends {layers} layers, {want.layers} were asked for")
-            yield from receive_blocks(channel, sizes, [item.pieces for item in items], want, checksums)
+            for reason in receive_blocks(channel, sizes, [item.pieces for item in items], want, checksums):
+                if not backend:
+                    self.guard.ended(None, quick=True)  # its bytes come, however slowly
+                yield reason
 
     def put(
         self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, timeout_s: float, transfer: int = 0
@@ -374,7 +377,7 @@ def _fetch(
     peer, items, source = request.peer, request.items, (request.peer, request.backend)
     start = time.monotonic()
     left_s = deadline - start
-    answers, rest = request.answers, ""
+    answers, rest = request.answers, "refused"
     try:
         if source in lost:
             rest = "owner_lost"
@@ -386,7 +389,7 @@ def _fetch(
     except BreakerOpenError:
         rest = "breaker_open"
     except UnavailableError:
-        rest = "owner_lost"
+        rest = "owner_lost" if time.monotonic() < deadline else "late"
         if time.monotonic() - start > PATIENCE_S:
             lost.add(source)
     except OverloadedError:

@@ -25,10 +25,10 @@ RUN_BYTES = 1 << 20
 """Of a layer, copied in one call, and hashed thereafter: threads that copy less at a time are in each other's way."""
 
 UNIT_BYTES = 4 << 20
-"""What a thread takes at a time, some layers of a run of blocks;"""
+"""What a thread takes at a time at most, some layers of a run of blocks."""
 
 UNITS = 8
-"""but a run at a time of what would be fewer units than so many."""
+"""Into so many the whole is cut where that leaves more than a run for each: all threads are to have something."""
 
 digest64: Callable[[Any], int] = xxhash.xxh3_64_intdigest
 """One-shot xxh3-64 of a buffer; typed for arrays, which have the buffer protocol."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
 import time
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from kvpool.client_health import Health
 from kvpool.client_peers import Peer, Peers, Source, Want, Wanted
 from kvpool.errors import UnavailableError
 from kvpool.model import NodeAddress
+from kvpool.rpc.v1 import node_pb2
 
 SIZE = 512
 BLOCKS = 12
@@ -59,12 +63,12 @@ def test_an_owner_that_keeps_us_waiting_does_so_once(
     """Its other blocks are asked of others at once; one that fails quickly is worth each try."""
     asked: list[str] = []
 
-    def get(self: Peer, namespace: bytes, items: Sequence[Wanted], *rest: Any) -> list[str]:
+    def get(self: Peer, namespace: bytes, items: Sequence[Wanted], *rest: Any) -> Iterator[str]:
         asked.append(self.address.node_id)
         if self.address is SLOW:
             time.sleep(wait_s)
             raise UnavailableError("no answer")
-        return [""] * len(items)
+        yield from [""] * len(items)
 
     monkeypatch.setattr(Peer, "get", get)
     if not wait_s:
@@ -101,6 +105,7 @@ def test_blocks_that_came_before_a_failure_are_not_asked_for_again(
         yield from [""] * len(items)
 
     monkeypatch.setattr(Peer, "get", get)
+    monkeypatch.setattr(client_peers, "PATIENCE_S", 60.0)  # whatever the machine does meanwhile, it was quick
     copies = CopyThreads(1)
     wanted = [Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(SLOW), Source(WELL)]) for n in range(4)]
     try:
@@ -120,6 +125,7 @@ class Stream:
 
     @property
     def payload_left(self) -> int:
+        """Bytes that were not taken yet."""
         return len(self._payload)
 
     def recv_into(self, buffers: Sequence[memoryview]) -> None:
@@ -127,6 +133,40 @@ class Stream:
         for buffer in buffers:
             buffer[:] = self._payload[: len(buffer)]
             self._payload = self._payload[len(buffer) :]
+
+
+class Breaking(Stream):
+    """One that begins a long answer and breaks off."""
+
+    payload_left = 1 << 20
+
+    def begin(self, *_: Any, **__: Any) -> node_pb2.NodeFrameReply:
+        return node_pb2.NodeFrameReply(got=node_pb2.Got(layers=1))
+
+    def recv_into(self, buffers: Sequence[memoryview]) -> None:
+        if sum(map(len, buffers)) > len(self._payload):
+            raise UnavailableError("deadline exceeded")
+        super().recv_into(buffers)
+
+
+@pytest.mark.parametrize("come", [0, 1])
+def test_a_node_whose_bytes_come_is_not_left_alone_for_being_slow(monkeypatch: pytest.MonkeyPatch, come: int) -> None:
+    """Calls that have no time left in the middle of an answer are no failures in a row; answers without bytes are."""
+    block = np.arange(SIZE, dtype=np.uint16).view(np.uint8)[:SIZE]
+    begun = struct.pack("<2q2Q", SIZE, SIZE, *[xxh3_64_intdigest(block)] * 2) + come * block.tobytes()
+    pool = SimpleNamespace(channel=lambda _: contextlib.nullcontext(Breaking(begun)))
+    health = Health(3, 60.0)
+    peer = Peer(SLOW, health, 0.1)
+    monkeypatch.setattr(peer, "_pool", pool)
+    monkeypatch.setattr(client_peers, "STEP_BYTES", SIZE)
+    items = [Wanted(n, bytes(16), [np.zeros(SIZE, np.uint8)], [Source(SLOW)]) for n in range(2)]
+    for _ in range(3):
+        came: list[str] = []
+        with pytest.raises(UnavailableError):
+            came.extend(peer.get(bytes(16), items, Want(0, 0, 1, SIZE), 1.0))
+        assert came == [""] * come
+    assert peer.guard.closed == bool(come)
+    health.close()
 
 
 @settings(max_examples=200)

@@ -24,7 +24,7 @@ PROBE_MAX_S: Final = 5.0
 """A backend that is not up is probed again after this long, twice as long each time, up to this long."""
 
 
-ORDER_S: Final = 0.1
+ORDER_S: Final = 0.01
 """Deadlines within the same one of these are as good as equal: see ``order``."""
 
 LOOKS_MAX: Final = 256
@@ -104,7 +104,7 @@ def order(deadline: float) -> float:
 class ReadQueue:
     """Reads, those first that have to be done first: a call that asks for much gets all of it before a later one.
 
-    Those without a deadline are last; of equal ones, the first to come.
+    Those without a deadline are last; of equal ones (see ``order``), the first to come.
     """
 
     def __init__(self) -> None:

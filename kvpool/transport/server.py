@@ -56,7 +56,7 @@ class FrameServer:
         handler: Handler,
         *,
         connections_max: int = 1024,
-        threads: int = 8,
+        threads: int = 64,
         payload_bytes_max: int = REQUEST_BYTES_MAX,
         stream_bytes_max: int = STREAM_BYTES_MAX,
         frame_timeout_s: float = 30.0,

@@ -64,13 +64,14 @@ def test_what_left_it_is_not_kept():
     assert len(queue._heap) < 100
 
 
-def test_all_of_an_earlier_call_is_read_before_a_later_one():
+@pytest.mark.parametrize("later_s", [0.02, 0.1])
+def test_all_of_an_earlier_call_is_read_before_a_later_one(later_s):
     """A client asks for much in parts: the last of them does not wait for all that others have asked for meanwhile."""
     world = World()
     world.files[0].update({file(n): 512 for n in range(12)})
     world.work()
     first = world.fetch(*range(4), timeout_s=1.0)
-    world.now = 0.1
+    world.now = later_s
     world.fetch(*range(8, 12), timeout_s=1.0)
     world.now = 0.2
     last = world.fetch(*range(4, 8), timeout_s=0.8)
