@@ -11,7 +11,9 @@ import pytest
 
 from kvpool import Client
 from kvpool.client_results import GetResult
-from tests.integration.pool import SPACE, Pool, chain_of, content_of, free_port, get_chain, put_chain, wait_for
+from kvpool.rpc.v1.node_pb2 import Get, NodeFrame
+from kvpool.transport.channel import Channel
+from tests.integration.pool import SPACE, Pool, T, chain_of, content_of, free_port, get_chain, put_chain, wait_for
 from tests.integration.slow import SlowProxy
 
 SIZE = 64 << 10
@@ -68,6 +70,31 @@ def test_node_that_hangs_is_left_alone_until_it_answers(bare_pool: Pool, how: st
         wait_for(lambda: read().prefix == len(KEYS), "it is asked again")
         assert client.unusable_nodes() == set()
         assert client.stats()["breaker.open.b"] == 0
+
+
+def test_readers_that_take_nothing_keep_nobody_else_waiting(bare_pool: Pool) -> None:
+    """Each has a thread of the node's to itself until it is given up: others are answered in time meanwhile."""
+    pool, size = bare_pool, 1 << 20
+    pool.start_master()
+    pool.start_node("b", "--segment_size", "64MB")
+    put_chain(pool.client("b"), SPACE, KEYS, size)
+    client = pool.client()
+    wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
+    ((address, _),) = {
+        (address, backend) for run in client.lookup(SPACE, KEYS).runs for address, _, _, backend in run.owners
+    }
+    with contextlib.ExitStack() as held:
+        channels = [
+            held.enter_context(contextlib.closing(Channel.connect_tcp(address.host, address.port, T)))
+            for _ in range(24)
+        ]
+        for channel in channels:
+            everything = NodeFrame(get=Get(namespace=SPACE.digest, shards=[0]))
+            channel.start(everything, b"".join(KEYS), timeout_s=T)
+        wait_for(lambda: not any(channel.is_usable() for channel in channels), "each has its first bytes")
+        result = get_chain(client, SPACE, KEYS, size)
+        assert result.prefix == len(KEYS), result
+        assert not client.unusable_nodes()
 
 
 @contextlib.contextmanager
