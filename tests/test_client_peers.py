@@ -116,6 +116,23 @@ def test_blocks_that_came_before_a_failure_are_not_asked_for_again(
     assert asked == [1, 3]
 
 
+def test_what_a_call_had_no_time_for_is_late(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of the owner, who may have been sending."""
+
+    def get(self: Peer, namespace: bytes, items: Sequence[Wanted], want: Want, timeout_s: float, *_: Any) -> list[str]:
+        time.sleep(timeout_s)
+        raise UnavailableError("deadline exceeded")
+
+    monkeypatch.setattr(Peer, "get", get)
+    copies = CopyThreads(1)
+    wanted = [Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(SLOW)]) for n in range(4)]
+    try:
+        reasons = peers.get(bytes(16), wanted, Want(0, 0, 1, SIZE), copies, 0.05)
+    finally:
+        copies.close()
+    assert reasons[0] == "late"
+
+
 class Stream:
     """A channel whose answer's payload is these bytes."""
 
