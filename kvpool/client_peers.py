@@ -11,9 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import xxhash
+from typing import NamedTuple
 
 from kvpool.client_bytes import (
     Blocks,
@@ -36,6 +34,7 @@ from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, Namespace, Nod
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool, time_left
+from kvpool.transport.sockets import STEP_BYTES, receive_hashed
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +53,6 @@ REQUEST_BYTES = 128 << 20
 
 GATHER_BYTES = 32 << 20
 """Of blocks with gaps, what is copied to be sent at once."""
-
-STEP_BYTES = 256 << 10
-"""What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs.
-While it is hashed nothing is taken from the socket: much more, and the sender has to wait."""
 
 SKIP_BYTES = 2 << 20
 
@@ -424,7 +419,7 @@ def skip(channel: Channel, size: int) -> None:
 
 
 def receive_blocks(
-    channel: Channel, sizes: Sequence[int], blocks: Sequence[list[Bytes]], want: Want, checksums: Sequence[int]
+    channel: Channel, sizes: Sequence[int], blocks: Sequence[list[Bytes]], want: Want, checksums: tuple[int, ...]
 ) -> Iterator[str]:
     """Receive an answer's blocks into their buffers; yields "" or a miss reason for each as it has come.
 
@@ -443,7 +438,7 @@ def receive_blocks(
                 at += want.layers
             continue
         for digests in _receive_hashed(channel, [pieces for _, pieces in group], want):
-            yield "" if tuple(digests) == tuple(checksums[at : at + want.layers]) else "corrupt"
+            yield "" if tuple(digests) == checksums[at : at + want.layers] else "corrupt"
             at += want.layers
 
 
@@ -475,9 +470,4 @@ def _receive_layer(channel: Channel, target: Bytes) -> int:
         channel.recv_into([view(run)])
         scatter(run, target)
         return digest64(run)
-    digest: Any = xxhash.xxh3_64()
-    for start in range(0, len(target), STEP_BYTES):
-        part = target[start : start + STEP_BYTES]
-        channel.recv_into([view(part)])
-        digest.update(part)
-    return int(digest.intdigest())
+    return receive_hashed(channel.recv_into, view(target), STEP_BYTES)

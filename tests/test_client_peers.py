@@ -40,6 +40,19 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peers]:
     health.close()
 
 
+def fetched(
+    peers: Peers, blocks: int, owners: Sequence[NodeAddress], *, threads: int = 1, timeout_s: float = 5.0
+) -> dict[int, str]:
+    """Get so many blocks, each of which these nodes have; returns their reasons."""
+    with contextlib.closing(CopyThreads(threads)) as copies:
+        copies.streams = threads
+        wanted = [
+            Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(owner) for owner in owners])
+            for n in range(blocks)
+        ]
+        return peers.get(bytes(16), wanted, Want(0, 0, 1, SIZE), copies, timeout_s)
+
+
 def test_nodes_that_the_master_no_longer_names_are_forgotten(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody probes them, and their channels are closed; not before they are missing for long."""
     slow, well = peers.at(SLOW), peers.at(WELL)
@@ -73,15 +86,7 @@ def test_an_owner_that_keeps_us_waiting_does_so_once(
     monkeypatch.setattr(Peer, "get", get)
     if not wait_s:
         monkeypatch.setattr(client_peers, "PATIENCE_S", 60.0)  # whatever the machine does meanwhile, it was quick
-    copies = CopyThreads(threads)
-    copies.streams = threads
-    wanted = [
-        Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(SLOW), Source(WELL)]) for n in range(BLOCKS)
-    ]
-    try:
-        reasons = peers.get(bytes(16), wanted, Want(0, 0, 1, SIZE), copies, 5.0)
-    finally:
-        copies.close()
+    reasons = fetched(peers, BLOCKS, [SLOW, WELL], threads=threads)
     assert reasons == dict.fromkeys(range(BLOCKS), "")
     requests = BLOCKS // 2
     assert asked.count("well") == requests
@@ -106,12 +111,7 @@ def test_blocks_that_came_before_a_failure_are_not_asked_for_again(
 
     monkeypatch.setattr(Peer, "get", get)
     monkeypatch.setattr(client_peers, "PATIENCE_S", 60.0)  # whatever the machine does meanwhile, it was quick
-    copies = CopyThreads(1)
-    wanted = [Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(SLOW), Source(WELL)]) for n in range(4)]
-    try:
-        reasons = peers.get(bytes(16), wanted, Want(0, 0, 1, SIZE), copies, 5.0)
-    finally:
-        copies.close()
+    reasons = fetched(peers, 4, [SLOW, WELL])
     assert reasons == dict.fromkeys(range(4), "")
     assert asked == [1, 3]
 
@@ -124,12 +124,7 @@ def test_what_a_call_had_no_time_for_is_late(peers: Peers, monkeypatch: pytest.M
         raise UnavailableError("deadline exceeded")
 
     monkeypatch.setattr(Peer, "get", get)
-    copies = CopyThreads(1)
-    wanted = [Wanted(n, bytes([n]) * 16, [np.zeros(SIZE, np.uint8)], [Source(SLOW)]) for n in range(4)]
-    try:
-        reasons = peers.get(bytes(16), wanted, Want(0, 0, 1, SIZE), copies, 0.05)
-    finally:
-        copies.close()
+    reasons = fetched(peers, 4, [SLOW], timeout_s=0.05)
     assert reasons[0] == "late"
 
 
@@ -215,7 +210,8 @@ def test_an_answers_blocks_are_received_each_where_it_belongs(
     stream = Stream(payload)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client_peers, "STEP_BYTES", step)
-        reasons = list(client_peers.receive_blocks(stream, sizes, targets, want, checksums))  # type: ignore[arg-type]
+        found = client_peers.receive_blocks(stream, sizes, targets, want, tuple(checksums))  # type: ignore[arg-type]
+        reasons = list(found)
     said = {"right": "", "absent": "not_here", "other size": "wrong_size", "broken": "corrupt"}
     assert reasons == [said[kind] for kind in blocks]
     for kind, target, content in zip(blocks, targets, contents, strict=True):

@@ -11,9 +11,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
-
-import xxhash
 
 from kvpool.core.file_jobs import File, Miss
 from kvpool.core.segment import STORED, Pin, SegmentState, Slot
@@ -29,6 +28,7 @@ from kvpool.server.peers import Guard
 from kvpool.tiers.dram import Segment, write_header
 from kvpool.transport.connection import BlockingIO, Connection
 from kvpool.transport.frames import frame_buffers
+from kvpool.transport.sockets import receive_hashed
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,6 @@ NodeFrameReply = node_pb2.NodeFrameReply
 
 PROGRESS_S = 5.0
 """How long a peer may take nothing of a transfer before it is given up."""
-
-HASH_BYTES = 256 << 10
-"""Received bytes are hashed in steps that still lie in the cache."""
 
 FETCH_MS_MAX = 60_000
 """A request may wait this long for the file tier."""
@@ -429,7 +426,8 @@ class DataPlane:
         checksums = bytearray(checksum_bytes)
 
         def receive(io: BlockingIO) -> bytes:
-            io.recv_exact_into([memoryview(checksums)], PROGRESS_S)
+            take = partial(io.recv_exact_into, deadline_s=PROGRESS_S)
+            take([memoryview(checksums)])
             keep = bytearray()
             at = 0
             for slot in slots:
@@ -437,7 +435,7 @@ class DataPlane:
                 right = True
                 for layer in range(slot.layers):
                     start = slot.offset + layer * step
-                    digest = _receive_hashed(io, view[start : start + step])
+                    digest = receive_hashed(take, view[start : start + step])
                     right &= digest == int.from_bytes(checksums[at : at + CHECKSUM_BYTES], "little")
                     at += CHECKSUM_BYTES
                 keep.append(right)
@@ -499,15 +497,3 @@ def _miss(misses: Mapping[File, Miss], request: node_pb2.Pin | node_pb2.Get, key
     at, shard = divmod(item, len(request.shards))
     block = request.namespace + keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]
     return misses.get((block, request.shards[shard]), Miss.NOT_HERE)
-
-
-def _receive_hashed(io: BlockingIO, target: memoryview) -> int:
-    if len(target) <= HASH_BYTES:
-        io.recv_exact_into([target], PROGRESS_S)
-        return xxhash.xxh3_64_intdigest(target)
-    digest = xxhash.xxh3_64()
-    for start in range(0, len(target), HASH_BYTES):
-        piece = target[start : start + HASH_BYTES]
-        io.recv_exact_into([piece], PROGRESS_S)
-        digest.update(piece)
-    return digest.intdigest()

@@ -1,4 +1,4 @@
-"""The node's end of the data plane: frames on a unix socket and on TCP, one event loop, a few threads.
+"""The node's end of the data plane: frames on a unix socket and on TCP, one event loop, a thread for each transfer.
 
 The loop handles small frames itself on raw non-blocking sockets (not asyncio streams: file descriptors
 travel along, and a socket is lent to a thread while bulk data moves). See ``connection.py``.

@@ -11,7 +11,9 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import xxhash
 
 from kvpool.errors import UnavailableError
 from kvpool.transport.frames import Buffer
@@ -21,6 +23,10 @@ IOV_MAX = 1024
 
 SEND_BYTES_MAX = 2 << 20
 """Bytes handed to one send: while a longer one runs, acknowledgements wait, and TCP is a quarter slower."""
+
+STEP_BYTES = 256 << 10
+"""What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs.
+While it is hashed nothing is taken from the socket: much more, and the sender has to wait."""
 
 _TIMEVAL = struct.Struct("@ll")
 SPIN_S = 3e-4 if len(os.sched_getaffinity(0)) > 1 else 0.0
@@ -132,6 +138,19 @@ class TimedSocket:
             self.sock.setsockopt(socket.SOL_SOCKET, option, timeval(seconds))
         except OSError as exc:
             raise UnavailableError(f"connection lost: {exc.strerror or exc}") from exc
+
+
+def receive_hashed(receive: Callable[[list[memoryview]], None], target: memoryview, step: int = STEP_BYTES) -> int:
+    """Have ``receive`` fill a target step by step; returns its xxh3-64."""
+    if len(target) <= step:
+        receive([target])
+        return xxhash.xxh3_64_intdigest(target)
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(target), step):
+        part = target[start : start + step]
+        receive([part])
+        digest.update(part)
+    return digest.intdigest()
 
 
 def _part(views: list[memoryview], first: int) -> list[memoryview]:
