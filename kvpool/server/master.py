@@ -83,6 +83,7 @@ class Pool:
         self.epoch = secrets.randbits(63) | 1
         self.state = MasterState(limits, self.epoch, time.monotonic())
         self.data_port = 0
+        self.closing = False
         self._queues: dict[int, asyncio.Queue[MasterMessage | None]] = {}
         self._acks: dict[int, MasterMessage] = {}  # the last one of each session, for when the catalog has it
         self._acks_asked = False
@@ -173,11 +174,19 @@ class Pool:
         number = next(self._numbers)
         queue: asyncio.Queue[MasterMessage | None] = asyncio.Queue(SESSION_QUEUE_MAX)
         self._queues[number] = queue
+        if self.closing:
+            queue.put_nowait(None)
         try:
             yield number, queue
         finally:
             del self._queues[number]
             self.perform(self.state.handle(Closed(number), time.monotonic()))
+
+    def close_sessions(self) -> None:
+        """End every session once what is on its way to its node is sent, as the master is about to stop."""
+        self.closing = True
+        for number in self._queues:
+            self._put(number, None)
 
     async def tick_for_ever(self) -> None:
         """Tell the state the time."""
@@ -393,9 +402,12 @@ class NodeSessionService(node_pb2_grpc.NodeSessionServicer):
             error = exc
         except grpc.RpcError as exc:
             log.debug("session %d ended: %s", number, exc)
-        except Exception:  # a defect met by one node's message must not leave its session half alive
-            log.exception("session %d is closed after an unexpected error", number)
-            error = KVPoolError("unexpected error, see the master's log")
+        except Exception as exc:  # a defect met by one node's message must not leave its session half alive
+            if self.pool.closing and isinstance(exc, grpc.aio.BaseError):
+                log.debug("session %d ended with the server: %s", number, exc)
+            else:
+                log.exception("session %d is closed after an unexpected error", number)
+                error = KVPoolError("unexpected error, see the master's log")
         if queue.full():
             queue.get_nowait()
         queue.put_nowait(None)
@@ -463,6 +475,7 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     for task in (*tasks, stopped):
         task.cancel()
     await healths.enter_graceful_shutdown()
+    pool.close_sessions()
     data_server.close()
     frames.close()
     stop_metrics()

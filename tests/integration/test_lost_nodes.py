@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
 from kvpool import Client, client_master, client_puts
 from kvpool.client_node import LocalNode
-from tests.integration.pool import SPACE, Pool, chain_of, content_of, get_chain, put_chain, wait_for
+from kvpool.rpc.v1 import node_pb2, node_pb2_grpc, types_pb2
+from tests.integration.pool import SPACE, Pool, T, chain_of, content_of, get_chain, put_chain, wait_for
 
 SIZE = 64 << 10
 KEYS = chain_of(3, 8)
@@ -96,3 +100,26 @@ def test_parts_of_a_put_whose_time_is_over_are_not_begun(pool: Pool, monkeypatch
     over = time.monotonic() + 1.1
     result = client.put(SPACE, KEYS, [content_of(key, SIZE) for key in KEYS], timeout_ms=1000)
     assert (len(asked), result.stored, result.errors) == (1, 3, {"unavailable": 5})
+
+
+def test_sessions_end_in_order_when_the_master_does(bare_pool: Pool) -> None:
+    """None is broken off in the middle of what it says: that would be an error without a fault."""
+    bare_pool.start_master()
+    hello = node_pb2.NodeMessage(hello=node_pb2.Hello(address=types_pb2.NodeAddress(node_id="x"), epoch=1))
+    with bare_pool.channel() as channel:
+        ended = threading.Event()
+
+        def messages() -> Iterator[node_pb2.NodeMessage]:
+            yield hello
+            while not ended.wait(0.001):
+                yield node_pb2.NodeMessage(heartbeat=node_pb2.Heartbeat())
+
+        call = node_pb2_grpc.NodeSessionStub(channel).Session(messages(), timeout=T)
+        try:
+            assert next(call).WhichOneof("body") == "welcome"
+            assert bare_pool.master.end() == 0
+            for _ in call:
+                pass
+            assert call.code() is grpc.StatusCode.OK
+        finally:
+            ended.set()
