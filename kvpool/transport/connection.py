@@ -89,12 +89,15 @@ class BlockingIO:
         self.sent = False
         self.broken: UnavailableError | None = None
 
-    def send_all(self, buffers: Sequence[Buffer], deadline_s: float) -> None:
+    def send_all(self, buffers: Sequence[Buffer], deadline_s: float, fds: Sequence[int] = ()) -> None:
         """Send buffers; UnavailableError when the peer takes nothing for ``deadline_s``, or is far too slow."""
         views = byte_views(buffers)
         self.sent = True
+        end = self._end(views, deadline_s)
         try:
-            self._timed.send_all(views, deadline_s, self._end(views, deadline_s))
+            if fds:
+                views = byte_views((self._timed.send_first(views[0], fd_control(fds), deadline_s, end), *views[1:]))
+            self._timed.send_all(views, deadline_s, end)
         except UnavailableError as exc:
             self.broken = exc
             raise
@@ -435,10 +438,7 @@ class Connection:
         io.sent = bool(early)
         while early:
             view, fds = early.popleft()
-            if fds:
-                sent = self._sock.sendmsg([view[:1]], fd_control(fds))
-                view = view[sent:]
-            io.send_all((view,), self._server.frame_timeout_s)
+            io.send_all((view,), self._server.frame_timeout_s, fds)
         io.sent = False
 
     def _work_ended(

@@ -28,6 +28,9 @@ STEP_BYTES = 256 << 10
 """What is received at once, and then hashed: it is to be in a core's own cache still, with what the kernel needs.
 While it is hashed nothing is taken from the socket: much more, and the sender has to wait."""
 
+Control = Sequence[tuple[int, int, bytes]]
+"""What ``sendmsg`` sends along."""
+
 _TIMEVAL = struct.Struct("@ll")
 SPIN_S = 3e-4 if len(os.sched_getaffinity(0)) > 1 else 0.0
 """How long a small answer is looked for before sleeping: going to sleep and waking costs tens of microseconds.
@@ -76,18 +79,21 @@ class TimedSocket:
         """Send all views (not empty ones), as few system calls as possible."""
         sock, first = self.sock, 0
         while first < len(views):
-            patience = _patience(progress_s, end)
-            if patience != self._send_s:
-                self._set(socket.SO_SNDTIMEO, patience)
-                self._send_s = patience
+            self._set_send_timeout(progress_s, end)
             try:
                 part = _part(views, first)
                 done = sock.send(part[0]) if len(part) == 1 else sock.sendmsg(part)
-            except BlockingIOError as exc:
-                raise UnavailableError(f"the other end took no bytes for {patience:.3g} s") from exc
             except OSError as exc:
-                raise UnavailableError(f"connection lost: {exc.strerror or exc}") from exc
+                raise self._unsent(exc) from exc
             first = _advance(views, first, done)
+
+    def send_first(self, view: memoryview, control: Control, progress_s: float, end: float) -> memoryview:
+        """Send a view's first byte with control messages (file descriptors); returns the rest."""
+        self._set_send_timeout(progress_s, end)
+        try:
+            return view[self.sock.sendmsg([view[:1]], control) :]
+        except OSError as exc:
+            raise self._unsent(exc) from exc
 
     def receive_exact(self, views: list[memoryview], progress_s: float, end: float) -> None:
         """Fill all views (not empty ones)."""
@@ -132,6 +138,17 @@ class TimedSocket:
         if patience != self._receive_s:
             self._set(socket.SO_RCVTIMEO, patience)
             self._receive_s = patience
+
+    def _set_send_timeout(self, progress_s: float, end: float) -> None:
+        patience = _patience(progress_s, end)
+        if patience != self._send_s:
+            self._set(socket.SO_SNDTIMEO, patience)
+            self._send_s = patience
+
+    def _unsent(self, exc: OSError) -> UnavailableError:
+        if isinstance(exc, BlockingIOError):
+            return UnavailableError(f"the other end took no bytes for {self._send_s:.3g} s")
+        return UnavailableError(f"connection lost: {exc.strerror or exc}")
 
     def _set(self, option: int, seconds: float) -> None:
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from kvpool.errors import InvalidArgumentError
+from kvpool.errors import InvalidArgumentError, UnavailableError
+from kvpool.transport.connection import BlockingIO
+from kvpool.transport.frames import FrameParser
 from kvpool.transport.shm import check_sealed, close_fds, create_memfd, fd_control, receive_with_fds, seal
+from kvpool.transport.sockets import TimedSocket
 
 
 def test_sealed_memfd_cannot_change_its_size() -> None:
@@ -53,3 +57,25 @@ def test_descriptors_travel_with_bytes() -> None:
     assert os.pread(received[0], 5, 0) == b"hello"
     assert not os.get_inheritable(received[0])
     close_fds([fd, *received])
+
+
+def test_descriptors_wait_for_a_peer_no_longer_than_bytes_do() -> None:
+    """A thread that sends them to somebody who takes nothing gets its turn back."""
+    left, right = socket.socketpair()
+    fd = create_memfd("test", 4096)
+    with left, right:
+        io = BlockingIO(TimedSocket(left), FrameParser(), 0)
+        io.send_all([b"abc", b"", b"def"], 5.0, [fd])
+        received: list[int] = []
+        assert receive_with_fds(right, memoryview(bytearray(1)), received) == 1
+        assert right.recv(8) == b"bcdef"
+        close_fds(received)
+        left.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while left.send(bytes(1 << 16)):
+                pass
+        left.setblocking(True)
+        with pytest.raises(UnavailableError, match=r"took no bytes for 0\.05 s"):
+            io.send_all([b"abc"], 0.05, [fd])
+        assert io.broken is not None
+    os.close(fd)
