@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kvpool.client_rows import BlockRows, digest64
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES
+from kvpool.processes import begin_thread, cpu_count
 
 Bytes = NDArray[np.uint8]
 Buffer = Any
@@ -392,7 +393,7 @@ class CopyThreads:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.streams = max(1, min(threads, len(os.sched_getaffinity(0)) // 2))
+        self.streams = max(1, min(threads, cpu_count() // 2))
         """Transfers from one host at once: each keeps a core busy here, as does each sender, which may be here too."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
@@ -450,7 +451,7 @@ class CopyThreads:
         """Return the threads; a forked child makes its own."""
         with self._lock:
             if self._executor is None or self._pid != os.getpid():
-                self._executor = ThreadPoolExecutor(max(1, self.threads), "kvpool-copy")
+                self._executor = ThreadPoolExecutor(max(1, self.threads), "kvpool-copy", begin_thread)
                 self._pid = os.getpid()
             return self._executor
 

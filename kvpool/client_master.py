@@ -20,6 +20,7 @@ from kvpool.client_residency import Ask, ResidencyReporter
 from kvpool.config import split_address
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
 from kvpool.model import KEY_BYTES, Namespace, NodeAddress
+from kvpool.processes import begin_thread
 from kvpool.rpc.convert import address_from_proto, namespace_to_proto
 from kvpool.rpc.status import error_of
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
@@ -187,6 +188,7 @@ class MasterLink:
             self._wake.set()
 
     def _keep(self) -> None:
+        begin_thread()
         retry_s = RETRY_FIRST_S
         while not self._closed:
             self._wake.clear()

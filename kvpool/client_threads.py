@@ -7,12 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from kvpool.processes import begin_thread
+
 T = TypeVar("T")
 
 
 def started_threads(count: int, name: str) -> ThreadPoolExecutor:
     """Return threads that are all there, so that ``submit`` has none to start. Raises RuntimeError, nothing started."""
-    threads = ThreadPoolExecutor(count, name)
+    threads = ThreadPoolExecutor(count, name, begin_thread)
     together = threading.Barrier(count)
     try:
         for _ in range(count):

@@ -139,10 +139,11 @@ class Transfers:
             return False
         return True
 
-    def seal(self, transfer: int, ttl_ms: int) -> bool:
+    def seal(self, transfer: int, ttl_ms: int) -> bool | None:
         """Say that all is stored: it stays for ``ttl_ms`` or, once claimed, while its consumer renews.
 
-        Returns whether the master knows it. Its producer need not renew any more.
+        Returns whether the master knows it: its producer need not renew any more. None: there was no answer, and it
+        must, until a later call has one.
         """
         _check_id(transfer)
         if not 0 <= ttl_ms <= SEAL_MS_MAX:
@@ -150,10 +151,11 @@ class Transfers:
         request = master_pb2.SealTransferRequest(transfer=transfer, ttl_ms=int(ttl_ms))
         reply = self._ask(MasterFrame(seal_transfer=request))
         with self._lock:
-            if (opened := self._opened.pop(transfer, None)) is not None:
+            if (opened := self._opened.get(transfer)) is not None:
                 opened.until = time.monotonic() + ttl_ms / 1000
-                _remember(self._sealed, transfer, opened)
-        return reply is not None and reply.seal_transfer.known
+                if reply is not None:
+                    _remember(self._sealed, transfer, self._opened.pop(transfer))
+        return None if reply is None else reply.seal_transfer.known
 
     # ---- the consumer --------------------------------------------------------------------------
 
@@ -170,11 +172,11 @@ class Transfers:
 
     # ---- both ----------------------------------------------------------------------------------
 
-    def renew(self, transfers: Sequence[int]) -> list[int]:
+    def renew(self, transfers: Sequence[int], consumer: str = "") -> list[int]:
         """Say that they are still wanted; returns those that are over or unknown, all while the master is away.
 
         It speaks as the producer of those that this client has opened and not sealed, as the consumer of others, who
-        must have claimed them.
+        must have claimed them, under this name if it has one.
         """
         for transfer in transfers:
             _check_id(transfer)
@@ -185,13 +187,18 @@ class Transfers:
             with self._lock:
                 produced = [transfer for transfer in part if transfer in self._opened]
                 consumed = [transfer for transfer in part if transfer not in self._opened]
-            request = master_pb2.TransfersRequest(transfers=produced, consumed=consumed)
+            request = master_pb2.TransfersRequest(transfers=produced, consumed=consumed, consumer=consumer[:256])
             reply = self._ask(MasterFrame(renew_transfers=request), deadline)
             over += part if reply is None else reply.transfers.unknown
         return over
 
-    def end(self, transfers: Sequence[int]) -> None:
-        """End them: loaded, or not wanted any more. What the master does not hear expires by itself."""
+    def end(self, transfers: Sequence[int], consumer: str = "", *, back: bool = False) -> list[int]:
+        """End them: loaded, or not wanted any more. What the master does not hear expires by itself.
+
+        ``consumer``: as they were claimed; what another one has claimed since is left to it. ``back``: they were not
+        loaded, and another one may come within some seconds. Returns those that were over or unknown, all while the
+        master is away.
+        """
         for transfer in transfers:
             _check_id(transfer)
         deadline = time.monotonic() + CALL_S
@@ -199,9 +206,13 @@ class Transfers:
             for transfer in transfers:
                 self._opened.pop(transfer, None)
                 self._sealed.pop(transfer, None)
+        over: list[int] = []
         for at in range(0, len(transfers), IDS_PER_CALL):
-            request = master_pb2.TransfersRequest(transfers=transfers[at : at + IDS_PER_CALL])
-            self._ask(MasterFrame(end_transfers=request), deadline)
+            part = transfers[at : at + IDS_PER_CALL]
+            request = master_pb2.TransfersRequest(transfers=part, consumer=consumer[:256], back=back)
+            reply = self._ask(MasterFrame(end_transfers=request), deadline)
+            over += part if reply is None else reply.transfers.unknown
+        return over
 
     # ---- the master ----------------------------------------------------------------------------
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,9 +28,38 @@ def module_command(module: str) -> list[str]:
     return [sys.executable, *([] if ours or "" in sys.path else ["-P"]), "-m", module]
 
 
+_cpus: set[int] = set()
+
+
+def run_threads_on(cpus: Collection[int]) -> None:
+    """Have threads of ours that start from now on run on these processors, if any are named.
+
+    Else a thread runs where the one that starts it may run, which some engines bind to a single core.
+    """
+    _cpus.clear()
+    _cpus.update(cpus)
+
+
+def cpu_count() -> int:
+    """Return on how many processors our threads may run."""
+    return len(_cpus or os.sched_getaffinity(0))
+
+
+def begin_thread() -> None:
+    """Take a thread of ours to the processors that it may run on: the first that it does."""
+    if _cpus:
+        with contextlib.suppress(OSError):  # they are no longer ours: it stays where it is
+            os.sched_setaffinity(0, _cpus)
+
+
 def start_thread(work: Callable[..., object], name: str, *arguments: object) -> threading.Thread | None:
     """Start a daemon thread; None where there can be none now: whoever needs it asks again, which is said once."""
-    thread = threading.Thread(target=work, name=name, args=arguments, daemon=True)
+
+    def run() -> None:
+        begin_thread()
+        work(*arguments)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError as exc:

@@ -78,3 +78,19 @@ def test_a_new_master_is_told_of_others_when_it_refuses_one(monkeypatch: pytest.
     link.asked.clear()
     assert not link.restarted(link.ask)
     assert link.asked == [("open", 1), ("open", 2)]
+
+
+def test_a_seal_without_an_answer_leaves_the_producer_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its renewals go on, and a master that is restarted meanwhile is told both."""
+    link = Link(monkeypatch)
+    transfers = transfers_of(link)
+    transfers.open(7, [PART], ["a"])
+    link.refused[7] = UnavailableError("late")
+    assert transfers.seal(7, 60_000) is None
+    assert list(transfers._opened) == [7]
+    link.refused.clear()
+    link.asked.clear()
+    assert link.restarted(link.ask)
+    assert link.asked == [("open", 7), ("seal", 7)]
+    assert transfers.seal(7, 60_000) is not None
+    assert list(transfers._sealed) == [7] and not transfers._opened

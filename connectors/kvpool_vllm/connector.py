@@ -22,12 +22,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.request import RequestStatus
 
 from kvpool.errors import ConfigError, InvalidArgumentError
 from kvpool.model import Namespace
+from kvpool.processes import run_threads_on
 from kvpool_vllm import LOGGER_NAME, announce
+from kvpool_vllm.cpus import free_cpus
 from kvpool_vllm.device import KVBlocks, open_device
 from kvpool_vllm.events import PoolEvents, vllm_events
 from kvpool_vllm.groups import read_groups
@@ -133,8 +136,6 @@ def _harmless(answer: Any) -> Callable[[Hook], Hook]:
 
 def _isa(vllm_config: Any, block_tokens: int) -> str:
     """Return the instruction set that the CPU kernels pack KV for, which changes the bytes; "" on devices."""
-    from vllm.platforms import current_platform
-
     if not current_platform.is_cpu():
         return ""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -179,6 +180,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             self._node_process = autostart(self._settings, vllm_config.parallel_config.local_world_size)
             self.scheduler = self._make_scheduler(vllm_config)
         else:
+            if current_platform.is_cpu():
+                run_threads_on(free_cpus())  # before any of them is started
             self.worker = self._make_worker(vllm_config)
 
     @property
@@ -307,8 +310,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End the request; saves hold blocks by reference, so the engine may free its own at once."""
-        by_length = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
-        return False, self.scheduler.finished(request, block_ids, handed_over=by_length)
+        # Its one token may be one that ends an answer: the other engine chooses its own.
+        whole = request.status in {RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED}
+        return False, self.scheduler.finished(request, block_ids, handed_over=whole)
 
     @_harmless(())
     def take_events(self) -> list[Any]:

@@ -278,7 +278,7 @@ class SchedulerSide:
             state.last_blocks = block_ids
             return params
         self._drop_ask(state)
-        self._drop_incoming(state)
+        self._drop_incoming(state, back=True)
         del self._requests[request.request_id]
         self._save_rest(state, block_ids)
         return params
@@ -348,9 +348,9 @@ class SchedulerSide:
         self._begin_load(state, job)
         request.kv_transfer_params["do_remote_prefill"] = False  # a preempted request must not wait again
 
-    def _drop_incoming(self, state: _Tracked, reason: str = "") -> None:
+    def _drop_incoming(self, state: _Tracked, reason: str = "", *, back: bool = False) -> None:
         if state.incoming is not None:
-            self._transfers.drop(state.incoming, reason)
+            self._transfers.drop(state.incoming, reason, back=back)
             state.incoming = None
 
     def _drop_ask(self, state: _Tracked) -> None:
@@ -372,7 +372,7 @@ class SchedulerSide:
         self._drop_ask(state)
         if job.transfer:
             self._transfers.received(arrived, job.blocks)
-            self._drop_incoming(state)
+            self._drop_incoming(state, back=state.last_blocks is not None)  # aborted meanwhile
         state.loading = False
         self._unsure -= Counter(state.unsure)
         if missing:

@@ -41,6 +41,9 @@ class MemoryTransfer:
     namespaces: tuple[bytes, ...]
     own: set[tuple[bytes, bytes]]
     """Namespaces and keys that are dropped with it."""
+    consumer: str = ""
+    back: bool = False
+    """Given back by its consumer: it ends by itself unless another one claims it."""
 
 
 @dataclass
@@ -63,7 +66,9 @@ class MemoryPool:
     def open_transfers(self) -> list[int]:
         """Those that are not over."""
         over = {TransferState.ENDED, TransferState.UNKNOWN}
-        return [number for number, transfer in self.transfers.items() if transfer.state not in over]
+        return [
+            number for number, transfer in self.transfers.items() if transfer.state not in over and not transfer.back
+        ]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -111,34 +116,43 @@ class MemoryTransfers:
                 known.state = TransferState.SEALED
         return known is not None
 
-    def claim(self, transfer: int, consumer: str = "") -> Claimed:  # noqa: ARG002 -- Transfers' signature
+    def claim(self, transfer: int, consumer: str = "") -> Claimed:
         """Return what is known."""
         if self.master_is_away:
             return Claimed(TransferState.NO_MASTER)
         with self._pool.lock:
             known = self._pool.transfers.get(transfer)
-        if known is None:
-            return Claimed(TransferState.UNKNOWN)
+            if known is None:
+                return Claimed(TransferState.UNKNOWN)
+            known.consumer, known.back = consumer, False
         return Claimed(known.state, known.namespaces, (NODE,))
 
-    def renew(self, transfers: Sequence[int]) -> list[int]:
+    def renew(self, transfers: Sequence[int], consumer: str = "") -> list[int]:  # noqa: ARG002 -- Transfers' signature
         """Return those that are over."""
         with self._pool.lock:
             return [number for number in transfers if number not in self._pool.open_transfers]
 
-    def end(self, transfers: Sequence[int]) -> None:
-        """Drop what was theirs alone."""
+    def end(self, transfers: Sequence[int], consumer: str = "", *, back: bool = False) -> list[int]:
+        """Drop what was theirs alone; return those that were over or unknown."""
+        over = []
         with self._pool.lock:
             self._pool.calls.append("end")
             for number in transfers:
                 ended = self._pool.transfers.get(number)
-                if ended is None:
-                    continue  # a master remembers nothing of what it has never heard of
+                if ended is None or ended.state is TransferState.ENDED:
+                    over.append(number)  # a master remembers nothing of what it has never heard of
+                    continue
+                if consumer and ended.consumer not in {"", consumer}:
+                    continue
+                if back:
+                    ended.back, ended.consumer = True, ""
+                    continue
                 ended.state = TransferState.ENDED
                 others = [t for t in self._pool.transfers.values() if t.state is not TransferState.ENDED]
                 wanted = {key for other in others for key in other.own}
                 for shard in [shard for shard in self._pool.shards if shard[:2] in ended.own - wanted]:
                     del self._pool.shards[shard]
+        return over
 
 
 class MemoryLayers:

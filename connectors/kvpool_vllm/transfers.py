@@ -125,11 +125,14 @@ class Keeper:
         """``name``: this engine's, for people."""
         self._client = client
         self._name = name
+        self._consumer = f"{name[:200]}#{secrets.token_hex(4)}"
+        """Another engine may have the same name."""
         self._changed = threading.Condition()
         self._news = threading.Event()
         self._calls: deque[Callable[[], object]] = deque()
         self._busy = False
-        self._held: set[int] = set()
+        self._produced: dict[int, tuple[int, float] | None] = {}  # (ttl_ms, until when) of those that are to be sealed
+        self._consumed: set[int] = set()
         self._claiming: dict[int, tuple[Incoming, float, float]] = {}  # (.., when next, pause then)
         self._unwanted: dict[int, float] = {}  # until when; if they are opened after all, they are ended
         self._closed = False
@@ -139,7 +142,7 @@ class Keeper:
     def __len__(self) -> int:
         """Return how many transfers are kept alive, or have something left to be said of them."""
         with self._changed:
-            return len(self._calls) + self._busy + len(self._held | self._claiming.keys())
+            return len(self._calls) + self._busy + len(self._produced.keys() | self._consumed | self._claiming.keys())
 
     def open(self, outgoing: Outgoing, parts: Sequence[TransferPart], nodes: Sequence[str]) -> None:
         """Open a transfer, and renew it until it is sealed or ended."""
@@ -151,7 +154,7 @@ class Keeper:
                 outgoing.refused = not outgoing.opened
 
         with self._changed:
-            self._held.add(outgoing.transfer)
+            self._produced[outgoing.transfer] = None
             self._call(call)
 
     def claim(self, incoming: Incoming) -> None:
@@ -164,28 +167,40 @@ class Keeper:
     def seal(self, transfer: int, ttl_ms: int) -> None:
         """Say that all is stored; the other engine has so much time to come for it."""
         with self._changed:
-            self._held.discard(transfer)
-            self._call(lambda: self._client.transfers.seal(transfer, ttl_ms))
+            self._produced[transfer] = ttl_ms, time.monotonic() + ttl_ms / 1000
+            self._call(lambda: self._seal(transfer))
 
-    def end(self, transfer: int, until_s: float = 0.0) -> None:
-        """End a transfer, whosever it is; one that was never seen, whenever it is opened within ``until_s``."""
+    def end(self, transfer: int) -> None:
+        """End a transfer that was opened here."""
         with self._changed:
-            self._held.discard(transfer)
+            self._produced.pop(transfer, None)
+            self._call(lambda: self._client.transfers.end([transfer]))
+
+    def leave(self, transfer: int, until_s: float, *, back: bool) -> None:
+        """End a transfer that was claimed here; one that was never seen, whenever it is opened within ``until_s``.
+
+        ``back``: it was not loaded, and another engine may come for it.
+        """
+        with self._changed:
+            self._consumed.discard(transfer)
             claimed = self._claiming.pop(transfer, None)
             if claimed is not None and claimed[0].gone != "ended":
                 self._unwanted[transfer] = time.monotonic() + until_s
                 if len(self._unwanted) > UNWANTED_MAX:
                     del self._unwanted[next(iter(self._unwanted))]
-            self._call(lambda: self._client.transfers.end([transfer]))
+            self._call(lambda: self._client.transfers.end([transfer], self._consumer, back=back))
 
     def close(self) -> None:
         """End what was not handed over, and stop."""
         with self._changed:
-            left = sorted(self._held | self._claiming.keys())
-            self._held.clear()
+            produced, consumed = sorted(self._produced), sorted(self._consumed | self._claiming.keys())
+            self._produced.clear()
+            self._consumed.clear()
             self._claiming.clear()
-            if left:
-                self._call(lambda: self._client.transfers.end(left))
+            if produced:
+                self._call(lambda: self._client.transfers.end(produced))
+            if consumed:
+                self._call(lambda: self._client.transfers.end(consumed, self._consumer, back=True))
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout=5)
@@ -226,9 +241,12 @@ class Keeper:
             if time.monotonic() >= renew_at:
                 renew_at = time.monotonic() + RENEW_EVERY_S
                 with self._changed:
-                    held = sorted(self._held)
+                    held = sorted(self._produced.keys() | self._consumed)
+                    unsealed = [transfer for transfer, sealing in self._produced.items() if sealing is not None]
+                for transfer in unsealed:
+                    self._try(self._seal, transfer)
                 if held:
-                    self._try(self._client.transfers.renew, held)
+                    self._try(self._client.transfers.renew, held, self._consumer)
 
     @staticmethod
     def _try(call: Callable[..., object], *arguments: object) -> None:
@@ -243,17 +261,26 @@ class Keeper:
             now = time.monotonic()
             self._unwanted = {transfer: until for transfer, until in self._unwanted.items() if until > now}
             unwanted = list(self._unwanted)
-        for transfer in unwanted:
-            state = self._client.transfers.claim(transfer, self._name).state
-            if state is TransferState.NO_MASTER:
-                return
+        over = set(self._client.transfers.end(unwanted, self._consumer, back=True))
+        with self._changed:
+            for transfer in unwanted:
+                if transfer not in over:
+                    self._unwanted.pop(transfer, None)
+
+    def _seal(self, transfer: int) -> None:
+        """Seal a transfer, and again with the next renewal if nobody answers."""
+        with self._changed:
+            sealing = self._produced.get(transfer)
+        if sealing is None:
+            return  # ended meanwhile
+        ttl_ms, until = sealing
+        answer = self._client.transfers.seal(transfer, ttl_ms)
+        if answer is not None or time.monotonic() > until:
             with self._changed:
-                if state is TransferState.UNKNOWN or self._unwanted.pop(transfer, None) is None:
-                    continue  # somebody may want it by now
-            self._client.transfers.end([transfer])
+                self._produced.pop(transfer, None)
 
     def _claim(self, incoming: Incoming, pause_s: float) -> None:
-        found = self._client.transfers.claim(incoming.transfer, self._name)
+        found = self._client.transfers.claim(incoming.transfer, self._consumer)
         there = found.state in {TransferState.OPEN, TransferState.SEALED}
         incoming.silences = incoming.silences + 1 if found.state is TransferState.NO_MASTER else 0
         if there and incoming.found is None:
@@ -271,7 +298,7 @@ class Keeper:
                 return  # ended meanwhile; what was claimed just now is ended by the call that waits
             if there:
                 del self._claiming[incoming.transfer]
-                self._held.add(incoming.transfer)
+                self._consumed.add(incoming.transfer)
             else:
                 due = time.monotonic() + pause_s
                 self._claiming[incoming.transfer] = (incoming, due, min(2 * pause_s, POLL_MAX_S))
@@ -459,15 +486,18 @@ class Transfers:
             incoming.gone = "not_opened"
         return incoming.found is not None
 
-    def drop(self, incoming: Incoming, reason: str = "") -> None:
-        """Forget a transfer: it is loaded, not wanted any more, or, with a ``reason``, cannot be had."""
+    def drop(self, incoming: Incoming, reason: str = "", *, back: bool = False) -> None:
+        """Forget a transfer: it is loaded, not wanted any more, or, with a ``reason``, cannot be had.
+
+        ``back``: nobody goes on with the request here, but another engine may.
+        """
         if reason:
             self._miss(reason)
         incoming.requests -= 1
         if not incoming.requests:
             self._incoming.pop(incoming.transfer, None)
             if self._keeper is not None:
-                self._keeper.end(incoming.transfer, self._settings.transfer_ttl / 1000)
+                self._keeper.leave(incoming.transfer, self._settings.transfer_ttl / 1000, back=back)
 
     def received(self, arrived: int, wanted: int) -> None:
         """Count a load."""

@@ -17,7 +17,10 @@ _MANY: Final = frozenset(
 
 
 class ManyValues(click.Command):
-    """A command whose options may have several values after one flag: ``--decoder-ports 9000 9001``."""
+    """A command whose options may have several values after one flag: ``--decoder-ports 9000 9001``.
+
+    ``--decoder-port`` is the same: who writes one value leaves out the s, which other proxies' parsers let pass.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Join the values of such options before click reads them."""
@@ -31,9 +34,10 @@ class ManyValues(click.Command):
                 joined[-1] = ",".join(values)
                 continue
             name, equals, value = word.partition("=")
-            if name.removeprefix("--").replace("-", "_") in _MANY:
+            bare = name.removeprefix("--").replace("-", "_")
+            if bare in _MANY or f"{bare}s" in _MANY:
                 values = [value] if equals else []
-                joined += [name, value]
+                joined += [name if bare in _MANY else f"{name}s", value]
             else:
                 joined.append(word)
         return super().parse_args(ctx, joined)

@@ -45,6 +45,10 @@ OVER_MAX = 1 << 16
 """Transfers that are remembered to be over, each for ``OVER_S``."""
 
 OVER_S = 300.0
+BACK_S = 5.0
+"""How long one that its consumer has given back waits for another: a router asks the next engine at once, and that
+engine may be in the middle of a step."""
+
 DROP_AGAIN_S = (1.0, 5.0, 30.0)
 """When blocks of use to one transfer only are looked for again after its end: reports and readers may be late."""
 
@@ -118,12 +122,16 @@ class Transfer:
     holding: _Holding
     until: float  # of its producer while open, then of what it left
     consumer_until: float | None = None  # None: nobody has claimed it
+    consumer: str = ""  # who has claimed it last
+    back_until: float | None = None  # given back by who had claimed it
     sealed: bool = False
     wake_at: float = float("inf")  # its earliest entry in the queue of deadlines
 
     @property
     def deadline(self) -> float:
         """When it is over unless somebody is heard of."""
+        if self.back_until is not None:
+            return self.back_until
         return self.consumer_until if self.sealed and self.consumer_until is not None else self.until
 
 
@@ -182,7 +190,8 @@ class Transfers:
             self._counters["transfers.opened"] += 1
         else:
             before.holding.over = True
-            opened.consumer_until = before.consumer_until
+            opened.consumer, opened.consumer_until = before.consumer, before.consumer_until
+            opened.back_until = before.back_until
         self._jobs.append(self._take(opened.holding, before.holding if before is not None else None))
         self._await(opened)
 
@@ -233,7 +242,7 @@ class Transfers:
             return Claimed(State.ENDED if transfer in self._over else State.UNKNOWN)
         if known.consumer_until is None:
             self._counters["transfers.claimed"] += 1
-        known.consumer_until = up + self.ttl_s
+        known.consumer, known.consumer_until, known.back_until = consumer, up + self.ttl_s, None
         self._await(known)
         state = State.SEALED if known.sealed else State.OPEN
         return Claimed(state, known.namespaces, tuple(self._address(node_id) for node_id in known.nodes))
@@ -242,11 +251,13 @@ class Transfers:
         node = self._nodes.get(node_id)
         return node.address if node is not None and node.state in {"live", "warming"} else None
 
-    def renew(self, produced: Sequence[int], consumed: Sequence[int], up: float) -> list[int]:
+    def renew(self, produced: Sequence[int], consumed: Sequence[int], up: float, consumer: str = "") -> list[int]:
         """Start the TTL of these anew, for their producer or their consumer; returns those that are over or unknown.
 
-        Raises InvalidArgumentError.
+        A ``consumer`` with a name takes what another one, which had claimed it after all, has given back. Raises
+        InvalidArgumentError.
         """
+        _check_name(consumer, "consumer")
         _check_ids(produced, "transfers")
         _check_ids(consumed, "consumed")
         for transfer in produced:
@@ -254,17 +265,32 @@ class Transfers:
                 known.until = up + self.ttl_s
         for transfer in consumed:
             known = self.by_id.get(transfer)
-            if known is not None and known.consumer_until is not None:  # or its producer's last word comes too late
+            if known is None:
+                continue
+            if known.back_until is not None and consumer:
+                known.consumer, known.consumer_until, known.back_until = consumer, up + self.ttl_s, None
+                self._await(known)
+            elif known.consumer_until is not None:  # or its producer's last word comes too late
                 known.consumer_until = up + self.ttl_s
         return [transfer for transfer in (*produced, *consumed) if transfer not in self.by_id]
 
-    def end(self, transfers: Sequence[int], up: float) -> list[int]:
-        """End these; returns those that were over or unknown. Raises InvalidArgumentError."""
+    def end(self, transfers: Sequence[int], up: float, consumer: str = "", *, back: bool = False) -> list[int]:
+        """End these; returns those that were over or unknown. Raises InvalidArgumentError.
+
+        ``consumer``: who has claimed them; those that another one has claimed since are left to it. ``back``: they were
+        not loaded, and stay for BACK_S, for whoever else may claim them.
+        """
         _check_ids(transfers, "transfers")
+        _check_name(consumer, "consumer")
         unknown = []
         for transfer in transfers:
             if (known := self.by_id.get(transfer)) is None:
                 unknown.append(transfer)
+            elif consumer and known.consumer not in {"", consumer}:
+                continue
+            elif back:
+                known.consumer, known.consumer_until, known.back_until = "", None, up + BACK_S
+                self._await(known)
             else:
                 self._counters["transfers.ended"] += 1
                 self._end(known, up)
@@ -341,6 +367,10 @@ class Transfers:
         if transfer.deadline > up:
             transfer.wake_at = float("inf")
             self._await(transfer)
+            return []
+        if transfer.back_until is not None:
+            self._counters["transfers.ended"] += 1
+            self._end(transfer, up)
             return []
         self._counters["transfers.expired"] += 1
         self._end(transfer, up)

@@ -114,6 +114,7 @@ class Fleet:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout / 1000),
             auto_decompress=False,
+            headers={"Accept-Encoding": "identity"},  # what is passed on is not unpacked, what is read is not packed
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 

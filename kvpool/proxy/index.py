@@ -37,6 +37,9 @@ FAILURES_MAX: Final = 3
 QUIET_S: Final = 5.0
 """After so many failures in a row, for so long nobody is asked."""
 
+HASHING_PART: Final = 0.5
+"""Of the time for a lookup: so much of it may go into a prompt's keys."""
+
 SPACES_MAX: Final = 4
 """Namespaces of one model that are looked through."""
 
@@ -127,12 +130,25 @@ class PoolIndex:
             return None
         held: dict[str, Held] = {}
         for space in spaces:
-            keys = await asyncio.to_thread(chains.block_keys, space, tokens, self._seed)
+            keys = await self._keys(space, tokens)
+            if keys is None:
+                return None
             if keys:
                 request = master_pb2.LookupRequest(namespace=space.digest, hashes=keys)
                 answer = await self._stub.Inspect(request, timeout=self._settings.lookup_timeout / 1000)
                 self._read(answer, space, len(tokens), alike, held)
         return Known(len(tokens), held)
+
+    async def _keys(self, space: Namespace, tokens: Sequence[int]) -> bytes | None:
+        """Return a prompt's keys, None where that takes too long: no failure of the pool. Others have their turns."""
+        loop, keys = asyncio.get_running_loop(), bytearray()
+        end = loop.time() + HASHING_PART * self._settings.lookup_timeout / 1000
+        for some in chains.key_slices(space, tokens, self._seed):
+            keys += some
+            await asyncio.sleep(0)
+            if loop.time() > end:
+                return None
+        return bytes(keys)
 
     def _read(
         self, answer: Any, space: Namespace, tokens: int, alike: Iterable[Instance], held: dict[str, Held]
@@ -275,7 +291,9 @@ def _near(answer: Any, own: int, boot_ids: Collection[str]) -> int:
 
 
 def _has_media(body: Mapping[str, Any]) -> bool:
-    contents = [message.get("content") for message in body.get("messages") or () if isinstance(message, dict)]
+    messages = body.get("messages")
+    said = messages if isinstance(messages, list) else ()  # elsewhere than in a chat nobody has looked at it
+    contents = [message.get("content") for message in said if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(not isinstance(part, dict) or part.get("type") != "text" for part in parts)
 

@@ -70,7 +70,8 @@ def read(path: str, raw: bytes) -> Asked:
             raise InvalidArgumentError("prompt", "must be given")
         single = isinstance(prompt, str) or _is_tokens(prompt)
         chunks, tokens = _of_prompts(prompt, seed)
-    divisible = single and not any(body.get(name) for name in ("prompt_logprobs", "prompt_embeds", "use_beam_search"))
+    divisible = single and not any(body.get(name) for name in ("prompt_embeds", "use_beam_search"))
+    divisible = divisible and body.get("prompt_logprobs") is None  # 0 asks for those of the prompt's own tokens
     divisible = divisible and body.get("n") in (None, 1) and body.get("best_of") in (None, 1)
     divisible = divisible and not (body.get("echo") and body.get("logprobs") is not None)
     return Asked(body, Prompt(chunks, tokens, _output_tokens(body)), body.get("stream") is True, divisible)

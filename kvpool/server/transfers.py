@@ -50,13 +50,13 @@ def claim_transfer(pool: Pool, request: master_pb2.ClaimTransferRequest) -> mast
 
 def renew_transfers(pool: Pool, request: master_pb2.TransfersRequest) -> master_pb2.TransfersResponse:
     """Renew some. Raises InvalidArgumentError."""
-    unknown = pool.state.transfers.renew(request.transfers, request.consumed, _uptime(pool))
+    unknown = pool.state.transfers.renew(request.transfers, request.consumed, _uptime(pool), request.consumer)
     return master_pb2.TransfersResponse(unknown=unknown)
 
 
 def end_transfers(pool: Pool, request: master_pb2.TransfersRequest) -> master_pb2.TransfersResponse:
     """End some. Raises InvalidArgumentError."""
-    unknown = pool.state.transfers.end(request.transfers, _uptime(pool))
+    unknown = pool.state.transfers.end(request.transfers, _uptime(pool), request.consumer, back=request.back)
     pool.perform([])
     return master_pb2.TransfersResponse(unknown=unknown)
 

@@ -7,7 +7,6 @@ gives up the GIL once for the whole of it; ``settimeout`` would poll before ever
 from __future__ import annotations
 
 import math
-import os
 import socket
 import struct
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import xxhash
 
 from kvpool.errors import UnavailableError
+from kvpool.processes import cpu_count
 from kvpool.transport.frames import Buffer
 
 IOV_MAX = 1024
@@ -32,9 +32,9 @@ Control = Sequence[tuple[int, int, bytes]]
 """What ``sendmsg`` sends along."""
 
 _TIMEVAL = struct.Struct("@ll")
-SPIN_S = 3e-4 if len(os.sched_getaffinity(0)) > 1 else 0.0
+SPIN_S = 3e-4
 """How long a small answer is looked for before sleeping: going to sleep and waking costs tens of microseconds.
-With one core only, looking would keep the one who answers from it."""
+With one core only, looking would keep the one who answers from it: it is not done there."""
 
 _TIMEOUT_STEPS = 8
 
@@ -68,12 +68,13 @@ class TimedSocket:
     The wait for ``end`` is exact to an eighth of ``progress_s``, so that a usual call sets no option.
     """
 
-    __slots__ = ("_receive_s", "_send_s", "sock")
+    __slots__ = ("_receive_s", "_send_s", "_spin_s", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._receive_s = 0.0
         self._send_s = 0.0
+        self._spin_s = SPIN_S if cpu_count() > 1 else 0.0
 
     def send_all(self, views: list[memoryview], progress_s: float, end: float) -> None:
         """Send all views (not empty ones), as few system calls as possible."""
@@ -120,7 +121,7 @@ class TimedSocket:
 
     def spin(self) -> None:
         """Look for bytes for a moment, without taking any; whoever waits for a small answer calls this first."""
-        end = time.perf_counter() + SPIN_S
+        end = time.perf_counter() + self._spin_s
         receive = self.sock.recv
         try:
             while time.perf_counter() < end:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -340,6 +341,49 @@ def test_consumer_is_aborted(pair: Pair) -> None:
     pair.drain(producer)
     assert prefilling.status == "finished"
     assert not pair.pool.open_transfers
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_another_consumer_comes_instead(pair: Pair, late: bool) -> None:
+    """As routers ask one where another has failed: it has all of it, and is not robbed of it by the first one's end."""
+    producer, first, second = pair.engine(PRODUCER), pair.engine(CONSUMER), pair.engine(CONSUMER)
+    prompt = list(range(30))
+    params = pair.prefill(producer, prompt).returned
+    assert params is not None
+    (transfer,) = pair.pool.transfers.values()
+    failing = pair.submit(first, prompt, 3, dict(params))
+    first.step()
+    pair.until(lambda: transfer.consumer != "")
+    if not late:
+        first.abort(failing)
+        pair.drain(first)
+    decoding = pair.submit(second, prompt, 3, dict(params))
+    pair.until(lambda: decoding.status == "loading", second)
+    if late:
+        first.abort(failing)
+        pair.drain(first)
+    pair.drain(second)
+    assert second.loaded_tokens == len(prompt)
+    assert second.side.counters["transfer.received"] == 1
+    assert decoding.answer == expected(prompt, 3)
+    assert not pair.pool.open_transfers
+
+
+def test_one_that_is_given_back_and_opened_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for it since is not robbed of it either."""
+    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.transfers.LOOK_EVERY_S", 0.02)
+    producer, first, second = pair.engine(PRODUCER, budget=4), pair.engine(CONSUMER), pair.engine(CONSUMER)
+    prompt, params = list(range(30)), {"do_remote_prefill": True, "transfer_id": "1"}
+    failing = pair.submit(first, prompt, 3, dict(params))
+    first.step()
+    first.abort(failing)
+    pair.drain(first)
+    decoding = pair.submit(second, prompt, 3, dict(params))
+    pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "1"})
+    pair.drain(producer, second)
+    assert decoding.answer == expected(prompt, 3)
+    assert second.side.counters["transfer.received"] == 1
 
 
 def test_prefill_that_never_begins(pair: Pair) -> None:
@@ -714,7 +758,7 @@ def test_what_cannot_be_said_keeps_nothing_else_from_being_said():
     class Broken:
         class transfers:  # noqa: N801 - as the client's
             @staticmethod
-            def end(transfers: list[int]) -> None:
+            def end(transfers: list[int], *_: Any, **__: Any) -> None:
                 said.append(("end", transfers))
                 entered.set()
                 assert go_on.wait(DEADLINE_S)
@@ -739,4 +783,51 @@ def test_what_cannot_be_said_keeps_nothing_else_from_being_said():
         assert time.monotonic() < deadline
         time.sleep(0.001)
     assert outgoing.refused
+    keeper.close()
+
+
+def test_a_seal_that_nobody_has_answered_is_said_again(monkeypatch: pytest.MonkeyPatch):
+    """With the renewals, which go on until then; not after its end, nor once nobody would come for it."""
+    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.01)
+    said: Counter[tuple[str, int]] = Counter()
+    answering = threading.Event()
+
+    class Deaf:
+        class transfers:  # noqa: N801 - as the client's
+            @staticmethod
+            def open(transfer: int, *_: Any) -> bool:
+                return True
+
+            @staticmethod
+            def seal(transfer: int, ttl_ms: int) -> bool | None:
+                said["seal", transfer] += 1
+                return True if answering.is_set() else None
+
+            @staticmethod
+            def renew(transfers: list[int], consumer: str) -> list[int]:
+                said.update(("renew", transfer) for transfer in transfers)
+                return []
+
+            @staticmethod
+            def end(transfers: list[int], *_: Any, **__: Any) -> list[int]:
+                return []
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    keeper = Keeper(Deaf(), "an engine")  # type: ignore[arg-type]  # stands in for Client
+    keeper.open(Outgoing(1, [], 0), [], [])
+    keeper.seal(1, 60_000)
+    keeper.seal(2, 60_000)
+    keeper.seal(3, 0)
+    until(lambda: said["seal", 1] > 2 and said["renew", 1] > 2 and said["seal", 2] > 2 and said["seal", 3] > 0)
+    keeper.end(2)
+    until(lambda: len(keeper) == 1)
+    asked = said["seal", 2]
+    answering.set()
+    until(lambda: len(keeper) == 0)
+    assert said["seal", 2] == asked
     keeper.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,7 +16,7 @@ from kvpool.core.explain import Verdict
 from kvpool.core.keytable import as_words
 from kvpool.core.messages import Delta, Evict, Heartbeat, Victims
 from kvpool.core.removals import Why
-from kvpool.core.transfers import DROP_AGAIN_S, OVER_S, SEAL_MS_MAX, Claimed, Part, State
+from kvpool.core.transfers import BACK_S, DROP_AGAIN_S, OVER_S, SEAL_MS_MAX, Claimed, Part, State
 from kvpool.errors import InvalidArgumentError, OverloadedError, UnknownNamespaceError
 from kvpool.model import Backend, Namespace, split_keys
 from kvpool.testing.checks import check_master
@@ -386,9 +387,49 @@ def test_other_arguments_are_checked_too(pool):
         (lambda: transfers.renew([0], [], pool.up), "transfers"),
         (lambda: transfers.renew([], [0], pool.up), "consumed"),
         (lambda: transfers.end([1] * 5000, pool.up), "transfers"),
+        (lambda: transfers.end([1], pool.up, "x" * 257), "consumer"),
+        (lambda: transfers.renew([], [1], pool.up, "x" * 257), "consumer"),
     ):
         with pytest.raises(InvalidArgumentError, match=f"^{field}:"):
             call()
+
+
+# ---- another consumer ---------------------------------------------------------------------------------
+
+
+def test_what_its_consumer_gives_back_is_there_for_another_one(pool):
+    """For some seconds; if nobody comes, it ends, without having expired."""
+    pool.put(1)
+    pool.open(7, 1, drop=1)
+    pool.transfers.seal(7, 60_000, pool.up)
+    pool.transfers.claim(7, "x", pool.up)
+    assert pool.transfers.end([7], pool.up, "x", back=True) == []
+    pool.wait(BACK_S - 1)
+    assert pool.transfers.claim(7, "y", pool.up).state is State.SEALED
+    assert pool.transfers.end([7], pool.up, "x", back=True) == []  # which it has no more
+    assert pool.transfers.end([7], pool.up, "x") == []
+    pool.wait(TTL_S - 1)
+    pool.transfers.renew([], [7], pool.up, "y")
+    assert pool.transfers.end([7], pool.up, "y", back=True) == []
+    pool.wait(BACK_S - 1)
+    assert 7 in pool.transfers.by_id
+    pool.wait(1.1)
+    assert not pool.transfers.by_id
+    assert counted(pool) == {"opened": 1, "sealed": 1, "claimed": 2, "ended": 1}
+
+
+def test_a_consumer_that_is_at_work_keeps_what_another_one_gives_back(pool):
+    """Both had claimed it, and the one that gives it back was the last."""
+    pool.open(7, 1)
+    pool.transfers.claim(7, "y", pool.up)
+    pool.transfers.claim(7, "x", pool.up)
+    pool.transfers.end([7], pool.up, "x", back=True)
+    pool.transfers.renew([], [7], pool.up)  # which says nothing of whose
+    assert pool.transfers.by_id[7].back_until is not None
+    assert pool.transfers.renew([], [7], pool.up, "y") == []
+    pool.transfers.seal(7, 60_000, pool.up)
+    pool.wait(TTL_S - 1)
+    assert pool.transfers.by_id[7].consumer == "y"
 
 
 # ---- a dumb model ------------------------------------------------------------------------------------
@@ -403,13 +444,18 @@ class Known:
     sealed: bool
     until: float
     consumer_until: float | None = None
+    consumer: str = ""
+    back_until: float | None = None
 
     def deadline(self) -> float:
+        if self.back_until is not None:
+            return self.back_until
         return self.consumer_until if self.sealed and self.consumer_until is not None else self.until
 
 
 ids = st.integers(1, 3)
 numbers = st.lists(st.integers(0, 7), min_size=1, max_size=5)
+consumers = st.sampled_from(["", "x", "y"])
 
 
 class TransfersModel(RuleBasedStateMachine):
@@ -460,7 +506,8 @@ class TransfersModel(RuleBasedStateMachine):
         self.over.discard(transfer)
         surely: set[int] = set()
         if before is not None:
-            self.known[transfer].consumer_until = before.consumer_until
+            now = self.known[transfer]
+            now.consumer, now.consumer_until, now.back_until = before.consumer, before.consumer_until, before.back_until
             self.doomed.update(before.drop)
             surely = (set(before.drop) & self.stored) - self.spared()
         self.settle(surely)
@@ -474,32 +521,44 @@ class TransfersModel(RuleBasedStateMachine):
             if known.consumer_until is not None and known.consumer_until <= self.pool.up:
                 known.consumer_until = None
 
-    @rule(transfer=ids)
-    def claim(self, transfer):
+    @rule(transfer=ids, consumer=consumers)
+    def claim(self, transfer, consumer):
         known = self.known.get(transfer)
         wanted = State.ENDED if transfer in self.over else State.UNKNOWN
         if known is not None:
             wanted = State.SEALED if known.sealed else State.OPEN
-            known.consumer_until = self.pool.up + TTL_S
-        assert self.pool.state(transfer) is wanted
+            known.consumer, known.consumer_until, known.back_until = consumer, self.pool.up + TTL_S, None
+        assert self.pool.transfers.claim(transfer, consumer, self.pool.up).state is wanted
 
-    @rule(produced=st.lists(ids, max_size=2), consumed=st.lists(ids, max_size=2))
-    def renew(self, produced, consumed):
-        unknown = self.pool.transfers.renew(produced, consumed, self.pool.up)
+    @rule(produced=st.lists(ids, max_size=2), consumed=st.lists(ids, max_size=2), consumer=consumers)
+    def renew(self, produced, consumed, consumer):
+        unknown = self.pool.transfers.renew(produced, consumed, self.pool.up, consumer)
         assert unknown == [t for t in (*produced, *consumed) if t not in self.known]
         for transfer in produced:
             if transfer in self.known and not self.known[transfer].sealed:
                 self.known[transfer].until = self.pool.up + TTL_S
-        for transfer in consumed:
-            if transfer in self.known and self.known[transfer].consumer_until is not None:
-                self.known[transfer].consumer_until = self.pool.up + TTL_S
+        for transfer in [t for t in consumed if t in self.known]:
+            known = self.known[transfer]
+            if known.back_until is not None and consumer:
+                known.consumer, known.consumer_until, known.back_until = consumer, self.pool.up + TTL_S, None
+            elif known.consumer_until is not None:
+                known.consumer_until = self.pool.up + TTL_S
 
-    @rule(transfers=st.lists(ids, min_size=1, max_size=2, unique=True))
-    def end(self, transfers):
-        ending = [t for t in transfers if t in self.known]
-        drop = {n for t in ending for n in self.known[t].drop}
-        assert self.pool.transfers.end(transfers, self.pool.up) == [t for t in transfers if t not in self.known]
-        for transfer in ending:
+    @rule(transfers=st.lists(ids, min_size=1, max_size=2, unique=True), consumer=consumers, back=st.booleans())
+    def end(self, transfers, consumer, back):
+        unknown = [t for t in transfers if t not in self.known]
+        theirs = [t for t in transfers if t in self.known and consumer in {"", self.known[t].consumer or consumer}]
+        assert self.pool.transfers.end(transfers, self.pool.up, consumer, back=back) == unknown
+        if back:
+            for transfer in theirs:
+                known = self.known[transfer]
+                known.consumer, known.consumer_until, known.back_until = "", None, self.pool.up + BACK_S
+            self.settle(set())
+            return
+        # What two of them name may be looked at for the one while the other still holds it: it goes a little later.
+        named = Counter(n for t in theirs for n in set(self.known[t].keys))
+        drop = {n for t in theirs for n in self.known[t].drop if named[n] == 1}
+        for transfer in theirs:
             self.end_now(transfer)
         self.settle((drop & self.stored) - self.spared())
 

@@ -65,7 +65,7 @@ class TestTheTwoRequests:
         play(story())
 
     @pytest.mark.parametrize("more", [{"n": 2}, {"prompt": ["a", "b"]}, {"echo": True, "logprobs": 1},
-                                      {"prompt_logprobs": 1}], ids=str)  # fmt: skip
+                                      {"prompt_logprobs": 1}, {"prompt_logprobs": 0}], ids=str)  # fmt: skip
     def test_what_cannot_be_divided_is_not(self, more):
         """The decode instance does all of it."""
 

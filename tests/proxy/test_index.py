@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpool.model import Namespace
-from kvpool.proxy.chains import SEED, block_keys, can_hash
+from kvpool.proxy.chains import SEED, SLICE_TOKENS, block_keys, can_hash, key_slices
 from kvpool.proxy.routing import Held, Role
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2, master_pb2_grpc
@@ -66,6 +66,15 @@ class TestHashes:
             parent = hashlib.sha256(pickle.dumps(block, protocol=pickle.HIGHEST_PROTOCOL)).digest()
             assert keys[16 * number : 16 * number + 16] == parent[:16]
         assert len(keys) == 16 * (len(tokens) // size)
+
+
+    @pytest.mark.parametrize("size", [1, 16, 3000])
+    def test_a_long_prompt_is_hashed_in_slices(self, size):
+        """Which make the whole."""
+        tokens = [number % 70000 for number in range(5 * SLICE_TOKENS + 7)]
+        slices = list(key_slices(namespace(block_tokens=size), tokens))
+        assert b"".join(slices) == block_keys(namespace(block_tokens=size), tokens)
+        assert max(map(len, slices)) == 16 * max(1, SLICE_TOKENS // size)
 
 
 class FakeMaster(admin_pb2_grpc.AdminServicer, master_pb2_grpc.MasterServicer):
@@ -228,6 +237,53 @@ class TestRouting:
                 assert engine.tokenized > 1
                 index = stage.proxy._index
                 assert index._tokens == sum(map(len, index._tokenized.values())) == 100
+
+        play(story())
+
+    def test_nonsense_of_a_client_is_nobodys_failure(self):
+        """Others' prompts are looked up all the same."""
+
+        async def story():
+            a, b = Engine("a"), Engine("b")
+            async with with_master(a, b) as (stage, master):
+                for messages in (5, "text", {"role": "user"}, [5], [{"content": 5}]):
+                    asked = stage.proxy_read({"prompt": WORDS, "messages": messages})
+                    assert await stage.proxy._index.find(COMPLETIONS, asked) is not None
+                assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 0
+
+        play(story())
+
+    def test_a_prompt_that_takes_long_to_hash_is_no_failure(self):
+        """It is routed by what was sent where; the next one is looked up."""
+
+        async def story():
+            a = Engine("a")
+            async with with_master(a) as (stage, _):
+                index = stage.proxy._index
+                asked = stage.proxy_read({"prompt": list(range(BLOCK))})
+                with patch("kvpool.proxy.index.HASHING_PART", -1.0):
+                    for _ in range(5):
+                        assert await index.find(COMPLETIONS, asked) is None
+                assert (await index.find(COMPLETIONS, asked)).tokens == BLOCK
+                assert stage.counted("kvpool_proxy_lookups_total", outcome="failed") == 0
+
+        play(story())
+
+    def test_instances_are_asked_for_what_is_not_packed(self):
+        """It is read as it comes."""
+
+        async def story():
+            seen = []
+
+            class Packing(Engine):
+                async def _tokenize(self, request):
+                    seen.append(request.headers["Accept-Encoding"])
+                    return await super()._tokenize(request)
+
+            a = Packing("a")
+            async with with_master(a) as (stage, _):
+                await stage.ask({"prompt": WORDS})
+                assert seen == ["identity"]
 
         play(story())
 

@@ -206,6 +206,16 @@ class TestTheCommandLine:
         assert result.exit_code == 0, result.output
         assert started[0].instances == ("http://a:1", "http://b:2")
 
+    def test_one_value_leaves_out_the_s(self, started):
+        """As a seed's command line has it, for which its proxy's parser took any beginning of a flag."""
+        result = self.run(
+            "--host", "127.0.0.1", "--port", "0", "--prefiller-host", "192.0.0.1", "--prefiller-port", "13700",
+            "--decoder-hosts", "192.0.0.2", "192.0.0.3", "--decoder-port=13700", "13701",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert started[0].prefiller_ports == (13700,)
+        assert started[0].decoder_ports == (13700, 13701)
+
     @pytest.mark.parametrize(
         ("words", "told"),
         [

@@ -269,12 +269,16 @@ class ClaimTransferResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[ClaimTransferResponse.State, str]] = ..., namespaces: _Optional[_Iterable[bytes]] = ..., nodes: _Optional[_Iterable[_Union[_types_pb2.NodeAddress, _Mapping]]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class TransfersRequest(_message.Message):
-    __slots__ = ("transfers", "consumed")
+    __slots__ = ("transfers", "consumed", "consumer", "back")
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     CONSUMED_FIELD_NUMBER: _ClassVar[int]
+    CONSUMER_FIELD_NUMBER: _ClassVar[int]
+    BACK_FIELD_NUMBER: _ClassVar[int]
     transfers: _containers.RepeatedScalarFieldContainer[int]
     consumed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, transfers: _Optional[_Iterable[int]] = ..., consumed: _Optional[_Iterable[int]] = ...) -> None: ...
+    consumer: str
+    back: bool
+    def __init__(self, transfers: _Optional[_Iterable[int]] = ..., consumed: _Optional[_Iterable[int]] = ..., consumer: _Optional[str] = ..., back: bool = ...) -> None: ...
 
 class TransfersResponse(_message.Message):
     __slots__ = ("unknown",)

@@ -189,7 +189,7 @@ class MasterServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EndTransfers(self, request, context):
-        """Ends transfers: loaded, or not wanted any more. Idempotent.
+        """Ends transfers: loaded, or not wanted any more. Idempotent. What another consumer has claimed since is left to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
