@@ -245,7 +245,7 @@ class TestRouting:
 
         async def story():
             a, b = Engine("a"), Engine("b")
-            async with with_master(a, b) as (stage, master):
+            async with with_master(a, b) as (stage, _):
                 for messages in (5, "text", {"role": "user"}, [5], [{"content": 5}]):
                     asked = stage.proxy_read({"prompt": WORDS, "messages": messages})
                     assert await stage.proxy._index.find(COMPLETIONS, asked) is not None
