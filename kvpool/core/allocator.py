@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from itertools import pairwise
 
+from kvpool.core.addresses import ByAddress
 from kvpool.errors import InvalidArgumentError
 
 UNIT_BYTES = 512
@@ -44,10 +45,11 @@ class ExtentAllocator:
         self._unit = unit
         self.capacity_bytes = capacity
         self.used_bytes = 0
-        self._used: dict[int, int] = {}
-        self._free: dict[int, int] = {0: capacity}
+        self._used = ByAddress[int](capacity)
+        self._free = ByAddress[int](capacity)
         # Of every extent, free or used: its end leads to its start, so that neighbours are one step away.
-        self._starts: dict[int, int] = {capacity: 0}
+        self._starts = ByAddress[int](capacity)
+        self._free[0], self._starts[capacity] = capacity, 0
         self._bins: dict[int, set[int]] = {capacity: {0}}
         self._sizes: list[int] = [capacity]
 
@@ -119,13 +121,14 @@ class ExtentAllocator:
 
     def hole_at(self, offset: int) -> int:
         """Return the bytes of the hole that starts at ``offset``, 0 if there is none."""
-        return self._free.get(offset, 0)
+        return self._free.get(offset) or 0
 
     def span_if_freed(self, offset: int) -> int:
         """Return the bytes of the hole there would be if the extent at ``offset`` were freed."""
         size = self._used[offset]
-        before = self._starts.get(offset, -1)
-        return self._free.get(before, 0) + size + self._free.get(offset + size, 0)
+        before = self._starts.get(offset)
+        left = 0 if before is None else self.hole_at(before)
+        return left + size + self.hole_at(offset + size)
 
     def before(self, offset: int) -> int | None:
         """Return the start of the extent, free or used, that ends at ``offset``."""
@@ -146,9 +149,10 @@ class ExtentAllocator:
         holes = {offset: size for offset, size, used in extents if not used}
         require(sum(size for _, size, _ in extents) == self.capacity_bytes, "used + free = capacity")
         require(len(extents) == len(self._used) + len(self._free), "no extent outside the tiling")
-        require(holes == self._free, "every hole is known")
-        require(self._starts == {offset + size: offset for offset, size, _ in extents}, "every end is known")
-        require(sum(self._used.values()) == self.used_bytes, "used bytes are counted")
+        require(holes == dict(self._free.items()), "every hole is known")
+        ends = {offset + size: offset for offset, size, _ in extents}
+        require(dict(self._starts.items()) == ends, "every end is known")
+        require(sum(size for _, size in self._used.items()) == self.used_bytes, "used bytes are counted")
         require(all(a[2] or b[2] for a, b in pairwise(extents)), "holes that touch are one")
         require(self._sizes == sorted(self._bins) == sorted(set(holes.values())), "every size of a hole is known")
         require({o: s for s, offsets in self._bins.items() for o in offsets} == holes, "every hole is in its bin")

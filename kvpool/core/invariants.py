@@ -20,7 +20,7 @@ def check_segment(state: SegmentState) -> None:
     slots = [slot for block in blocks.values() for slot in block.shards.values()]
     used = {offset: size for offset, size, taken in allocator.extents() if taken}
     require({slot.start: slot.extent_bytes for slot in slots} == used, "slots are the used extents: no overlap")
-    require(state._slot_at == {slot.start: slot for slot in slots}, "every slot is found by its address")
+    require(dict(state._slot_at.items()) == {slot.start: slot for slot in slots}, "every slot is found by its address")
     heads = all(s.offset == s.start + header_bytes(s.layers) for s in slots)
     fits = all(s.offset + s.shard_bytes <= s.start + s.extent_bytes for s in slots)
     require(heads and fits, "a slot has room for its header and its payload")
@@ -44,7 +44,9 @@ def check_segment(state: SegmentState) -> None:
     require({slot for slot in slots if slot.reserved} == set(writing), "what is reserved belongs to somebody")
     require(state.reserved == len(writing) == len(set(writing)), "reserved slots are counted")
 
-    for key, block in blocks.items():
+    keyed = [item for part in blocks.parts for item in part.items()]
+    require(len(blocks) == len(keyed), "blocks are counted")
+    for key, block in keyed:
         held = block.shards.values()
         require(block.key == key and bool(held), "a block has a key and a slot")
         require(all(slot.block is block for slot in held), "a slot knows its block")
@@ -57,7 +59,11 @@ def check_segment(state: SegmentState) -> None:
         listed = {slot.entry: slot for slot in slots if slot.entry >= 0}
         require(not any(slot.reserved for slot in listed.values()), "only committed slots are listed")
         require(state.table.listed() == {entry: shown(slot) for entry, slot in listed.items()}, "the table is right")
-    stamps = [block.stamp for block in blocks.values() if not block.busy]
+    order = list(blocks)
+    require(all(block.newer.older is block for block in order if block.newer is not None), "the order leads both ways")
+    require({*order} == {block for block in blocks.values() if not block.kept}, "what is not kept has its turn")
+    require(len(order) == len({*order}), "and one only")
+    stamps = [block.stamp for block in order if not block.busy]
     require(stamps == sorted(stamps), "the eviction order is that of the stamps")
     require(state._kept_bytes == sum(b.bytes for b in blocks.values() if b.kept), "kept bytes are counted")
     require(state._busy_bytes == sum(b.bytes for b in blocks.values() if b.busy), "busy bytes are counted")

@@ -48,6 +48,9 @@ FILES_MAX: Final = 2048
 INVENTORY_KEYS_MAX: Final = 8192
 """Keys in one chunk of an inventory."""
 
+SPARED_MAX: Final = 1024
+"""Changes that may wait for a master that is away, or takes nothing, before they are numbered and noted."""
+
 JOURNAL_DELTAS_MAX: Final = 4096
 JOURNAL_KEYS_MAX: Final = 1 << 20
 
@@ -128,6 +131,8 @@ class Reporter:
         if self._chunks is None:
             return []
         runs = next(self._chunks, None)
+        if runs == ():
+            return []  # looked through, and nothing found
         chunk = Inventory(self._inventory_sequence, self._chunk, runs is None, runs or ())
         self._chunk += 1
         if runs is not None:
@@ -176,6 +181,7 @@ class Reporter:
         During an inventory they are kept for its end. Of changes of files there may be more, see ``behind``.
         """
         if not self.welcomed:
+            self.spare()
             return []
         messages: list[NodeMessage] = []
         tier = self._tier
@@ -190,6 +196,14 @@ class Reporter:
         if tier is not None and self.behind:
             messages += self._record_files(tier.changes)
         return messages
+
+    def spare(self) -> None:
+        """Note changes that cannot be told now, if there are many: all at once, they would later take long.
+
+        As far as the journal has them they are told then; else the master asks for an inventory.
+        """
+        if self._segment.changes >= SPARED_MAX:
+            self._record_changes()
 
     @property
     def behind(self) -> bool:
@@ -241,7 +255,7 @@ class Reporter:
         self._namespaces_told = len(told.namespaces)
         self._inventory_sequence, self._chunk = self.sequence, 0
         slices = self._segment.snapshot_slices() if self._memory else iter(())
-        self._chunks = (batch for runs in slices for batch in _batches(runs, INVENTORY_KEYS_MAX))
+        self._chunks = (batch for runs in slices for batch in (_batches(runs, INVENTORY_KEYS_MAX) if runs else [()]))
         return [told]
 
     def _record_changes(self) -> list[Delta]:

@@ -8,15 +8,16 @@ coldest first, never one that is pinned or being written.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
 from kvpool.core import messages
+from kvpool.core.addresses import ByAddress
 from kvpool.core.allocator import UNIT_BYTES, ExtentAllocator, round_up
 from kvpool.core.invariants import check_segment
 from kvpool.core.messages import BlockRun
+from kvpool.core.order import BlockOrder
 from kvpool.core.slot_table import UNLISTED, SlotTable
 from kvpool.core.slots import (
     BEING_WRITTEN,
@@ -59,7 +60,6 @@ NAMESPACES_MAX: Final = 4096
 
 # Around how many of the coldest blocks an eviction looks for a cheap window.
 _CANDIDATES_MAX: Final = 8
-_SNAPSHOT_WINDOW_BLOCKS: Final = 1024
 
 LOCAL_PREFIX_KEYS_MAX: Final = 8192
 """Keys that a question about a prefix is answered for: a shorter one is right too, and the loop has others to serve."""
@@ -83,8 +83,8 @@ class SegmentState:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.table: SlotTable | None = None  # where local clients find slots by themselves
         self._namespaces: dict[bytes, Namespace] = {}
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # coldest first
-        self._slot_at: dict[int, Slot] = {}
+        self._blocks = BlockOrder()
+        self._slot_at = ByAddress[Slot](self.capacity_bytes)
         self._owners: dict[int, Owner] = {}
         self._quarantine: dict[int, list[Slot]] = {}
         self._victims: list[bytes] = []
@@ -191,7 +191,8 @@ class SegmentState:
                     slot.generation = generation
                 elif start is not None:
                     if block is None:
-                        block = blocks[key] = Block(key)
+                        block = Block(key)
+                        blocks.add(block)
                     slot = Slot(block, shard, start, start + header, size, shard_bytes, layers, generation)
                     self._insert(slot)
                 else:
@@ -278,7 +279,7 @@ class SegmentState:
                     self._give_up(slot)
             slots = [slot for slot, wanted in zip(slots, keep, strict=True) if wanted]
         self._infeasible_bytes = self.capacity_bytes + 1
-        touch = self._blocks.move_to_end
+        touch = self._blocks.touch
         clock = self._clock
         for slot in reversed(slots):  # so that a chain's tail ages before its head
             block = slot.block
@@ -288,7 +289,7 @@ class SegmentState:
                 self._busy_bytes -= block.bytes
             clock += 1
             block.stamp = clock
-            touch(block.key)
+            touch(block)
             self.payload_bytes += slot.shard_bytes
         self._clock = clock
         if self._keep:
@@ -356,7 +357,7 @@ class SegmentState:
     def _pin(self, owner: int, slots: list[Slot | None], found: list[Slot]) -> Pin:
         if not found:
             return Pin(0, slots)
-        touch = self._blocks.move_to_end
+        touch = self._blocks.touch
         clock = self._clock
         for slot in reversed(found):  # so that a chain's tail ages before its head
             if not slot.pins:
@@ -368,7 +369,7 @@ class SegmentState:
             block.busy += 1
             clock += 1
             block.stamp = clock
-            touch(block.key)
+            touch(block)
         self._clock = clock
         self._last_id = pin_id = self._last_id + 1
         self._owner(owner).pins[pin_id] = found
@@ -521,6 +522,8 @@ class SegmentState:
 
     def _keep_no_longer(self, block: Block) -> None:
         block.kept = False
+        self._blocks.back(block)
+        self._touch(block)  # its turn would have come long ago
         self._kept_bytes -= block.bytes
         block.busy -= 1
         if not block.busy:
@@ -536,8 +539,14 @@ class SegmentState:
             if not block.busy:
                 self._busy_bytes += block.bytes
             block.busy += 1
+            self._blocks.aside(block)  # or every eviction that comes past it would have to step over it
 
     # ---- what changed --------------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> int:
+        """How many slots ``take_changes`` would tell of."""
+        return len(self._added) + len(self._removed) + len(self._commanded)
 
     def take_changes(self) -> tuple[tuple[BlockRun, ...], tuple[BlockRun, ...]]:
         """Return (added, removed) since the last call; apply removed first.
@@ -553,23 +562,22 @@ class SegmentState:
         return added, removed
 
     def snapshot(self) -> tuple[BlockRun, ...]:
-        """Return everything committed, coldest first (to within some thousand blocks when sizes mix)."""
+        """Return everything committed, colder blocks first."""
         return tuple(run for runs in self.snapshot_slices() for run in runs)
 
     def snapshot_slices(self) -> Iterator[tuple[BlockRun, ...]]:
         """Yield what ``snapshot`` returns a slice at a time; the segment may change between two slices.
 
-        What was there at the start and still is when its slice comes is in it. Applying all changes
-        since the start on top gives the segment as it is.
+        What was there at the start and still is when its slice comes is in it; many slices are empty. Applying all
+        changes since the start on top gives the segment as it is.
         """
-        keys = list(self._blocks)
-        for start in range(0, len(keys), _SNAPSHOT_WINDOW_BLOCKS):
-            slots: list[tuple[bytes, int, int]] = []
-            for key in keys[start : start + _SNAPSHOT_WINDOW_BLOCKS]:
-                block = self._blocks.get(key)
-                if block is not None:
-                    slots += [(key, s.shard, s.shard_bytes) for s in block.shards.values() if s.checksums is not None]
-            yield group_runs(slots)
+        for blocks in self._blocks.walk():
+            yield group_runs(
+                (block.key, slot.shard, slot.shard_bytes)
+                for block in blocks
+                for slot in block.shards.values()
+                if slot.checksums is not None
+            )
 
     # ---- making room ---------------------------------------------------------------------------------
 
@@ -598,17 +606,15 @@ class SegmentState:
             return None
         self._count_eviction(block)
         self._forget(slot, self._removed)
-        del self._blocks[block.key]
+        self._blocks.rekey(block, key)
         if slot.shard != shard:
             block.shards = {shard: slot}
             slot.shard = shard
         slot.checksums = None
         slot.filed = False
-        block.key = key
         block.committed = 0
         block.busy = 1
         self._busy_bytes += size
-        self._blocks[key] = block
         return slot
 
     def _make_room(self, size: int, keep: Block | None) -> int | None:
@@ -625,7 +631,7 @@ class SegmentState:
             self._drop(coldest, self._removed)
             return self._allocator.allocate(size)
         cold = list(islice(self._coldest_first(keep), _CANDIDATES_MAX))
-        oldest = next(iter(self._blocks.values())).stamp
+        oldest = (self._blocks.coldest or coldest).stamp
         search = WindowSearch(self._allocator, self._slot_at, size, keep, cold, oldest, self._clock)
         window = search.near_cold()
         if window is None:
@@ -647,8 +653,10 @@ class SegmentState:
             if block is not None and not block.busy and block.stamp <= self._victims_stamp and block is not keep:
                 return block
             self._victims_next += 1
-        for _ in range(len(blocks)):
-            block = blocks[next(iter(blocks))]
+        coldest = blocks.coldest
+        if coldest is not None and not coldest.busy and coldest is not keep:
+            return coldest
+        for block in islice(blocks, len(blocks)):
             if not block.busy and block is not keep:
                 return block
             # What is in use has no business at the cold end, where every eviction would step over it again.
@@ -661,7 +669,7 @@ class SegmentState:
             victim = self._blocks.get(key)
             if victim is not None and not victim.busy and victim.stamp <= self._victims_stamp and victim is not keep:
                 yield victim
-        for block in self._blocks.values():
+        for block in self._blocks:
             if not block.busy and block is not keep:
                 yield block
 
@@ -681,7 +689,7 @@ class SegmentState:
     def _drop(self, block: Block, removed: list[tuple[bytes, int, int]]) -> None:
         """Evict a block with all its shards, to be told in ``removed``."""
         self._count_eviction(block)
-        del self._blocks[block.key]
+        self._blocks.remove(block)
         for slot in block.shards.values():
             self._forget(slot, removed)
             del self._slot_at[slot.start]
@@ -719,7 +727,7 @@ class SegmentState:
     def _touch(self, block: Block) -> None:
         self._clock += 1
         block.stamp = self._clock
-        self._blocks.move_to_end(block.key)
+        self._blocks.touch(block)
 
     def _owner(self, owner: int) -> Owner:
         held = self._owners.get(owner)
@@ -768,7 +776,7 @@ class SegmentState:
         if not block.busy:
             self._busy_bytes -= block.bytes
         if not block.shards:
-            del self._blocks[block.key]
+            self._blocks.remove(block)
         self._infeasible_bytes = self.capacity_bytes + 1
 
     def check(self) -> None:

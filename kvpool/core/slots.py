@@ -61,7 +61,7 @@ def file_bytes(shard_bytes: int, layers: int) -> int:
 class Block:
     """All that this node holds of one block: its shards go together when it is evicted."""
 
-    __slots__ = ("busy", "bytes", "committed", "kept", "key", "shards", "stamp")
+    __slots__ = ("busy", "bytes", "committed", "kept", "key", "newer", "older", "shards", "stamp")
 
     def __init__(self, key: bytes) -> None:
         self.key = key  # namespace digest + block key
@@ -71,6 +71,8 @@ class Block:
         self.kept = False  # an operator has pinned it
         self.bytes = 0
         self.stamp = 0  # of the last commit or pin, counted in such events
+        self.newer: Block | None = None  # its neighbours in the order of eviction
+        self.older: Block | None = None
 
 
 class Slot:

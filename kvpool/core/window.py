@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvpool.core.addresses import ByAddress
 from kvpool.core.allocator import ExtentAllocator
 from kvpool.core.slots import Block, Slot
 
@@ -26,7 +27,7 @@ class WindowSearch:
     """
 
     allocator: ExtentAllocator
-    slot_at: Mapping[int, Slot]
+    slot_at: ByAddress[Slot]
     size: int
     keep: Block | None
     cold: Sequence[Block]

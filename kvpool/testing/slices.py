@@ -12,11 +12,11 @@ from kvpool.core import (
     keytable,
     nodes,
     operators,
+    order,
     placement,
     recency,
     reporter,
     rows,
-    segment,
     transfers,
 )
 
@@ -41,8 +41,10 @@ _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (reporter, "DELTA_KEYS_MAX", 6),
     (reporter, "FILES_MAX", 6),
     (reporter, "INVENTORY_KEYS_MAX", 5),
-    (segment, "_SNAPSHOT_WINDOW_BLOCKS", 5),
+    (order, "_STEP", 5),
+    (order, "_SAMPLES_A_PART", 1),
     (reporter, "JOURNAL_DELTAS_MAX", 8),
+    (reporter, "SPARED_MAX", 4),
 )
 
 

@@ -22,7 +22,7 @@ from kvpool.core.messages import (
     Victims,
     Welcome,
 )
-from kvpool.core.reporter import DELTA_KEYS_MAX, INVENTORY_KEYS_MAX, Reporter
+from kvpool.core.reporter import DELTA_KEYS_MAX, INVENTORY_KEYS_MAX, SPARED_MAX, Reporter
 from kvpool.core.segment import SegmentState
 from kvpool.model import Namespace, mask_shards, split_keys
 
@@ -99,6 +99,26 @@ def test_nothing_is_sent_before_the_welcome():
     assert reported(chunks) == (run(1),)
     assert {chunk.sequence for chunk in chunks} == {told.sequence}
     assert reporter.flush() == []
+
+
+def test_many_changes_are_noted_while_nobody_is_told():
+    """Some at a time: neither the next session nor the next inventory begins with the work of all of them."""
+    segment, reporter = live(8)
+    put(segment, 1)
+    (known,) = reporter.flush()
+    reporter.disconnected()
+    for number in range(2, 3 * SPARED_MAX):
+        put(segment, number)
+        assert reporter.flush() == []
+        assert segment.changes <= SPARED_MAX
+    reporter.connected()
+    missed = answers(reporter, Welcome(master_epoch=5, resume_after=known.sequence, inventory=False))
+    there = {1}
+    assert [delta.sequence for delta in missed] == list(range(known.sequence + 1, reporter.sequence + 1))
+    for delta in missed:
+        there -= {int.from_bytes(key) for run in delta.removed for key in split_keys(run.keys)}
+        there |= {int.from_bytes(key) for run in delta.added for key in split_keys(run.keys)}
+    assert there == set(range(3 * SPARED_MAX - 8, 3 * SPARED_MAX))
 
 
 def test_an_empty_node_sends_one_empty_chunk():
