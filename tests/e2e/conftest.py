@@ -247,8 +247,14 @@ class EngineProcess:
         """Have it do what ``tests.e2e.engine`` knows."""
         return self._ask(do=do, **request)
 
-    def generate(self, prompt: list[int], tokens: int = 8, params: dict[str, Any] | None = None) -> Answer:
-        return Answer(**self._ask(do="generate", prompt=prompt, tokens=tokens, params=params))
+    def generate(
+        self,
+        prompt: list[int],
+        tokens: int = 8,
+        params: dict[str, Any] | None = None,
+        stops: list[int] | None = None,
+    ) -> Answer:
+        return Answer(**self._ask(do="generate", prompt=prompt, tokens=tokens, params=params, stops=stops))
 
     def forget(self) -> None:
         self._ask(do="forget")

@@ -114,17 +114,22 @@ class Engine:
         self.vllm_scheduler.schedule = scheduled
 
     def submit(
-        self, prompt: list[int], tokens: int = 8, salt: str | None = None, params: dict[str, Any] | None = None
+        self,
+        prompt: list[int],
+        tokens: int = 8,
+        salt: str | None = None,
+        params: dict[str, Any] | None = None,
+        stops: list[int] | None = None,
     ) -> str:
         """Add a request; nothing runs until somebody steps. A salt of its own makes it share no block.
 
-        ``params``: its ``kv_transfer_params``.
+        ``params``: its ``kv_transfer_params``; ``stops``: tokens that end it.
         """
         from vllm import SamplingParams
 
         self._count += 1
         more = {"extra_args": {"kv_transfer_params": params}} if params else {}
-        parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True, **more)
+        parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True, stop_token_ids=stops, **more)
         request_id = f"test-{self._count}"
         salted = {"cache_salt": salt} if salt else {}
         self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt, **salted}, parameters)
@@ -179,9 +184,16 @@ class Engine:
         outputs = self.drain()
         return [self._answer(outputs[request_id]) for request_id in ids]
 
-    def generate(self, prompt: list[int], tokens: int = 8, params: dict[str, Any] | None = None) -> Answer:
+    def generate(
+        self,
+        prompt: list[int],
+        tokens: int = 8,
+        params: dict[str, Any] | None = None,
+        stops: list[int] | None = None,
+    ) -> Answer:
         """Answer one prompt, and drain."""
-        return self.generate_all([prompt], tokens, [params])[0]
+        request_id = self.submit(prompt, tokens, params=params, stops=stops)
+        return self._answer(self.drain()[request_id])
 
     @staticmethod
     def _answer(output: Any) -> Answer:
@@ -307,7 +319,7 @@ def _serve(engine: Engine, request: dict[str, Any]) -> Any:
     prompt = request.get("prompt", [])
     match request["do"]:
         case "generate":
-            return engine.generate(prompt, request["tokens"], request.get("params")).__dict__
+            return engine.generate(prompt, request["tokens"], request.get("params"), request.get("stops")).__dict__
         case "generate_killing":
             return _generate_killing(engine, prompt, request["pid"]).__dict__
         case "generate_partly":

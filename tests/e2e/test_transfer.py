@@ -95,13 +95,19 @@ def test_one_prefills_and_one_decodes(pool: Pool, model: Path, prompts: Prompts)
                 assert answer.tokens == right.tokens
                 assert own == 1
                 assert answer.params is None
+        # A first token that ends the prefill's answer is not the other engine's, which may choose another one.
+        prompt, right = prompts.clear(alone, 300)
+        params = prefiller.generate(prompt, 1, PREFILL, right.tokens[:1]).params
+        assert params is not None
+        answer, own = computed(decoder, lambda: decoder.generate(prompt, 4, params))
+        assert (answer.tokens, own) == (right.tokens, 1)
         # What both engines have themselves by now moves, too, where it has to.
         params = prefiller.generate(prompt, 1, PREFILL).params
         decoder.forget()
         answer, own = computed(decoder, lambda: decoder.generate(prompt, 4, params))
         assert (answer.tokens, own) == (right.tokens, 1)
         counters = decoder.counters()
-        assert counters["transfer.received"] == 2 * len(lengths) + 1
+        assert counters["transfer.received"] == 2 * len(lengths) + 2
         assert counters["load.failed"] == 0
         check_nothing_left(pool, prefiller, decoder, alone)
 

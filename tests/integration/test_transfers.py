@@ -127,6 +127,26 @@ def test_a_master_that_was_restarted_learns_of_transfers(pool: Pool) -> None:
     assert under_way(pool) == (0, 0)
 
 
+def test_what_one_consumer_gives_back_another_one_takes(pool: Pool) -> None:
+    """The first one's end takes nothing from the second; if nobody comes, it is over in some seconds."""
+    producer, consumer = pool.client("a"), pool.client("b")
+    assert producer.transfers.open(7, PARTS, ["a"]) and producer.transfers.open(8, PARTS, ["a"])
+    put_chain(producer, SPACE, KEYS, SIZE)
+    assert producer.transfers.seal(7, 60_000) and producer.transfers.seal(8, 60_000)
+    for transfer in (7, 8):
+        assert consumer.transfers.claim(transfer, "one").state is TransferState.SEALED
+        assert consumer.transfers.end([transfer], "one", back=True) == []
+    assert consumer.transfers.claim(7, "two").state is TransferState.SEALED
+    assert consumer.transfers.end([7, 9], "one") == [9]
+    assert consumer.transfers.claim(8, "two").state is TransferState.SEALED
+    assert consumer.transfers.end([8], "two", back=True) == []
+    wait_for(lambda: under_way(pool) == (1, 8), "what nobody comes for is over")
+    assert consumer.transfers.renew([7, 8], "two") == [8]
+    assert consumer.transfers.end([7, 8], "two") == [8]
+    assert under_way(pool) == (0, 0)
+    assert states(pool) == {"opened": 2, "sealed": 2, "claimed": 4, "ended": 2}
+
+
 def test_a_namespace_that_the_master_does_not_know_is_announced(pool: Pool) -> None:
     """Whoever has registered it; a digest that nobody has registered opens nothing."""
     client = pool.client("a")
