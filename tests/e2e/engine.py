@@ -129,7 +129,9 @@ class Engine:
 
         self._count += 1
         more = {"extra_args": {"kv_transfer_params": params}} if params else {}
-        parameters = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True, stop_token_ids=stops, **more)
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=tokens, logprobs=2, ignore_eos=True, stop_token_ids=stops, **more
+        )
         request_id = f"test-{self._count}"
         salted = {"cache_salt": salt} if salt else {}
         self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt, **salted}, parameters)
