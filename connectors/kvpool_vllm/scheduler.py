@@ -20,7 +20,7 @@ from kvpool_vllm.lookups import Ask, Lookups
 from kvpool_vllm.metadata import LoadJob, Part, SaveJob, StepMeta, WorkerMeta
 from kvpool_vllm.names import Names
 from kvpool_vllm.saves import Saves
-from kvpool_vllm.transfers import Engine, Incoming, Outgoing, Transfers
+from kvpool_vllm.transfers import Engine, Transfers
 from kvpool_vllm.watch import Watch
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvpool.config import ConnectorSettings
     from kvpool.model import Namespace
     from kvpool_vllm.groups import Groups
+    from kvpool_vllm.keeper import Incoming, Outgoing
     from kvpool_vllm.settings import Role
     from kvpool_vllm.tally import Data
 
@@ -269,11 +270,10 @@ class SchedulerSide:
         if state is None:
             return None
         params = None
-        if state.outgoing is not None:
-            if handed_over:
-                params = self._transfers.hand_over(state.outgoing, request, self._namespaces)
-            if params is None:
-                self._drop_outgoing(state)
+        if state.outgoing is not None and handed_over:
+            params = self._transfers.hand_over(state.outgoing, request, self._namespaces)
+        if params is None:
+            self._drop_outgoing(state)
         if state.loading:  # aborted while its blocks are written, or done in one step: worker_report ends it
             state.last_blocks = block_ids
             return params

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from kvpool.client_transfers import TransferPart
+from kvpool_vllm.keeper import Keeper, Outgoing
 from kvpool_vllm.names import Names
 from kvpool_vllm.settings import Role
 from kvpool_vllm.testing import Faults, MemoryPool, MemoryTransfers
-from kvpool_vllm.transfers import Engine, Keeper, Outgoing
+from kvpool_vllm.transfers import Engine
 from tests.connectors.model_engine import GROUPS, NAMESPACE, TOKENS, ModelEngine, Request, expected
 
 DEADLINE_S = 30.0
@@ -371,8 +372,8 @@ def test_another_consumer_comes_instead(pair: Pair, late: bool) -> None:
 
 def test_one_that_is_given_back_and_opened_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for it since is not robbed of it either."""
-    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.02)
-    monkeypatch.setattr("kvpool_vllm.transfers.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.keeper.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.keeper.LOOK_EVERY_S", 0.02)
     producer, first, second = pair.engine(PRODUCER, budget=4), pair.engine(CONSUMER), pair.engine(CONSUMER)
     prompt, params = list(range(30)), {"do_remote_prefill": True, "transfer_id": "1"}
     failing = pair.submit(first, prompt, 3, dict(params))
@@ -397,8 +398,8 @@ def test_prefill_that_never_begins(pair: Pair) -> None:
 
 def test_prefill_that_begins_too_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its transfer is ended by the engine that has given it up: nobody else would come for it."""
-    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.02)
-    monkeypatch.setattr("kvpool_vllm.transfers.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.keeper.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.keeper.LOOK_EVERY_S", 0.02)
     producer, consumer = pair.engine(PRODUCER), pair.engine(CONSUMER, transfer_open_timeout="20ms")
     prompt = list(range(30))
     pair.decode(consumer, prompt, {"do_remote_prefill": True, "transfer_id": "1"})
@@ -408,8 +409,8 @@ def test_prefill_that_begins_too_late(pair: Pair, monkeypatch: pytest.MonkeyPatc
 
 def test_prefill_that_is_wanted_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who asks once more for what was given up before it began gets it: nobody ends it any more."""
-    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.02)
-    monkeypatch.setattr("kvpool_vllm.transfers.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.keeper.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("kvpool_vllm.keeper.LOOK_EVERY_S", 0.02)
     producer, consumer = pair.both(budget=4)
     prompt, params = list(range(30)), {"do_remote_prefill": True, "transfer_id": "1"}
     aborted = pair.submit(consumer, prompt, 3, dict(params))
@@ -788,7 +789,7 @@ def test_what_cannot_be_said_keeps_nothing_else_from_being_said():
 
 def test_a_seal_that_nobody_has_answered_is_said_again(monkeypatch: pytest.MonkeyPatch):
     """With the renewals, which go on until then; not after its end, nor once nobody would come for it."""
-    monkeypatch.setattr("kvpool_vllm.transfers.RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr("kvpool_vllm.keeper.RENEW_EVERY_S", 0.01)
     said: Counter[tuple[str, int]] = Counter()
     answering = threading.Event()
 
