@@ -7,6 +7,7 @@ over TCP. Every wait has a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -33,6 +34,7 @@ from kvpool.client_transfers import Transfers
 from kvpool.config import boot_id
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import DIGEST_BYTES, KEY_BYTES, Namespace, NodeAddress, Reason, pack_keys
+from kvpool.transport.channel import time_left
 
 __all__ = ["Client", "GetResult", "LayeredPut", "Lookup", "PutResult", "Run"]
 
@@ -133,18 +135,30 @@ class Client:
 
     def register(self, namespace: Namespace) -> bytes:
         """Announce a namespace and return its digest; idempotent, and remembered while the pool is away."""
+        return self._register(namespace, time.monotonic() + self._transfer_s)
+
+    def _register(self, namespace: Namespace, until: float) -> bytes:
+        """Announce a namespace; who has not answered by then is told by another thread."""
         digest = namespace.digest
         if digest not in self._namespaces:
             self._namespaces[digest] = namespace
-            if self._link is not None:
-                self._link.register(namespace, self._transfer_s)
             node = self._local()
-            if node is not None:
-                try:
-                    node.register(namespace, self._transfer_s)
-                except KVPoolError as exc:
-                    log.debug("cannot announce the namespace to %s: %s", node.path, exc)
+            if node is not None and not self._tell(node, namespace, until - time.monotonic()):
+                with contextlib.suppress(RuntimeError):  # no thread can be started: its next put tells it
+                    self._tasks.submit(self._tell, node, namespace, self._transfer_s)
+            if self._link is not None:
+                self._link.register(namespace, until - time.monotonic())
         return digest
+
+    def _tell(self, node: LocalNode, namespace: Namespace, timeout_s: float) -> bool:
+        """Announce a namespace to a node; False when it has not taken it, and will not be told as it is attached."""
+        try:
+            if timeout_s > 0 and node.alive:
+                node.register(namespace, timeout_s)
+        except KVPoolError as exc:
+            log.debug("cannot announce the namespace to %s: %s", node.path, exc)
+            return not node.alive
+        return timeout_s > 0
 
     def has_node(self) -> bool:
         """Return whether a node of this host is attached."""
@@ -232,17 +246,19 @@ class Client:
         other KV cache groups of a hybrid model, which a prefix must satisfy too. With ``prefetch`` this host's
         node begins to read what only files have. Raises InvalidArgumentError.
         """
-        digest = self._digest(namespace)
+        timeout_s = self._lookup_s if timeout_ms is None else _seconds(timeout_ms, "timeout_ms")
+        begun = time.monotonic()
+        announced_by = begun + timeout_s / 2  # the question itself needs some time too
+        digest = self._digest(namespace, announced_by)
         keys = pack_keys(hashes)
         if not 0 <= known_prefix <= len(keys) // KEY_BYTES:
             raise InvalidArgumentError("known_prefix", f"must be from 0 to {len(keys) // KEY_BYTES}")
         for group in also:
-            self.register(group.namespace)
+            self._register(group.namespace, announced_by)
         frame = lookup_frame(digest, also, known_prefix, lease=lease)
-        timeout_s = self._lookup_s if timeout_ms is None else _seconds(timeout_ms, "timeout_ms")
         if self._link is not None:
             try:
-                reply = self._link.ask(frame, keys, timeout_s).lookup
+                reply = self._link.ask(frame, keys, time_left(begun + timeout_s)).lookup
             except InvalidArgumentError:
                 raise
             except BreakerOpenError:
@@ -481,9 +497,9 @@ class Client:
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _digest(self, namespace: Namespace | bytes) -> bytes:
+    def _digest(self, namespace: Namespace | bytes, until: float | None = None) -> bytes:
         if isinstance(namespace, Namespace):
-            return self.register(namespace)
+            return self.register(namespace) if until is None else self._register(namespace, until)
         if len(namespace) != DIGEST_BYTES:
             raise InvalidArgumentError("namespace", f"a digest has {DIGEST_BYTES} bytes, not {len(namespace)}")
         return namespace

@@ -137,13 +137,18 @@ class MasterLink:
             raise
 
     def register(self, namespace: Namespace, timeout_s: float) -> None:
-        """Announce a namespace, now if the master is there, and again after it was away."""
+        """Announce a namespace, now if the master is there, and again after it was away.
+
+        What there is no time for, or takes longer, the link's thread does.
+        """
         with self._lock:
             self._namespaces[namespace.digest] = namespace
             if namespace.digest in self._announced:
                 return
         if self.up:
             try:
+                if timeout_s <= 0:
+                    raise UnavailableError("no time left")
                 self._announce(namespace, timeout_s)
             except KVPoolError as exc:
                 log.debug("cannot announce namespace %s: %s", namespace.digest.hex(), exc)

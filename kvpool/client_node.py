@@ -17,6 +17,7 @@ import numpy as np
 from kvpool.client_bytes import Blocks, Bytes, CopyThreads, hash_layers, keys_at, pack_digests, unpack_digests, view
 from kvpool.client_copies import copy_in, copy_out
 from kvpool.client_files import PART_BLOCKS_MAX, PART_BYTES, check_probe, fetch_ms, key_parts, reason_of
+from kvpool.client_held import Held, WatchedCopies
 from kvpool.client_unpinned import UnpinnedReads
 from kvpool.core.slot_table import ordered
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
@@ -146,8 +147,9 @@ class LocalNode:
             if size <= HASH_FIRST_BYTES_MAX and not blocks.gapped and blocks.rows is None:
                 digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
 
-        with self._writes(), self._channel(timeout_s) as channel, self._reserving():
-            reservation, offsets = self._reserve(
+        own = WatchedCopies(copies)
+        with self._writes(), self._channel(timeout_s) as channel, self._reserving(), self._held(channel, own) as held:
+            held.reservation, offsets = self._reserve(
                 channel, namespace, keys, shard, (blocks.shard_bytes, blocks.layers), timeout_s, hash_early, transfer
             )
             counts = {
@@ -157,9 +159,9 @@ class LocalNode:
             }
             items = [(i, offset) for i, offset in enumerate(offsets) if offset >= 0]
             if items:
-                digests = copy_in(self.memory(), items, blocks, digests, copies)
+                digests = copy_in(self.memory(), items, blocks, digests, own)
                 checksums = pack_digests([digest for i, _ in items for digest in digests[i]])
-                commit = node_pb2.Commit(reservation=reservation)
+                commit = node_pb2.Commit(reservation=held.reservation)
                 reply, _ = channel.call(NodeFrame(commit=commit), NodeFrameReply, checksums, timeout_s=timeout_s)
                 counts["stored"] = reply.committed.stored
         return counts
@@ -206,9 +208,11 @@ class LocalNode:
         with contextlib.ExitStack() as held:
             held.enter_context(self._writes())
             channel = held.enter_context(self._channel(timeout_s, self._long))
-            with self._reserving():
-                places = self._reserve(channel, namespace, keys, shard, shape, timeout_s, transfer=transfer)
-            return held.pop_all(), channel, *places
+            with self._reserving(), self._held(channel) as reserved:
+                reserved.reservation, offsets = self._reserve(
+                    channel, namespace, keys, shard, shape, timeout_s, transfer=transfer
+                )
+            return held.pop_all(), channel, reserved.reservation, offsets
 
     def copy_layers(
         self, offsets: Sequence[int], blocks: Blocks, first_layer: int, copies: CopyThreads
@@ -445,6 +449,12 @@ class LocalNode:
         finally:
             with self._lock:
                 self._writing -= 1
+
+    def _held(self, channel: Channel, copies: WatchedCopies | None = None) -> Held:
+        def lose() -> None:
+            self.alive = False
+
+        return Held(channel, lose, copies)
 
     @contextlib.contextmanager
     def _reserving(self) -> Iterator[None]:

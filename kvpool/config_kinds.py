@@ -18,6 +18,10 @@ SOCKET_PATH_BYTES_MAX = 100
 """Of the kernel's 107: a node makes its socket under a longer name first."""
 
 
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_HOST_NAME = re.compile(rf"(?=.{{1,255}}$){_LABEL}(\.{_LABEL})*\.?")
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What a setting accepts: ``parse`` takes a value and the field's name, and raises InvalidArgumentError."""
@@ -73,8 +77,9 @@ def _parse_text(value: Any, name: str) -> str:
 
 def _parse_host(value: Any, name: str) -> str:
     host = value.strip().removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", host) and not _is_ipv6(host):
-        raise _refuse(name, value, 'a host name or IP address without a port, for example "0.0.0.0"')
+    if not _HOST_NAME.fullmatch(host) and not _is_ipv6(host):
+        allowed = "a host name (1 to 63 characters between dots) or IP address without a port"
+        raise _refuse(name, value, f'{allowed}, for example "0.0.0.0"')
     return host
 
 
@@ -88,9 +93,11 @@ def _is_ipv6(host: str) -> bool:
 
 def split_address(value: Any, name: str) -> tuple[str, int]:
     """Return host and port of ``"10.0.0.7:50088"`` or ``"[::1]:50088"``; raises InvalidArgumentError."""
-    match = re.fullmatch(r"\s*(?:\[(.+)\]|([A-Za-z0-9._-]{1,255})):(\d{1,5})\s*", str(value))
-    if match is None or not 1 <= int(match[3]) <= 65535 or (match[1] and not _is_ipv6(match[1])):
-        raise _refuse(name, value, 'HOST:PORT with a port from 1 to 65535, for example "127.0.0.1:50088"')
+    match = re.fullmatch(r"\s*(?:\[(.+)\]|([A-Za-z0-9._-]+)):(\d{1,5})\s*", str(value))
+    known = match is not None and (_is_ipv6(match[1]) if match[1] else _HOST_NAME.fullmatch(match[2]))
+    if match is None or not known or not 1 <= int(match[3]) <= 65535:
+        allowed = "HOST:PORT with a port from 1 to 65535 and 1 to 63 characters between the dots of a name"
+        raise _refuse(name, value, f'{allowed}, for example "127.0.0.1:50088"')
     return match[1] or match[2], int(match[3])
 
 

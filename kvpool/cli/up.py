@@ -114,7 +114,7 @@ def _check_reachable(host: str, *, insecure: bool) -> None:
     """Refuse an address by which nobody would be answered, not even we."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(_reach(host), None)}
-    except OSError:
+    except (OSError, UnicodeError):
         return  # listening on it says what is wrong
     if not insecure and not all(map(is_loopback, found)):
         raise RefusedUsage(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import fields
+from operator import attrgetter
 
 from kvpool.core.index import Space
+from kvpool.model import Namespace
 
-HASHING = frozenset({"hash_algorithm", "hash_fingerprint"})
+HASHING = ("hash_algorithm", "hash_fingerprint")
+
+NAMED_MAX = 10
+"""Of the namespaces that one disagrees with, so many are named in a warning."""
 
 IN_USE_S = 3600.0
 """A namespace without blocks counts for so long after an engine has announced it."""
+
+
+_SHARED: attrgetter[Hashable] = attrgetter(*(f.name for f in fields(Namespace) if f.init and f.name not in HASHING))
 
 
 def in_use(space: Space, now: float) -> bool:
@@ -21,24 +30,40 @@ def disagreeing(space: Space, now: float) -> list[Space]:
     """Return the namespaces in use that differ from this one in nothing but hashing."""
     if space.descriptor is None:
         return []
+    shared = _SHARED(space.descriptor)
     return [
         other
         for other in space.siblings
-        if other.descriptor and set(space.descriptor.differences(other.descriptor)) <= HASHING and in_use(other, now)
+        if other.descriptor and _SHARED(other.descriptor) == shared and in_use(other, now)
     ]
 
 
-def warning(space: Space, others: Iterable[Space]) -> str:
+def groups(spaces: Iterable[Space], now: float) -> list[list[Space]]:
+    """Return the namespaces in use that differ in nothing but hashing, together; those that differ from all left out.
+
+    A look at each of them: their numbers may be large.
+    """
+    found: dict[Hashable, list[Space]] = {}
+    for space in spaces:
+        if space.descriptor is not None and in_use(space, now):
+            found.setdefault(_SHARED(space.descriptor), []).append(space)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def warning(space: Space, others: Sequence[Space]) -> str:
     """Return, for people, what engines of this namespace disagree on with those of the others; "" if on nothing."""
     here = space.descriptor
     found = []
-    for other in others:
+    for other in others[:NAMED_MAX]:
         there = other.descriptor
         if here is not None and there is not None:
-            fields = [f"{n} {getattr(here, n)!r} and {getattr(there, n)!r}" for n in here.differences(there)]
-            found.append(f"{other.digest.hex()} ({', '.join(fields)})")
+            pairs = [(name, getattr(here, name), getattr(there, name)) for name in HASHING]
+            differing = [f"{name} {ours!r} and {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
+            found.append(f"{other.digest.hex()} ({', '.join(differing)})")
     if not found or here is None:
         return ""
+    if len(others) > NAMED_MAX:
+        found.append(f"{len(others) - NAMED_MAX} more")
     return (
         f"engines of model {here.model} hash prompts differently and share nothing: namespace {space.digest.hex()} "
         f"and {'; '.join(found)}. Give them the same prefix_caching_hash_algo, and the same PYTHONHASHSEED if it is set"
@@ -47,10 +72,4 @@ def warning(space: Space, others: Iterable[Space]) -> str:
 
 def warnings(spaces: Iterable[Space], now: float) -> list[str]:
     """Return one warning for each group of namespaces in use that differ in nothing but hashing."""
-    said: set[int] = set()
-    found = []
-    for space in spaces:
-        if space.number not in said and in_use(space, now) and (others := disagreeing(space, now)):
-            said.update(other.number for other in others)
-            found.append(warning(space, others))
-    return found
+    return [warning(first, others) for first, *others in groups(spaces, now)]

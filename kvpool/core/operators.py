@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.core.columns import zeros
 from kvpool.core.effects import Effect
 from kvpool.core.holds import HARD
 from kvpool.core.index import ROWS_PER_SLICE, Index
-from kvpool.core.keytable import Rows, as_words
+from kvpool.core.keytable import Rows, Words, as_words
 from kvpool.core.removals import Why
 from kvpool.errors import UnknownNamespaceError
+
+T = TypeVar("T")
 
 
 class Evictions:
@@ -34,19 +39,32 @@ class Evictions:
 
         Raises UnknownNamespaceError.
         """
+        return _whole(self.search_keys(namespace, keys))
+
+    def search_keys(self, namespace: bytes, keys: bytes) -> Generator[None, None, tuple[int, int, list[Effect]]]:
+        """Do what ``keys`` does; yields between slices of the search."""
         space = self._index.spaces.get(namespace)
         if space is None:
             raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
-        table = space.table
-        rows = table.find(as_words(keys))
-        rows = self._evictable(np.unique(rows[rows >= 0]))
-        words = self._index.keys.take(rows, axis=0)
+        table, words = space.table, as_words(keys)
+        seen = zeros(self._index.rows_max, np.bool_)  # a key may be named twice
+        picked: list[Words] = []
+        blocks = total = 0
+        for start in range(0, len(words), ROWS_PER_SLICE):
+            rows = table.find(words[start : start + ROWS_PER_SLICE])
+            rows = np.unique(rows[rows >= 0])
+            rows = self._evictable(rows[~seen.take(rows)])
+            seen[rows] = True
+            blocks += len(rows)
+            total += int(self._sizes(rows).sum())
+            _pack(picked, self._index.keys.take(rows, axis=0))
+            yield
 
-        def still(part: slice) -> Rows:
-            found = table.find(words[part])
+        def still_there(part: Words) -> Rows:
+            found = table.find(part)
             return found[found >= 0]
 
-        return self._begin(rows, still)
+        return blocks, total, self._begin([partial(still_there, part) for part in picked])
 
     def namespace(self, namespace: bytes) -> tuple[int, int]:
         """Start dropping a whole namespace; returns (blocks, bytes). Raises UnknownNamespaceError."""
@@ -68,13 +86,7 @@ class Evictions:
 
     def coldest(self, size: int) -> tuple[int, int, list[Effect]]:
         """Do all of ``search_coldest`` at once."""
-        search = self.search_coldest(size)
-        while True:
-            try:
-                next(search)
-            except StopIteration as end:
-                found: tuple[int, int, list[Effect]] = end.value
-                return found
+        return _whole(self.search_coldest(size))
 
     def search_coldest(self, size: int) -> Generator[None, None, tuple[int, int, list[Effect]]]:
         """Drop about ``size`` bytes of the coldest blocks without lease or pin, memory and files.
@@ -99,26 +111,19 @@ class Evictions:
             blocks += enough
             total += int(sizes[enough - 1]) if enough else 0
             yield
-        drops = (self._drop(self._still_cold(*part)) for part in picked)
-        effects = next(drops, [])
-        if len(picked) > 1:
-            self._jobs.append(drops)
-        return blocks, total, effects
+        return blocks, total, self._begin([partial(self._still_cold, *part) for part in picked])
 
     def _still_cold(self, rows: Rows, stamps: NDArray[np.int64]) -> Rows:
         cold: Rows = rows[(self._index.recency.stamps_of(rows) == stamps) & (self._index.pinned.take(rows) == 0)]
         return cold
 
-    def _begin(self, rows: Rows, still: Callable[[slice], Rows]) -> tuple[int, int, list[Effect]]:
-        """Drop a slice at once, the others as long work; ``still`` says which rows of one are meant when it comes."""
-
-        def job() -> Iterator[list[Effect]]:
-            for start in range(ROWS_PER_SLICE, len(rows), ROWS_PER_SLICE):
-                yield self._drop(still(slice(start, start + ROWS_PER_SLICE)))
-
-        if len(rows) > ROWS_PER_SLICE:
-            self._jobs.append(job())
-        return len(rows), int(self._sizes(rows).sum()), self._drop(rows[:ROWS_PER_SLICE])
+    def _begin(self, slices: list[Callable[[], Rows]]) -> list[Effect]:
+        """Drop a slice at once, the others as long work; each says which rows are still meant when it comes."""
+        drops = (self._drop(rows()) for rows in slices)
+        effects = next(drops, [])
+        if len(slices) > 1:
+            self._jobs.append(drops)
+        return effects
 
     def _evictable(self, rows: Rows) -> Rows:
         return rows[self._index.pinned.take(rows) < HARD]
@@ -134,3 +139,21 @@ class Evictions:
         """Return the payload bytes of all copies of each row."""
         copies = self._index.placements.copies.take(self._index.placement.take(rows))
         return np.multiply(copies, self._index.shard_bytes.take(rows))
+
+
+def _pack(slices: list[Words], more: Words) -> None:
+    """Add keys to slices of keys, to the last one while there is room."""
+    if slices and len(slices[-1]) + len(more) <= ROWS_PER_SLICE:
+        slices[-1] = np.concatenate((slices[-1], more))
+    elif len(more):
+        slices.append(more)
+
+
+def _whole(search: Generator[None, None, T]) -> T:
+    """Return what a search finds, without a pause."""
+    while True:
+        try:
+            next(search)
+        except StopIteration as end:
+            found: T = end.value
+            return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from kvpool import __version__
-from kvpool.core.agreement import disagreeing, in_use, warnings
+from kvpool.core.agreement import groups, warnings
 from kvpool.core.effects import Effect
 from kvpool.core.index import Index
 from kvpool.core.keytable import Rows, as_words
@@ -109,7 +109,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     @rpc
     async def Namespaces(self, request: admin_pb2.NamespacesRequest, context: Any) -> admin_pb2.NamespacesResponse:
         """Return every namespace."""
-        now = time.monotonic()
+        spaces = self.pool.state.index.spaces.values()
+        disagreeing = {s.number: group for group in groups(spaces, time.monotonic()) for s in group}
         return admin_pb2.NamespacesResponse(
             namespaces=[
                 admin_pb2.NamespaceStatus(
@@ -117,9 +118,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                     descriptor=convert.namespace_to_proto(space.descriptor),
                     blocks=len(space.table),
                     bytes=space.stored_bytes,
-                    disagrees_with=[other.digest for other in disagreeing(space, now)] if in_use(space, now) else [],
+                    disagrees_with=[o.digest for o in disagreeing.get(space.number, ()) if o is not space],
                 )
-                for space in self.pool.state.index.spaces.values()
+                for space in spaces
                 if space.descriptor is not None
             ]
         )
@@ -165,9 +166,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             blocks, size, effects = await _in_slices(state.evictions.search_coldest(request.coldest_bytes))
             self.pool.perform(effects)
         elif request.keys:
-            if len(request.keys) % KEY_BYTES:
-                raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(request.keys)}")
-            blocks, size, effects = state.evictions.keys(request.namespace, request.keys)
+            keys = request.keys
+            if len(keys) % KEY_BYTES:
+                raise InvalidArgumentError("keys", f"must be a multiple of {KEY_BYTES} bytes, not {len(keys)}")
+            blocks, size, effects = await _in_slices(state.evictions.search_keys(request.namespace, keys))
             self.pool.perform(effects)
         elif request.namespace:
             blocks, size = state.evictions.namespace(request.namespace)

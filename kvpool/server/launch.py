@@ -152,10 +152,11 @@ def free_port(host: str, port: int = 0) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            field = "port" if error.errno in {errno.EADDRINUSE, errno.EACCES} else "host"
-            problem = f"cannot listen on {join_address(host, port)}: {error.strerror}"
-            raise InvalidArgumentError(field, problem) from None
+        except (OSError, UnicodeError) as error:
+            taken = isinstance(error, OSError) and error.errno in {errno.EADDRINUSE, errno.EACCES}
+            why = getattr(error, "strerror", None) or error
+            problem = f"cannot listen on {join_address(host, port)}: {why}"
+            raise InvalidArgumentError("port" if taken else "host", problem) from None
         return int(probe.getsockname()[1])
 
 

@@ -216,9 +216,8 @@ class Pool:
 
     # ---- frames ----------------------------------------------------------------------------------
 
-    def frame(self, header: bytes, payload: memoryview, peer_host: str) -> tuple[list[bytes], After | None]:
+    def frame(self, header: bytes, payload: memoryview, _peer_host: str) -> tuple[list[bytes], After | None]:
         """Answer a frame on the data port; leases and touches follow once the answer is on its way."""
-        self.guard.check(peer_host)
         request = parse_message(master_pb2.MasterFrame, header)
         after: After | None = None
         try:
@@ -429,13 +428,14 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     if pool.keeper is not None:
         pool.keeper.load()
     loop = asyncio.get_running_loop()
-    frames = FrameService(pool.frame, _error_frame)
+    frames = FrameService(pool.frame, _error_frame, check=pool.guard.check)
     try:
         data_server = await loop.create_server(frames, settings.host, settings.data_port)
-    except OSError as exc:
-        field = "data_port" if exc.errno in {errno.EADDRINUSE, errno.EACCES} else "host"
+    except (OSError, UnicodeError) as exc:
+        taken = isinstance(exc, OSError) and exc.errno in {errno.EADDRINUSE, errno.EACCES}
+        why = getattr(exc, "strerror", None) or exc
         raise InvalidArgumentError(
-            field, f"cannot listen on {settings.host}:{settings.data_port}: {exc.strerror or exc}"
+            "data_port" if taken else "host", f"cannot listen on {settings.host}:{settings.data_port}: {why}"
         ) from exc
     pool.data_port = data_server.sockets[0].getsockname()[1]
 

@@ -79,7 +79,8 @@ class Session:
             self._flush_at = None
         self._flushed_at = asyncio.get_running_loop().time()
         if self._out.qsize() >= QUEUE_MAX:
-            self.changed()  # the master takes nothing at the moment: the changes stay where they are
+            self._reporter.spare()
+            self.changed()  # the master takes nothing at the moment: the changes stay where they are, unless many
             return
         self._put(self._reporter.flush())
 
@@ -230,7 +231,7 @@ def advertised_host(settings: NodeSettings) -> str:
         with socket.socket(family, kind, proto) as probe:
             probe.connect(address)  # sends nothing: it only chooses a route
             return str(probe.getsockname()[0])
-    except OSError:
+    except (OSError, UnicodeError):
         return "127.0.0.1"
 
 

@@ -4,6 +4,7 @@ import socket
 import time
 
 from kvpool import Client, Namespace, client_master
+from kvpool.client_lookup import Also
 from kvpool.transport import dialing
 from tests.integration.pool import chain_of, wait_for
 
@@ -75,3 +76,32 @@ def test_a_restarted_master_is_told_until_it_has_listened(pool):
     pool.start_master()
     wait_for(lambda: len(told) == 2, "it is told again")
     wait_for(lambda: not client._link._restarted, "that was enough")
+
+
+def test_a_first_lookup_waits_for_a_stopped_master_no_longer_than_any(pool):
+    """Its namespace is announced in the lookup's own time; the link's thread does it once the master is back."""
+    client = pool.client("a")
+    one, others = Namespace("first"), [Namespace("first", kv_group=str(number)) for number in range(3)]
+    with pool.master.stopped():
+        begin = time.monotonic()
+        client.lookup(one, chain_of(1, 2), also=[Also(space) for space in others])
+        assert time.monotonic() - begin < 0.5
+    for space in (one, *others):
+        wait_for(lambda space=space: client.lookup(space.digest, chain_of(1, 2)).reason == "not_stored", "it is known")
+
+
+def test_a_first_lookup_waits_for_a_stopped_node_no_longer_than_any(pool):
+    """The node is told later, by another thread, whether or not it counts as lost meanwhile."""
+    client = pool.client("a")
+    space = Namespace("first")
+    with pool.nodes["a"].stopped():
+        begin = time.monotonic()
+        client.lookup(space, chain_of(1, 2))
+        assert time.monotonic() - begin < 0.5
+
+    def told() -> bool:
+        node = client._own.get()
+        return node is not None and space.digest in node._registered
+
+    wait_for(told, "the node knows it")
+    assert client.put(space, chain_of(1, 2), [bytes(64)] * 2).stored == 2

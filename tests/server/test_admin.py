@@ -11,6 +11,7 @@ from hashlib import blake2b
 import pytest
 
 from kvpool.config import MasterSettings
+from kvpool.core import operators
 from kvpool.core import pins as pins_module
 from kvpool.core.holds import HARD
 from kvpool.core.keytable import as_words
@@ -85,3 +86,36 @@ def test_status_warns_of_an_index_that_is_nearly_full(blocks, warned):
     pool.state.index.add(BlockRun(ONE.digest, 1, 4096, keys), 1, "dram")
     reply = asyncio.run(AdminService(pool).Status(admin_pb2.StatusRequest(), Context()))
     assert any("--max_blocks" in warning for warning in reply.warnings) is warned
+
+
+def test_others_have_their_turn_while_many_keys_are_evicted(pool, monkeypatch):
+    """The loop turns between two slices of the keys that an operator names."""
+    monkeypatch.setattr(operators, "ROWS_PER_SLICE", 10)
+    pool.state.index.add(BlockRun(ONE.digest, 1, 4096, KEYS), 1, "dram")
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        counter = asyncio.create_task(count_turns())
+        request = admin_pb2.EvictBlocksRequest(namespace=ONE.digest, keys=KEYS)
+        reply = await AdminService(pool).EvictBlocks(request, Context())
+        counter.cancel()
+        assert (reply.blocks, reply.bytes) == (50, 50 * 4096)
+
+    asyncio.run(main())
+    assert turns >= 5
+
+
+def test_namespaces_that_disagree_name_each_other(pool):
+    """Those in use that differ in nothing but hashing."""
+    other, third = (Namespace(model=model, hash_fingerprint="b") for model in ("one", "three"))
+    for space in (other, third):
+        pool.state.announce(space, time.monotonic())
+    reply = asyncio.run(AdminService(pool).Namespaces(admin_pb2.NamespacesRequest(), Context()))
+    found = {status.digest: list(status.disagrees_with) for status in reply.namespaces}
+    assert found == {ONE.digest: [other.digest], other.digest: [ONE.digest], third.digest: []}

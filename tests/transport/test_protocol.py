@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 import uvloop
 
-from kvpool.errors import KVPoolError, UnknownNamespaceError
+from kvpool.errors import KVPoolError, RefusedError, UnknownNamespaceError
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1.master_pb2 import LeaseRequest, LookupRequest, LookupResponse, MasterFrame, MasterFrameReply
 from kvpool.transport.frames import HEAD, MAGIC, Buffer, encode, parse_message
@@ -169,3 +170,127 @@ def test_peer_that_reads_nothing_is_paused() -> None:
         writer.close()
 
     run(test)
+
+
+def test_a_peer_that_has_gone_before_it_was_seen_is_not_answered() -> None:
+    """Its address is not known any more: what it has sent is not taken for that of this host."""
+
+    async def test(service: FrameService, port: int, master: Master) -> None:
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.send(lookup(1))
+        sock.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(lookup(2))
+        assert (await read(reader))[0].id == 2
+        writer.close()
+
+    assert run(test).seen == 1
+
+
+async def ended(reader: asyncio.StreamReader) -> str:
+    """Return what the peer was told before the end, "" for nothing."""
+    try:
+        message = (await read(reader))[0].error.message
+        assert await reader.read() == b""
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        return ""
+    return message
+
+
+def test_a_peer_that_is_not_let_in_takes_no_place() -> None:
+    """It is told why before it has sent a byte, and never counted; nothing of what it sends is read."""
+
+    def check(peer_host: str) -> None:
+        if peer_host == "127.0.0.1":
+            raise RefusedError("protected mode")
+
+    async def test(service: FrameService, port: int, master: Master) -> None:
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert "protected mode" in await ended(reader)
+            assert not service.connections
+            writer.close()
+
+    master = run(test, check=check, connections_max=1)
+    assert master.closed == ["protected mode"] * 3
+    assert not master.seen
+
+
+@pytest.mark.parametrize(
+    "start", [b"K", MAGIC + b"\x01", lookup(1)[:20], lookup(1, bytes(1 << 20))[:-1], lookup(1) + lookup(2)[:-1]]
+)
+def test_a_frame_that_is_never_finished_ends_its_connection(start: bytes) -> None:
+    """Its memory is not kept for ever; a peer that is slow and one that asks nothing stay."""
+
+    async def test(service: FrameService, port: int, master: Master) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        slow_reader, slow = await asyncio.open_connection("127.0.0.1", port)
+        idle_reader, idle = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(start)
+        frame = lookup(7)
+        at = 0
+        stuck = asyncio.create_task(reader.read())
+        while not stuck.done() or at < len(frame) - 1:
+            slow.write(frame[at : at + 1] if at < len(frame) - 1 else b"")
+            at += 1
+            await asyncio.sleep(0.02)
+        assert b"no progress" in stuck.result()
+        slow.write(frame[-1:])
+        assert (await read(slow_reader))[0].id == 7
+        idle.write(lookup(8))
+        assert (await read(idle_reader))[0].id == 8
+        for each in (writer, slow, idle):
+            each.close()
+
+    run(test, stuck_s=0.3)
+
+
+def test_answers_that_are_never_read_end_their_connection() -> None:
+    """What waits to be sent is not kept for ever, nor after a connection was cut off for another reason."""
+    frame = lookup(3, bytes(64 * 1024))
+
+    async def fill(service: FrameService, port: int) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setblocking(False)
+        quiet = sent = 0
+        while quiet < 20:
+            try:
+                sent += sock.send(frame[sent % len(frame) :])
+                quiet = 0
+            except BlockingIOError:
+                quiet += 1
+                await asyncio.sleep(0.002)
+        assert service.connections
+        return sock
+
+    async def test(service: FrameService, port: int, master: Master) -> None:
+        for cut_off in (False, True):
+            sock = await fill(service, port)
+            (connection,) = service.connections
+            if cut_off:
+                connection._cut_off(KVPoolError("for another reason"))
+                assert service.connections  # as long as its words are not taken
+            while service.connections:  # noqa: ASYNC110 - bounded by the whole test's deadline
+                await asyncio.sleep(0.01)
+            sock.close()
+
+    master = run(test, stuck_s=0.3)
+    assert "no progress for 0.3 s while answers wait to be read" in master.closed
+
+
+def test_nothing_sweeps_where_nobody_is() -> None:
+    """The timer lives while there are connections, and comes back with the next one."""
+
+    async def test(service: FrameService, port: int, master: Master) -> None:
+        for _ in range(2):
+            assert service._sweep_at is None
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            while not service.connections:  # noqa: ASYNC110 - bounded by the whole test's deadline
+                await asyncio.sleep(0)
+            assert service._sweep_at is not None
+            writer.close()
+            while service._sweep_at is not None:  # noqa: ASYNC110 - bounded by the whole test's deadline
+                await asyncio.sleep(0.01)
+
+    run(test, stuck_s=0.03)

@@ -1,0 +1,129 @@
+"""Puts that end in the middle, by an exception that is none of the pool's: nothing stays reserved."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kvpool import client_copies, client_node
+from kvpool.client_bytes import CopyThreads
+from kvpool.client_held import WatchedCopies
+from kvpool.transport.channel import Channel
+from tests.integration.pool import SPACE, T, chain_of, content_of, get_chain, put_chain, wait_for
+
+SIZE = 16 << 10
+
+
+def refused_once(monkeypatch, place, name: str, error: BaseException, after: bool = False) -> None:
+    """Have a function raise when it is called next: at once, or after it has done its work."""
+    right = getattr(place, name)
+
+    def wrong(*arguments, **named):
+        monkeypatch.setattr(place, name, right)
+        if after:
+            right(*arguments, **named)
+        raise error
+
+    monkeypatch.setattr(place, name, wrong)
+
+
+def put_in_vain(client, keys, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        client.put(SPACE, keys, [content_of(key, SIZE) for key in keys])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("where", ["copy_in", "pack_digests"])
+def test_what_is_reserved_is_given_back(pool, monkeypatch, where, error):
+    """At once, on the channel that reserved it: the node stays attached, and others store the blocks."""
+    client, other, keys = pool.client("a"), pool.client("a"), chain_of(1, 8)
+    node = client._own.node
+    refused_once(monkeypatch, client_node, where, error)
+    put_in_vain(client, keys, type(error))
+    assert put_chain(other, SPACE, keys, SIZE) == 8
+    assert client._own.node is node and node.alive
+    assert get_chain(client, SPACE, keys, SIZE).prefix == 8
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
+def test_an_answer_that_nobody_waits_for_is_read_by_nobody_else(pool, monkeypatch, error):
+    """Interrupted while the node looks for room: the channel is closed, and what it reserved is free again soon."""
+    client, other, keys = pool.client("a"), pool.client("a"), chain_of(1, 8)
+    put_chain(client, SPACE, chain_of(2, 1), SIZE)
+    refused_once(monkeypatch, client_node, "hash_layers", error)
+    put_in_vain(client, keys, type(error))
+    assert not client._own.node._pool._idle
+    wait_for(lambda: client.has_node() and put_chain(other, SPACE, keys, SIZE) == 8, "others store the blocks")
+    assert get_chain(client, SPACE, keys, SIZE).prefix == 8
+
+
+def test_a_commit_that_is_interrupted_leaves_nothing_reserved(pool, monkeypatch):
+    """Whether it has reached the node or not: the blocks are there, or others store them."""
+    client, other, keys = pool.client("a"), pool.client("a"), chain_of(1, 8)
+    put_chain(client, SPACE, chain_of(2, 1), SIZE)
+    refused_once(monkeypatch, Channel, "_receive_header", KeyboardInterrupt())
+    put_in_vain(client, keys, KeyboardInterrupt)  # the answer to Reserve
+    wait_for(client.has_node, "it is attached anew")
+    refused_once(monkeypatch, Channel, "call", KeyboardInterrupt(), after=True)
+    put_in_vain(client, keys, KeyboardInterrupt)  # the commit, which the node has done
+    assert client.has_node()
+    wait_for(lambda: put_chain(other, SPACE, keys, SIZE) == 0, "the blocks are there")
+    assert get_chain(other, SPACE, keys, SIZE).prefix == 8
+
+
+def test_layers_that_cannot_be_begun_leave_no_answer_behind(pool, monkeypatch):
+    """A put of layers that is interrupted as it reserves closes its channel too."""
+    client, other, keys = pool.client("a"), pool.client("a"), chain_of(1, 8)
+    client.register(SPACE)
+    refused_once(monkeypatch, Channel, "finish", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        client.put_layers(SPACE, keys, shard=0, shard_bytes=SIZE, transfer=1)
+    assert not client._own.node._long._idle
+    wait_for(lambda: client.has_node() and put_chain(other, SPACE, keys, SIZE) == 8, "others store the blocks")
+
+
+def test_a_reservation_is_kept_while_a_thread_still_copies(pool, monkeypatch):
+    """Interrupted as it waits for the others: the slots are given back when they have ended, not before."""
+    client, keys = pool.client("a"), chain_of(1, 1)
+    begun, ended = threading.Event(), threading.Event()
+    given: list[bool] = []
+    call = Channel.call
+
+    def interrupted(self, items, item_bytes, work, most=None):
+        threading.Thread(target=work, args=(items,)).start()
+        assert begun.wait(T)
+        raise KeyboardInterrupt
+
+    def slow(*_):
+        begun.set()
+        time.sleep(0.3)
+        ended.set()
+
+    def watched(self, frame, *arguments, **named):
+        if frame.WhichOneof("body") == "abort":
+            given.append(ended.is_set())
+        return call(self, frame, *arguments, **named)
+
+    monkeypatch.setattr(client_node, "HASH_FIRST_BYTES_MAX", 0)
+    monkeypatch.setattr(client_copies, "copy_hashed", slow)
+    monkeypatch.setattr(CopyThreads, "run", interrupted)
+    monkeypatch.setattr(Channel, "call", watched)
+    put_in_vain(client, keys, KeyboardInterrupt)
+    assert given == [True]
+
+
+def test_nobody_begins_to_copy_once_it_is_over(monkeypatch):
+    """A thread that comes late finds nothing to do."""
+    works, done = [], []
+    monkeypatch.setattr(CopyThreads, "run", lambda _self, _items, _item_bytes, work, _most: works.append(work))
+    copies = WatchedCopies(CopyThreads(2))
+    copies.run([1, 2], 1, done.extend)
+    (work,) = works
+    for parts in ([1], [2]):
+        thread = threading.Thread(target=work, args=(parts,))
+        thread.start()
+        thread.join(T)
+        copies.settle()
+    assert done == [1]
