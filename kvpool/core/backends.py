@@ -7,6 +7,7 @@ of the index and is kept in the catalog, then removed by one of its nodes, and f
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kvpool.core.effects import BackendChanged, CatalogBackend, CatalogFiles, Effect, FileChange, Send
+from kvpool.core.holds import SOFT
 from kvpool.core.index import ROWS_PER_SLICE, Index
 from kvpool.core.keytable import Rows
 from kvpool.core.messages import BlockRun, RemoveFiles, Scan, Scanned, StorageLimits
@@ -32,6 +34,7 @@ BATCHES_AT_ONCE = 4
 REMOVE_RETRY_S = 30.0
 _FAILED_SPLIT = 16
 SCAN_RETRY_S = 60.0
+EVICTION_AGAIN_S = 5.0  # after a walk through the whole index that has not found enough
 
 _PRESENT = frozenset({"live", "warming"})
 
@@ -60,6 +63,7 @@ class StorageBackend:
     full: bool = False
     live: bool = False
     job: bool = False  # an eviction is under way
+    relieve_at: float = float("-inf")
     turn: int = 0
     scanner: str = ""  # the node that scans it
     scan_heard: float = 0.0
@@ -292,11 +296,8 @@ class Backends:
 
     def _doomed_of(self, backend: StorageBackend, piece: BlockRun) -> list[tuple[BlockRun, list[bytes]]]:
         """Return the doomed files among those of a run, by shard."""
-        found = []
-        for shard in mask_shards(piece.shards):
-            single = BlockRun(piece.namespace, 1 << shard, piece.shard_bytes, piece.keys)
-            found.append((single, [name for name in _names(single) if name in backend.doomed]))
-        return found
+        singles = [replace(piece, shards=1 << shard) for shard in mask_shards(piece.shards)]
+        return [(single, [name for name in _names(single) if name in backend.doomed]) for single in singles]
 
     def _undoom(self, backend: StorageBackend, found: list[tuple[BlockRun, list[bytes]]]) -> tuple[BlockRun, ...]:
         """Await the removal of these files no more; returns them as runs."""
@@ -325,10 +326,6 @@ class Backends:
                 return self._told(backend, FileChange.REMOVED, removed)
         return []
 
-    @staticmethod
-    def _batch_of(backend: StorageBackend, name: bytes) -> int:
-        return backend.doomed.get(name, (-1, 0))[0]
-
     def _send_removals(self, backend: StorageBackend, up: float) -> list[Effect]:
         """Keep a few batches under way, at most half of them of files that were tried before."""
         effects: list[Effect] = []
@@ -345,7 +342,7 @@ class Backends:
             if late:
                 self._put_back(backend, batch, blocks)
             elif blocks:
-                effects.append(self._remove_by(backend, replace(batch, blocks=blocks), able))
+                effects.append(self._remove_by(backend, replace(batch, blocks=blocks, sent_at=up), able))
         again = sum(batch.again for batch in backend.batches.values())
         while len(backend.batches) < BATCHES_AT_ONCE:
             tried = bool(backend.failed) and again < BATCHES_AT_ONCE // 2
@@ -372,7 +369,7 @@ class Backends:
                 backend.failed.append((replace(run, keys=run.keys[at : at + step]), batch.sent_to))
 
     def _still(self, backend: StorageBackend, run: BlockRun, batch: int) -> BlockRun:
-        keys = b"".join(n[-KEY_BYTES:] for n in _names(run) if self._batch_of(backend, n) == batch)
+        keys = b"".join(n[-KEY_BYTES:] for n in _names(run) if backend.doomed.get(n, (-1, 0))[0] == batch)
         return BlockRun(run.namespace, run.shards, run.shard_bytes, keys)
 
     def _next_blocks(self, backend: StorageBackend, number: int) -> tuple[BlockRun, ...]:
@@ -411,7 +408,7 @@ class Backends:
             effects += self._send_removals(backend, up)
             effects += self._judge_room(backend)
             if not self.loading:
-                self._relieve(backend, now)
+                self._relieve(backend, up, now)
                 effects += self._scan_if_due(backend, up)
         return effects
 
@@ -433,33 +430,44 @@ class Backends:
         full = frozenset(b.id for b in served if b.full)
         return [Send(node.session, StorageLimits(full))] if node.session is not None else []
 
-    def _relieve(self, backend: StorageBackend, now: float) -> None:
+    def _over(self, backend: StorageBackend) -> float:
+        """Return how many bytes it is over its high watermark, 0 or less if it is not."""
+        return self.used_bytes(backend) - self._limits.storage_high_watermark_ratio * backend.capacity_bytes
+
+    def _relieve(self, backend: StorageBackend, up: float, now: float) -> None:
         """Start an eviction if the backend is over its high watermark and removals keep up."""
         capacity = backend.capacity_bytes
-        over = self.used_bytes(backend) - self._limits.storage_high_watermark_ratio * capacity
+        over = self._over(backend)
         if over <= 0 or not capacity or backend.job or not backend.live or len(backend.doomed) >= DOOMED_MAX:
+            return
+        if up < backend.relieve_at:
             return
         backend.job = True
         target = max(over, self._limits.storage_eviction_ratio * capacity)
-        self._jobs.append(self._eviction(backend, int(target), now))
+        self._jobs.append(self._eviction(backend, int(target), up, now))
 
-    def _eviction(self, backend: StorageBackend, target: int, now: float) -> Iterator[list[Effect]]:
+    def _eviction(self, backend: StorageBackend, target: int, up: float, now: float) -> Iterator[list[Effect]]:
+        """Evict ``target`` bytes, coldest first; those pinned softly last, and only what is over the high watermark."""
+        index, wanted = self._index, target
         try:
-            freed, index = 0, self._index
-            for found in index.coldest(backend.incarnation):
-                stamps = index.recency.stamps_of(found)
-                for start in range(0, len(found), ROWS_PER_SLICE):
-                    part = slice(start, start + ROWS_PER_SLICE)
-                    # Between slices rows were touched, leased (which touches), pinned, freed or given to others.
-                    rows = found[part][index.recency.stamps_of(found[part]) == stamps[part]]
-                    rows = rows[index.pinned.take(rows) == 0]
-                    sizes = np.cumsum(index.file_bytes_on(rows, backend.incarnation))
-                    enough = int(np.searchsorted(sizes, target - freed)) + 1
-                    freed += int(sizes[:enough].max(initial=0))
-                    yield self.doom(backend.incarnation, rows[:enough], Why.CAPACITY, now)
-                    if freed >= target or len(backend.doomed) >= DOOMED_MAX:
-                        return
-                yield []
+            for soft in (False, True):
+                if soft and (wanted := math.ceil(self._over(backend))) <= 0:
+                    return
+                for found in index.coldest(backend.incarnation, leased=soft):
+                    stamps = index.recency.stamps_of(found)
+                    for start in range(0, len(found), ROWS_PER_SLICE):
+                        part = slice(start, start + ROWS_PER_SLICE)
+                        # Between slices rows were touched, leased (which touches), pinned, freed or given to others.
+                        rows = found[part][index.recency.stamps_of(found[part]) == stamps[part]]
+                        rows = rows[(index.pinned.take(rows) == (SOFT if soft else 0)) & (index.leased.take(rows) == 0)]
+                        sizes = np.cumsum(index.file_bytes_on(rows, backend.incarnation))
+                        enough = int(np.searchsorted(sizes, wanted)) + 1
+                        wanted -= int(sizes[:enough].max(initial=0))
+                        yield self.doom(backend.incarnation, rows[:enough], Why.CAPACITY, now)
+                        if wanted <= 0 or len(backend.doomed) >= DOOMED_MAX:
+                            return
+                    yield []
+            backend.relieve_at = up + EVICTION_AGAIN_S
         finally:
             backend.job = False
 

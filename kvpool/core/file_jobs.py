@@ -30,6 +30,12 @@ ORDER_S: Final = 0.01
 LOOKS_MAX: Final = 256
 """Queued files looked at in one search for jobs: what is gone or finds no room must not keep the loop for long."""
 
+REMOVE_WITHIN_S: Final = 20.0
+"""A removal that was not begun so long after it was asked for is dropped, and nothing is said of it.
+
+The master asks somebody else after ``backends.REMOVE_RETRY_S``; whoever was slower would remove what was written since.
+"""
+
 
 class Miss(IntEnum):
     """Why a block that was asked for is not here: what Pin and Get answer instead of an offset or size."""
@@ -149,11 +155,12 @@ class ReadQueue:
 
 @dataclass(slots=True, eq=False)
 class Remove:
-    """Remove files; part of the master's command ``id``."""
+    """Remove files; part of the master's command ``id``. After ``until`` it must not be begun."""
 
     backend: int
     id: int
     files: list[File]
+    until: float = math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -196,7 +203,10 @@ class BackendWork:
         self.running: dict[File, Read] = {}
         self.learning = ReadQueue()  # wait for namespaces
         self.learn_asked = True
+        self.learn_due = False  # it may have been made anew
+        self.learned_at = -math.inf  # for that reason
         self.kept: set[bytes] = set()  # namespaces that lie beside the files
+        self.kept_before: frozenset[bytes] = frozenset()  # those that did when they were last looked at
         self.missing: dict[File, int] = {}  # not found: true only if the backend proves to be itself
         self.counters: Counter[str] = Counter()
         self.errors = 0  # in a row

@@ -26,7 +26,7 @@ from kvpool.core.file_jobs import (
     ranked,
 )
 from kvpool.core.segment import BEING_WRITTEN, STORED, SegmentState, header_bytes
-from kvpool.errors import InvalidArgumentError, NoRoomError
+from kvpool.errors import InvalidArgumentError, NoRoomError, TooLargeError
 from kvpool.model import DIGEST_BYTES, Namespace
 
 BATCH_FILES: Final = 32
@@ -51,6 +51,7 @@ class FileReads:
         self._reads: dict[File, Read] = {}
         self._waits: dict[Wait, None] = {}
         self._finished: list[Wait] = []
+        self._given_up: list[ReadQueue] = []  # of backends that went down: their reads are to be done elsewhere
         self._shard_bytes: dict[bytes, int] = {}  # the usual size, by namespace
 
     def __repr__(self) -> str:
@@ -70,6 +71,10 @@ class FileReads:
         wait = Wait(deadline, token)
         for file in dict.fromkeys(files):
             read = self._reads.get(file)
+            if read is not None and read.queue in self._given_up:
+                self._unqueue(read)
+                self._next_place(read, Miss.STORAGE_DOWN)
+                read = self._reads.get(file)
             if read is None:
                 if len(self._reads) >= READS_MAX:
                     wait.misses[file] = Miss.NOT_IN_TIME
@@ -246,9 +251,9 @@ class FileReads:
         digest, key = block_key[:DIGEST_BYTES], block_key[DIGEST_BYTES:]
         try:
             held = self._segment.reserve(FILES_OWNER, digest, (shard,), key, read.shard_bytes, read.layers)
-        except NoRoomError:
+        except NoRoomError as exc:
             self.counters["no_room"] += 1
-            if not read.waits:  # nor will there be any for what else is read ahead
+            if not read.waits and not isinstance(exc, TooLargeError):  # nor is there any for what else is read ahead
                 self.drop_ahead(self._backends[read.places[0]])
             self._failed(read, Miss.NO_ROOM)
             return False
@@ -306,12 +311,26 @@ class FileReads:
         return self._shard_bytes.get(file[0][:DIGEST_BYTES], 0)
 
     def lost(self, backend: BackendWork) -> None:
-        """Have what was to be read from a backend that is down read elsewhere, or tell who waits."""
+        """Have what was to be read from a backend that is down read elsewhere, or tell who waits: see ``move``."""
         for read in list(backend.running.values()):
             self._failed(read, Miss.STORAGE_DOWN)
-        for read in [*backend.reads, *backend.ahead, *backend.learning]:
-            self._unqueue(read)
-            self._next_place(read, Miss.STORAGE_DOWN)
+        self._given_up += [queue for queue in (backend.reads, backend.learning, backend.ahead) if queue]
+        backend.reads, backend.learning, backend.ahead = ReadQueue(), ReadQueue(), ReadQueue()
+
+    def move(self, looks_max: int) -> int:
+        """Go on with at most so many reads of backends that went down; returns of how many."""
+        looks = 0
+        while self._given_up and looks < looks_max:
+            if not self._given_up[0]:
+                del self._given_up[0]
+                continue
+            looks += 1
+            self._next_place(self._given_up[0].pop(), Miss.STORAGE_DOWN)
+        return looks
+
+    def too_large(self, failure: Failure) -> bool:
+        """Whether a file is longer than any block that could be here: it has grown, or is a foreign one."""
+        return failure.trouble is Trouble.SIZE and failure.actual_bytes > self._segment.capacity_bytes
 
     def _next_place(self, read: Read, miss: Miss) -> None:
         """Try the next backend where a block may lie; with none left, say why it is not here."""

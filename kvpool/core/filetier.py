@@ -7,8 +7,9 @@ never waits for a disk. A backend that fails is left alone until a probe succeed
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from kvpool.core.file_changes import FileChanges
@@ -17,8 +18,10 @@ from kvpool.core.file_jobs import (
     LOOKS_MAX,
     PROBE_FIRST_S,
     PROBE_MAX_S,
+    REMOVE_WITHIN_S,
     BackendWork,
     Failure,
+    File,
     Job,
     Learn,
     Read,
@@ -45,6 +48,12 @@ ERRORS_MAX: Final = 8
 
 WRITE_TURN: Final = 4
 """One batch in so many is of writes while reads wait, too."""
+
+LEARN_AGAIN_S: Final = 10.0
+"""Files that are missing, and errors, are a reason to look for the namespaces this often only."""
+
+REMOVE_TURN: Final = 8
+"""And one in so many is a removal: a backend that is read all the time gets full, too."""
 
 
 class FileTierState:
@@ -73,6 +82,8 @@ class FileTierState:
         self._numbers: dict[bytes, int] = {}
         self._removals: dict[int, list[Remove]] = {}  # command -> jobs that have not ended
         self._removed: list[int] = []
+        self._moving: deque[tuple[BackendWork, OrderedDict[File, int]]] = deque()  # writes that go elsewhere
+        self._unfiling: deque[Iterator[bool]] = deque()  # see ``_unfile``
         for backend in backends:
             self.add(backend)
 
@@ -89,6 +100,11 @@ class FileTierState:
     def has_news(self) -> bool:
         """Whether there is something to tell the master."""
         return self.changes.untold or self.storage_changed or bool(self._removed) or self._segment.has_changes
+
+    @property
+    def unwritten(self) -> int:
+        """How many blocks wait to be written."""
+        return sum(len(backend.writes) for backend in self.backends) + sum(len(writes) for _, writes in self._moving)
 
     def storage(self) -> Storage:
         """Return what the master is told of the backends."""
@@ -151,14 +167,15 @@ class FileTierState:
         jobs = [] if backend.learn_asked else self._take_in_turn(number, among)
         if not jobs and backend.learn_asked:
             backend.learn_asked = False
+            backend.kept_before = frozenset(backend.kept)
             return [Learn(number)]
         return jobs
 
     def _take_in_turn(self, number: int, among: int) -> list[Job]:
         backend, take_reads = self.backends[number], self.reads.take
-        if backend.removes and not backend.reads:
-            return [backend.removes.popleft()]
         backend.turn += 1
+        if backend.removes and (not backend.reads or backend.turn % REMOVE_TURN == 1):
+            return [backend.removes.popleft()]
         if backend.reads and backend.turn % WRITE_TURN:
             return take_reads(number, backend.reads, among) or self._take_rest(number, among)
         if backend.ahead and backend.turn % 2:  # nobody waits for what is read ahead, and nobody for writes: by turns
@@ -233,10 +250,12 @@ class FileTierState:
     def read_failed(self, read: Read, failure: Failure, now: float) -> None:
         """Take the end of a read that has brought nothing."""
         backend = self.backends[read.backend]
+        if self.reads.too_large(failure):
+            failure = Failure(Trouble.BROKEN, failure.text)
         self.reads.failed(read, failure)
         shard_bytes = self.reads.shard_bytes(read.file)
         if failure.trouble is Trouble.BROKEN:
-            self.changes.note(backend.id, *read.file, shard_bytes, added=False)
+            self._gone(backend, read.file, shard_bytes)
         elif failure.trouble is Trouble.MISSING:
             if read.named:
                 backend.missing[read.file] = shard_bytes
@@ -245,8 +264,16 @@ class FileTierState:
             self._error(backend, failure, now)
 
     def learned(self, number: int, namespaces: Iterable[Namespace], failure: Failure | None, now: float) -> None:
-        """Take the namespaces that a backend keeps; what waited for them goes on."""
+        """Take the namespaces that a backend keeps; what waited for them goes on.
+
+        One that it no longer keeps has gone with its files: the backend was deleted, and made anew.
+        """
         backend = self.backends[number]
+        namespaces = list(namespaces)
+        lost = backend.kept_before - {namespace.digest for namespace in namespaces}
+        if lost and failure is None:
+            backend.kept -= lost
+            self._unfiling.append(self._unfile(lost))
         for namespace in namespaces:
             backend.kept.add(namespace.digest)
             try:
@@ -262,8 +289,7 @@ class FileTierState:
         """Take the end of a removal; the command it belongs to is confirmed with its last job."""
         backend = self.backends[job.backend]
         if failure is not None:
-            self._removals.pop(job.id, None)  # the master asks somebody else
-            backend.removes = deque(waiting for waiting in backend.removes if waiting.id != job.id)
+            self._forget_removal(backend, job.id)
             if failure.trouble is Trouble.READ_ONLY:
                 self._set_state(backend, BackendState.READ_ONLY, failure.text, now)
             else:
@@ -280,6 +306,73 @@ class FileTierState:
             if not jobs:
                 del self._removals[job.id]
                 self._removed.append(job.id)
+
+    def _forget_removal(self, backend: BackendWork, command: int) -> None:
+        """Drop what is left of a command that will not be confirmed: the master asks somebody else."""
+        self._removals.pop(command, None)
+        backend.removes = deque(waiting for waiting in backend.removes if waiting.id != command)
+
+    def _gone(self, backend: BackendWork, file: File, shard_bytes: int) -> None:
+        """Tell that a file is not there; its block, if it is in memory, is to be written when it is used."""
+        self.changes.note(backend.id, *file, shard_bytes, added=False)
+        slot = self._segment.slot(*file)
+        if slot is not None:
+            slot.filed = False
+
+    # ---- what is done in slices ----------------------------------------------------------------------
+
+    def catch_up(self, now: float) -> bool:
+        """Drop removals that came too long ago, and go on with what backends that failed, or were lost, have left.
+
+        To be called all the time, and soon again when it returns True: there is more to do.
+        """
+        for backend in self.backends:
+            for job in reversed(backend.removes):
+                if job.until < math.inf:
+                    break
+                job.until = now + REMOVE_WITHIN_S
+            while backend.removes and backend.removes[0].until <= now:
+                backend.counters["removals_too_late"] += 1
+                self._forget_removal(backend, backend.removes[0].id)
+            if backend.learn_due and now >= backend.learned_at + LEARN_AGAIN_S:
+                backend.learn_due, backend.learn_asked, backend.learned_at = False, True, now
+        return self._move()
+
+    def _move(self) -> bool:
+        """Go on with LOOKS_MAX of the reads and writes of backends that failed; returns whether there are more."""
+        looks = self.reads.move(LOOKS_MAX)
+        while looks < LOOKS_MAX and (self._moving or self._unfiling):
+            looks += 1
+            if self._moving:
+                self._move_write(*self._moving[0])
+            elif not next(self._unfiling[0], False):
+                self._unfiling.popleft()
+        return looks >= LOOKS_MAX
+
+    def _move_write(self, backend: BackendWork, writes: OrderedDict[File, int]) -> None:
+        """Give one of the blocks that were to be written to another backend, if there is one."""
+        file, queued_bytes = writes.popitem(last=False)
+        if not writes:
+            self._moving.popleft()
+        self.queue_bytes -= queued_bytes
+        slot = self._segment.slot(*file)
+        if slot is None:
+            backend.counters["dropped_evicted"] += 1
+        else:
+            slot.filed = False
+            self._enqueue(slot)
+
+    def _unfile(self, namespaces: frozenset[bytes]) -> Iterator[bool]:
+        """Have the blocks of some namespaces written when they are used, as if they never had been: one at a time."""
+        for runs in self._segment.snapshot_slices():
+            for run in runs:
+                for key in block_keys(run) if run.namespace in namespaces else ():
+                    for shard in mask_shards(run.shards):
+                        slot = self._segment.slot(key, shard)
+                        if slot is not None:
+                            slot.filed = False
+                    yield True
+            yield True
 
     # ---- the master's wishes -------------------------------------------------------------------------
 
@@ -340,7 +433,9 @@ class FileTierState:
         only_reads = failure is not None and failure.trouble in {Trouble.FULL, Trouble.READ_ONLY}
         if failure is None or only_reads:  # it is itself: what is not there is gone
             for file, shard_bytes in backend.missing.items():
-                self.changes.note(backend.id, *file, shard_bytes, added=False)
+                self._gone(backend, file, shard_bytes)
+            # Was it deleted, and made anew? Then it keeps no namespaces, either.
+            backend.learn_due |= bool(backend.missing or backend.errors) or not backend.readable
         backend.missing.clear()
         if failure is None:
             backend.errors = backend.room_bytes = 0
@@ -388,15 +483,11 @@ class FileTierState:
             for job in backend.removes:
                 self._removals.pop(job.id, None)
             backend.removes.clear()
+            self._move()
 
     def _move_writes(self, backend: BackendWork) -> None:
-        """Give what waits to be written to the other backends, as far as there are any."""
-        waiting, backend.writes = backend.writes, OrderedDict()
-        self.queue_bytes -= sum(waiting.values())
-        for file in waiting:
-            slot = self._segment.slot(*file)
-            if slot is None:
-                backend.counters["dropped_evicted"] += 1
-            else:
-                slot.filed = False
-                self._enqueue(slot)
+        """Give what waits to be written to the other backends, as far as there are any: see ``catch_up``."""
+        if backend.writes:
+            self._moving.append((backend, backend.writes))
+            backend.writes = OrderedDict()
+        self._move()

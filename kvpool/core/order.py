@@ -14,8 +14,8 @@ from typing import Final
 from kvpool.core.slots import Block
 
 PARTS: Final = 256
-_SHIFT: Final = 48  # a dict itself uses the low bits of a hash
-_MASK: Final = PARTS - 1
+"""By the last byte of a key, which is a hash's, and not by Python's hash: that is another one in every process."""
+
 _SAMPLES_A_PART: Final = 16
 _STEP: Final = 1024
 
@@ -36,19 +36,19 @@ class BlockOrder:
 
     def get(self, key: bytes) -> Block | None:
         """Return the block of a key."""
-        return self.parts[hash(key) >> _SHIFT & _MASK].get(key)
+        return self.parts[key[-1]].get(key)
 
     def add(self, block: Block) -> None:
         """Take a block whose key is new here, as the hottest."""
         key = block.key
-        self.parts[hash(key) >> _SHIFT & _MASK][key] = block
+        self.parts[key[-1]][key] = block
         self._count += 1
         self._link(block)
 
     def remove(self, block: Block) -> None:
         """Forget a block."""
         key = block.key
-        del self.parts[hash(key) >> _SHIFT & _MASK][key]
+        del self.parts[key[-1]][key]
         self._count -= 1
         if block.newer is not None:
             self.aside(block)
@@ -56,8 +56,8 @@ class BlockOrder:
     def rekey(self, block: Block, key: bytes) -> None:
         """Give a block that is in the order a key that is new here, and make it the hottest."""
         parts, before = self.parts, block.key
-        del parts[hash(before) >> _SHIFT & _MASK][before]
-        parts[hash(key) >> _SHIFT & _MASK][key] = block
+        del parts[before[-1]][before]
+        parts[key[-1]][key] = block
         block.key = key
         self.touch(block)
 

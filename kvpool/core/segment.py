@@ -95,7 +95,7 @@ class SegmentState:
         self._generation = 0
         self._busy_bytes = 0  # of all blocks that may not be evicted
         self._keep: set[bytes] = set()  # what operators have pinned, here or not
-        self._kept: set[Block] = set()  # what of it is here, and within the bound
+        self._kept: dict[Block, None] = {}  # what of it is here, and within the bound
         self._kept_bytes = 0
         self._infeasible_bytes = self.capacity_bytes + 1  # known to find no room until a pin or write ends
         self._orphans: set[Slot] = set()  # given up by their writers, and pinned still
@@ -510,13 +510,13 @@ class SegmentState:
                 self._keep.discard(key)
                 block = self._blocks.get(key)
                 if block is not None and block.kept:
-                    self._kept.discard(block)
+                    del self._kept[block]
                     self._keep_no_longer(block)
 
     def let_all_go(self) -> None:
         """Keep nothing any longer: a new session's master says anew what to keep."""
         # There may be a million keys, and few of their blocks here.
-        kept, self._kept, self._keep = self._kept, set(), set()
+        kept, self._kept, self._keep = self._kept, {}, set()
         for block in kept:
             self._keep_no_longer(block)
 
@@ -534,7 +534,7 @@ class SegmentState:
         wanted = block.committed and not block.kept and block.key in self._keep
         if wanted and self._kept_bytes + block.bytes <= self.capacity_bytes // 2:
             block.kept = True
-            self._kept.add(block)
+            self._kept[block] = None
             self._kept_bytes += block.bytes
             if not block.busy:
                 self._busy_bytes += block.bytes

@@ -13,7 +13,7 @@ import logging
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -28,7 +28,8 @@ from kvpool.server.filescan import FileScan
 from kvpool.server.filework import failure_of
 from kvpool.server.fileworker import Batch, Desk, Result, Worker
 from kvpool.tiers.dram import Segment
-from kvpool.tiers.store import BlockStore, StoreError
+from kvpool.tiers.store import BlockStore, StoredFile, StoreError
+from kvpool.tiers.wrapper import StoreWrapper, T
 from kvpool.tiers.writers import Writers
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,12 @@ CLEAN_EVERY_S: Final = 3600.0
 SCAN_AGAIN_S: Final = 5.0
 """When a scan that lost changes made necessary is tried again after it has failed."""
 
+SCAN_RETRY_S: Final = 60.0
+"""A scan that has not got on for so long is lost: when it is asked for again, another one begins."""
+
+SCANS_LOST_MAX: Final = 4
+"""Lost scans of one backend whose threads still hang, before no more are begun."""
+
 FINISH_S: Final = 5.0
 """How long an end in order may take to write what waits to be written."""
 
@@ -69,6 +76,53 @@ LAST_S: Final = 2.0
 """How long what is under way then may take, if the store is not down earlier."""
 
 Done = Callable[[dict[File, Miss]], None]
+
+
+class _WatchedStore(StoreWrapper):
+    """Calls ``moved`` whenever the store has done something."""
+
+    def __init__(self, store: BlockStore, moved: Callable[[], None]) -> None:
+        super().__init__(store)
+        self._moved = moved
+
+    def around(self, operation: str, size: int, call: Callable[[], T]) -> T:
+        """Make the call."""
+        del operation, size
+        try:
+            return call()
+        finally:
+            self._moved()
+
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
+        """Yield what the store does."""
+        for file in self.store.files(since):
+            self._moved()
+            yield file
+
+
+class TierScan(FileScan):
+    """A scan of which is known when it last got on (``moved``, by the monotonic clock), and whether it has ended."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        loop: asyncio.AbstractEventLoop,
+        tell: Callable[[FileScan, Scanned], bool],
+        since: float,
+        longest: int,
+    ) -> None:
+        super().__init__(_WatchedStore(store, self._get_on), loop, tell, since, longest)
+        self.moved = time.monotonic()
+        self.ended = False
+
+    def _get_on(self) -> None:
+        self.moved = time.monotonic()
+
+    def _run(self) -> None:
+        try:
+            super()._run()
+        finally:
+            self.ended = True
 
 
 class FileTier:
@@ -99,7 +153,8 @@ class FileTier:
         self._background: set[asyncio.Task[None]] = set()
         self._probes: dict[int, float] = {}  # since when
         self._probes_lost: Counter[int] = Counter()  # given up, by backend
-        self._scans: dict[bytes, FileScan] = {}
+        self._scans: dict[bytes, TierScan] = {}
+        self._scans_lost: dict[bytes, list[TierScan]] = {}  # stopped, and perhaps not ended
         self._necessary: set[bytes] = set()  # scans that lost changes have asked for, until the master has them
         self._fences: dict[bytes, int] = {}  # acknowledged when it has
         self._marks: list[FileMark | None] = []
@@ -167,8 +222,10 @@ class FileTier:
     def pump(self) -> None:
         """Give threads what there is to do, and requesters what there is to answer."""
         self._drain()
-        state = self.state
-        state.reads.expire(time.monotonic())
+        state, now = self.state, time.monotonic()
+        state.reads.expire(now)
+        if state.catch_up(now):
+            self.wake()
         self._answer()
         for number, desk in enumerate(self._desks if self._giving_out else ()):
             while self._out[number] < BATCHES_AHEAD * self._threads:
@@ -204,7 +261,7 @@ class FileTier:
         for number in range(len(self._desks)):
             self._empty(number)
         await self._until(lambda: not any(self._out), min(self._timeout_s, LAST_S))
-        dropped = state.counters["dropped_no_backend"] - dropped + sum(len(b.writes) for b in state.backends)
+        dropped = state.counters["dropped_no_backend"] - dropped + state.unwritten
         stuck = sum(worker.started is not None for workers in self._workers for worker in workers)
         if dropped or stuck:
             log.warning("%d blocks were not written, and %d threads have not ended", dropped, stuck)
@@ -244,9 +301,8 @@ class FileTier:
         self.state.changes.lost |= self._necessary
         self._necessary.clear()
         self._fences.clear()
-        for scan in self._scans.values():
-            scan.stop()
-        self._scans.clear()
+        for backend in list(self._scans):
+            self._end_scan(backend)
 
     # ---- answers and results -------------------------------------------------------------------------
 
@@ -319,7 +375,7 @@ class FileTier:
             self._clean_at = now + CLEAN_EVERY_S
             for store in self.stores:
                 start_thread(_clean, THREAD, store)
-        self._scan()
+        self._scan(now)
         for store, mark in zip(self.stores, self._marks, strict=True):
             if mark is not None:
                 mark.tick(now, whole=self._whole(store.id))
@@ -397,7 +453,30 @@ class FileTier:
         """Whether the master has all that scans had to look for."""
         return backend not in self.state.changes.lost and backend not in self._necessary
 
-    def _scan(self) -> None:
+    def _end_scan(self, backend: bytes) -> None:
+        """Have a scan end, which may take as long as its store hangs."""
+        scan = self._scans.pop(backend)
+        scan.stop()
+        self._scans_ending(backend).append(scan)
+
+    def _scans_ending(self, backend: bytes) -> list[TierScan]:
+        """Return the scans that were told to end and have not."""
+        ending = [scan for scan in self._scans_lost.get(backend, []) if not scan.ended]
+        self._scans_lost[backend] = ending
+        return ending
+
+    def _begin_scan(self, store: BlockStore, since: float) -> bool:
+        """Begin a scan in place of the one that runs, if there can be one more."""
+        scan = TierScan(store, self._loop, self._tell, since, self._segment.size)
+        if len(self._scans_ending(store.id)) >= SCANS_LOST_MAX or not scan.start():
+            return False
+        if store.id in self._scans:
+            self._end_scan(store.id)
+        self.state.counters["scans"] += 1
+        self._scans[store.id] = scan
+        return True
+
+    def _scan(self, now: float) -> None:
         """Begin the scans that are asked for, and those that a flood of changes or a death made necessary."""
         state = self.state
         asked, lost = state.scans_asked, state.changes.lost
@@ -406,33 +485,32 @@ class FileTier:
             if state.changes.settled >= fence:
                 del self._fences[backend]
                 self._necessary.discard(backend)
-        for store, mark in zip(self.stores, self._marks, strict=True):
+        for number, (store, mark) in enumerate(zip(self.stores, self._marks, strict=True)):
             wanted = store.id in asked
-            necessary = store.id in lost and self.listening()
             running = self._scans.get(store.id)
-            if running is not None and not (wanted and running.since):
-                continue  # what gets lost during a scan makes another one necessary
+            necessary = store.id in lost and self.listening()
+            if running is not None:
+                hangs = now - running.moved >= SCAN_RETRY_S and state.backends[number].readable
+                if not hangs and not (wanted and running.since):  # all includes what a part looks for
+                    continue  # what gets lost during a scan makes another one necessary
+                necessary |= store.id in self._necessary
             if not (necessary or wanted):
                 continue
-            since = mark.scan_since if mark is not None and not wanted else 0.0
-            scan = FileScan(store, self._loop, self._tell, since, self._segment.size)
-            if not scan.start():
+            if not self._begin_scan(store, mark.scan_since if mark is not None and not wanted else 0.0):
                 refused += [store.id] if wanted else []
                 continue  # it is as necessary as before
-            if running is not None:
-                running.stop()  # all includes what it looks for
             if necessary:
                 lost.discard(store.id)
                 self._necessary.add(store.id)
                 self._fences.pop(store.id, None)
-            state.counters["scans"] += 1
-            self._scans[store.id] = scan
         asked[:] = refused
 
     def _tell(self, scan: FileScan, scanned: Scanned) -> bool:
         backend = scanned.backend
-        if self._scans.get(backend) is not scan:
+        running = self._scans.get(backend)
+        if running is None or running is not scan:
             return True  # nobody wants it any more: let it end
+        running.moved = time.monotonic()  # also while nobody takes what it has found
         # The end of a part is none of the scan that the master may have asked for meanwhile.
         if not self.tell(replace(scanned, last=False, error="") if scan.since else scanned):
             return False

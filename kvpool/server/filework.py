@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -45,6 +46,8 @@ def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | No
                 store.keep_namespace(job.namespace)
             store.write(_name(job.file), view[job.start : job.start + job.size])
         elif isinstance(job, Remove):
+            if time.monotonic() > job.until:
+                return Failure(Trouble.GIVEN_BACK, "too late"), None
             store.remove([_name(file) for file in job.files])
         elif isinstance(job, Learn):
             return None, store.namespaces()
@@ -102,7 +105,7 @@ def _read(store: BlockStore, view: memoryview, read: Read) -> tuple[int, bytes]:
     target = view[read.start : read.start + read.size]
     for last in (False, True):
         try:
-            return _read_verified(store, name, target, read)
+            return _read_verified(store, name, target, read, len(view))
         except StoreBrokenError:
             if last:
                 with contextlib.suppress(StoreError):  # it stays where it is, and is broken for the next one, too
@@ -111,12 +114,14 @@ def _read(store: BlockStore, view: memoryview, read: Read) -> tuple[int, bytes]:
     raise AssertionError("not reached")
 
 
-def _read_verified(store: BlockStore, name: FileName, target: memoryview, read: Read) -> tuple[int, bytes]:
+def _read_verified(
+    store: BlockStore, name: FileName, target: memoryview, read: Read, longest: int
+) -> tuple[int, bytes]:
     try:
         store.read_into(name, target)
     except StoreSizeError as exc:
         area = header_area(read.layers)
-        if read.sized or exc.actual % HEADER_ALIGN_BYTES or exc.actual <= area:
+        if read.sized or exc.actual % HEADER_ALIGN_BYTES or not area < exc.actual <= longest:
             raise StoreBrokenError(str(exc)) from exc
         raise
     return blockfile.content(target, name, read.layers)

@@ -55,6 +55,8 @@ class SharedFiles:
     def pump(self, node: NodeProcess) -> None:
         """Let a node do what it has to do: one job after another, each in its own time."""
         tier = node.tier
+        if tier.catch_up(self._cluster.clock()):
+            self._cluster.after(0.0, node, self.pump, node)
         for number in tier.due_probes(self._cluster.clock()):
             self._cluster.after(IO_S, node, self._probed, node, number)
         if node.storing:

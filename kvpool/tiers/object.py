@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import io
 import itertools
 import logging
 import math
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import fsspec
+import numpy as np
 from fsspec.asyn import sync
 
 from kvpool.errors import ConfigError
@@ -208,7 +210,7 @@ class ObjectStore:
 
     def write(self, name: FileName, data: memoryview) -> None:
         """Put an object. Raises StoreError."""
-        self._put(f"{BLOCKS}/{name}", bytes(data))
+        self._put(f"{BLOCKS}/{name}", _bytes_of(data))
 
     def read_into(self, name: FileName, target: memoryview) -> None:
         """Get an object of exactly the target's length. Raises StoreMissingError, StoreSizeError, StoreError."""
@@ -220,7 +222,7 @@ class ObjectStore:
             raise
         if len(data) != len(target):
             raise StoreSizeError(name, len(data))
-        target[:] = data
+        _copy(target, data)
 
     def remove(self, names: Sequence[FileName]) -> None:
         """Remove objects, all that can be. Raises the first StoreError at the end."""
@@ -493,6 +495,19 @@ def _secrets(url: str, options: Mapping[str, Any]) -> Iterator[str]:
             yield from _secrets("", value)
         elif isinstance(value, str) and value and _SECRET.search(name):
             yield value
+
+
+def _copy(target: memoryview, data: bytes | memoryview) -> None:
+    """Copy bytes as numpy does, which lets other threads run meanwhile."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
+
+
+def _bytes_of(data: memoryview) -> bytes:
+    """Return a copy, as ``_copy`` makes one: filesystems take nothing but bytes."""
+    copied = io.BytesIO(bytes(len(data)))  # zeros that no memory is touched for, and that are its own
+    with copied.getbuffer() as buffer:
+        _copy(buffer, data)
+    return copied.getvalue()  # what it has, without another copy
 
 
 def _code(exc: BaseException) -> str:

@@ -29,6 +29,7 @@ class World:
             self.segment, described, queue_bytes_max=queue_slots * SLOT, write_through=write_through
         )
         self.files: list[dict[File, int | None]] = [{} for _ in described]
+        self.kept: list[dict[bytes, Namespace]] = [{} for _ in described]
         self.trouble: list[Trouble | None] = [None for _ in described]
         self.now = 0.0
         self.told: dict[tuple[bytes, File], bool] = {}  # what the master would believe
@@ -60,9 +61,12 @@ class World:
         elif isinstance(job, Write):
             if trouble is None:
                 files[job.file] = job.shard_bytes
+                if job.namespace is not None:
+                    self.kept[job.backend][job.namespace.digest] = job.namespace
             tier.write_ended(job, Failure(trouble, "trouble") if trouble else None, now)
         elif isinstance(job, Learn):
-            tier.learned(job.backend, [], Failure(trouble, "trouble") if trouble is Trouble.ERROR else None, now)
+            failure = Failure(trouble, "trouble") if trouble is Trouble.ERROR else None
+            tier.learned(job.backend, [] if failure else self.kept[job.backend].values(), failure, now)
         else:
             if trouble is None:
                 for gone in job.files:
@@ -87,6 +91,8 @@ class World:
     def work(self) -> list[Job]:
         """Do all that is to be done, probes included; returns the jobs."""
         done: list[Job] = []
+        while self.tier.catch_up(self.now):
+            pass
         while batch := [job for number in range(len(self.files)) for job in self.tier.take(number)]:
             for job in batch:
                 self.end(job)

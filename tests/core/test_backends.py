@@ -8,7 +8,7 @@ import pytest
 
 from kvpool.core import backends as backends_module
 from kvpool.core import operators as operators_module
-from kvpool.core.backends import REMOVE_RETRY_S, SCAN_RETRY_S
+from kvpool.core.backends import EVICTION_AGAIN_S, REMOVE_RETRY_S, SCAN_RETRY_S
 from kvpool.core.effects import CatalogBackend, CatalogFiles, FileChange
 from kvpool.core.explain import Holder, Verdict, explain
 from kvpool.core.messages import (
@@ -232,6 +232,23 @@ def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
     assert not pool.backend().doomed
 
 
+def test_a_removal_that_went_to_another_node_has_its_whole_time_there(pool):
+    """Who gets it later also drops it later; the next one is asked only after that."""
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.serve(2, "b")
+    pool.say(1, Delta(1, (files(1),), (), 0))
+    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
+    pool.pass_time(0.1, 1, 2, sequence=1)
+    first = 1 if pool.told(1, RemoveFiles) else 2
+    pool.pass_time(REMOVE_RETRY_S - 1, 1, 2, sequence=1)
+    pool.close(first)
+    pool.serve(3, "c")
+    pool.sent.clear()
+    pool.pass_time(REMOVE_RETRY_S - 1, 3 - first, 3, sequence=1)
+    assert pool.removing(3 - first) + pool.removing(3) == [key(1)]
+
+
 def test_files_that_cannot_be_removed_hold_up_only_themselves(pool, monkeypatch):
     """Those of their batch go in smaller ones, others beside them; they themselves go when they can be removed."""
     monkeypatch.setattr(backends_module, "BATCH_FILES", 32)
@@ -376,6 +393,54 @@ def test_the_coldest_files_go_above_the_high_watermark(pool):
     pool.pass_time(0.2, 1, 2, sequence=1)
     assert pool.cataloged(FileChange.DOOMED) == [key(17)]
     assert [pool.prefix(n) for n in (19, 18, 17, 16)] == [1, 1, 0, 1]
+
+
+def pin(pool: Shared, number: int, ttl_s: float) -> None:
+    """Pin a block as an operator does."""
+    pool.perform([e for part in pool.master.pins.begin(ONE.digest, key(number), ttl_s, "", 0)[1] for e in part])
+
+
+def test_files_pinned_with_a_deadline_go_last_and_only_above_the_high_watermark(pool):
+    """Those of leased blocks and those pinned for good stay, whatever is over."""
+    pool.serve(1, "a", backends=(seen(files=20),))
+    pool.scanned()
+    pool.say(1, Delta(1, (files(*range(20)),), (), 0))
+    for n in range(18):
+        pin(pool, n, 1000)
+    pin(pool, 18, 0)
+    pool.lookup(*range(18))
+    pool.lookup(17, lease=True)
+    pool.lookup(16)
+    pool.lookup(19, lease=True)
+    pool.pass_time(0.3, 1, sequence=1)
+    (gone,) = pool.cataloged(FileChange.DOOMED)
+    assert gone in {key(n) for n in range(16)}
+    assert pool.used() == 19 * FILE
+    pool.say(1, Delta(2, (files(20, 21, 22),), (), 0))
+    pool.pass_time(0.3, 1, sequence=2)
+    assert set(pool.cataloged(FileChange.DOOMED)) == {gone, key(20), key(21), key(22)}
+
+
+def test_a_backend_of_which_nothing_can_be_evicted_is_looked_through_now_and_then(pool, monkeypatch):
+    """Not the whole index at every tick; what can go in the end does."""
+    walks = []
+    coldest = type(pool.master.index).coldest
+
+    def counted(index, incarnation, *, leased=False):
+        walks.append(leased)
+        return coldest(index, incarnation, leased=leased)
+
+    monkeypatch.setattr(type(pool.master.index), "coldest", counted)
+    pool.serve(1, "a", backends=(seen(files=20),))
+    pool.scanned()
+    pool.say(1, Delta(1, (files(*range(20)),), (), 0))
+    for n in range(20):
+        pin(pool, n, 0)
+    pool.pass_time(2 * EVICTION_AGAIN_S + 0.5, 1, sequence=1)
+    assert walks == [False, True] * 3
+    pool.perform([e for each in list(pool.master.pins.by_id.values()) for p in pool.master.pins.end(each) for e in p])
+    pool.pass_time(EVICTION_AGAIN_S, 1, sequence=1)
+    assert len(pool.cataloged(FileChange.DOOMED)) == 1
 
 
 def test_a_file_that_is_written_makes_its_block_no_warmer(pool):

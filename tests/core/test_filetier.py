@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from kvpool.core.file_jobs import FILES_OWNER, PROBE_FIRST_S, PROBE_MAX_S, Failure, Learn, Miss, Read, Trouble, Write
+from kvpool.core.backends import REMOVE_RETRY_S
+from kvpool.core.file_jobs import (
+    FILES_OWNER,
+    LOOKS_MAX,
+    PROBE_FIRST_S,
+    PROBE_MAX_S,
+    REMOVE_WITHIN_S,
+    Failure,
+    Learn,
+    Miss,
+    Read,
+    Remove,
+    Trouble,
+    Write,
+)
 from kvpool.core.file_reads import AHEAD_MAX
-from kvpool.core.filetier import ERRORS_MAX, REMOVE_FILES, WRITE_TURN
+from kvpool.core.filetier import ERRORS_MAX, LEARN_AGAIN_S, REMOVE_FILES, REMOVE_TURN, WRITE_TURN
 from kvpool.core.messages import BlockRun, RemoveFiles
 from kvpool.model import BackendState, Namespace
 from tests.core.file_world import BACKENDS, CLIENT, PAYLOAD, SLOT, SPACE, World, file
@@ -268,6 +282,65 @@ def test_a_file_that_is_written_before_the_probe_is_not_missing():
     assert world.told == {(A, file(1)): True}
 
 
+def test_a_block_whose_file_is_gone_is_written_when_it_is_used():
+    """Also where it was in another file, or about to be, when that was found out."""
+    world = World(backends=2)
+    number = next(n for n in range(100) if preferred(n) == 1)
+    wait = world.fetch(number, backend=A)
+    world.tier.take(0)
+    (read,) = world.tier.take(0)
+    world.end(read)
+    world.put(number)
+    slot = world.segment.slot(*file(number))
+    assert slot is not None
+    assert slot.filed
+    world.probe()
+    assert not slot.filed
+    assert world.finished() == [wait]
+    world.tier.used([slot])
+    assert slot.filed
+    world.work()
+    world.listen()
+    assert world.told == {(A, file(number)): False, (B, file(number)): True}
+
+
+def preferred(number: int) -> int:
+    """The backend that a block is written to while both work."""
+    world = World(backends=2)
+    world.put(number)
+    world.work()
+    return next(n for n, files in enumerate(world.files) if files)
+
+
+@pytest.mark.parametrize("noticed", ["down", "error", "missing"])
+def test_what_was_in_a_backend_that_was_deleted_and_made_anew_is_written_again(noticed):
+    """It keeps no namespaces any more; their descriptors are written again, too, and blocks when they are used."""
+    world = World(slots=2 * LOOKS_MAX)
+    world.put(*range(LOOKS_MAX + 10))
+    world.work()
+    world.files[0].clear()
+    world.kept[0].clear()
+    if noticed == "down":
+        world.tier.stuck(0, 2.0, world.now)
+    else:
+        wait = world.fetch(LOOKS_MAX + 10, backend=A)
+        (read,) = world.tier.take(0)
+        world.trouble[0] = Trouble.ERROR if noticed == "error" else None
+        world.end(read)
+        assert world.finished() == [wait]
+        world.trouble[0] = None
+    for _ in range(5):
+        world.work()
+        world.now += LEARN_AGAIN_S
+    slots = [world.segment.slot(*file(n)) for n in range(LOOKS_MAX + 10)]
+    world.tier.used(slots)
+    world.work()
+    assert set(world.files[0]) == {file(n) for n in range(LOOKS_MAX + 10)}
+    assert list(world.kept[0].values()) == [SPACE]
+    world.tier.used(slots)
+    assert world.work() == []
+
+
 def test_an_unnamed_backend_is_looked_for_in_all():
     """A block written while its first choice was away lies in the second."""
     world = World(slots=64, backends=2)
@@ -378,6 +451,19 @@ def test_writes_get_their_turn_while_reads_wait():
     assert kinds.count(Read) == 2 * WRITE_TURN - 2
 
 
+def test_removals_get_their_turn_while_reads_wait():
+    """A full backend that is read all the time has files removed, and is written again."""
+    world = World(slots=4096)
+    stored(world, *range(1000, 1900))
+    world.tier.set_full(frozenset({A}))
+    world.fetch(*range(1000, 1900))
+    world.tier.remove(command(1, *range(1000, 1000 + 2 * REMOVE_FILES)))
+    world.tier.take(0)  # namespaces
+    kinds = [type(world.tier.take(0)[0]) for _ in range(2 * REMOVE_TURN)]
+    assert kinds.count(Remove) == 2
+    assert kinds.count(Read) > REMOVE_TURN
+
+
 # ---- backends that fail ------------------------------------------------------------------------------------
 
 
@@ -403,6 +489,38 @@ def test_a_backend_that_keeps_silent_is_down_and_nobody_waits_for_it():
     assert world.here(1)
     (backend,) = world.tier.storage().backends
     assert (backend.state, backend.reason) == (BackendState.DOWN, "no answer for 2.1 s")
+
+
+def test_much_that_waits_for_a_backend_that_fails_is_moved_in_slices():
+    """No call works through all of it; everybody is answered, or gets the block elsewhere, and all is accounted for."""
+    world = World(slots=4096, backends=2, queue_slots=4096)
+    world.work()
+    world.put(*range(2000))
+    waits = [world.fetch(n, backend=A) for n in range(10_000, 12_000)]
+    elsewhere = world.fetch(*range(20_000, 20_100), timeout_s=100.0)
+    stored(world, *range(20_000, 20_100), number=1)
+    world.tier.reads.ahead([file(n) for n in range(30_000, 31_000)], A)
+    queued = world.tier.queue_bytes
+    world.tier.stuck(0, 2.0, world.now)
+    assert 0 < len(world.finished()) <= 2 * LOOKS_MAX
+    assert world.tier.unwritten == 2000
+    assert world.tier.queue_bytes == queued
+    late = world.fetch(11_999, backend=A)  # which is still to be given up
+    assert world.finished() == [waits[-1], late]
+    rounds = 0
+    while world.tier.catch_up(world.now):
+        assert len(world.finished()) <= LOOKS_MAX
+        rounds += 1
+    assert rounds > 8
+    assert [wait.misses for wait in [*waits, late]] == [
+        {file(n): Miss.STORAGE_DOWN} for n in [*range(10_000, 12_000), 11_999]
+    ]
+    assert len(world.tier.backends[1].writes) == world.tier.unwritten == 2000
+    world.work()
+    assert elsewhere in world.finished()
+    assert elsewhere.misses == {}
+    assert len(world.tier.reads) == world.tier.queue_bytes == 0
+    assert set(world.files[1]) >= {file(n) for n in range(2000)}
 
 
 def test_one_failure_is_a_question_and_the_probe_answers_it():
@@ -581,6 +699,34 @@ def test_a_removal_that_fails_is_not_confirmed():
     world.now += 10
     world.work()
     world.tier.remove(command(7, 1))
+    world.work()
+    assert world.tier.take_removed() == [7]
+
+
+def test_a_removal_that_waited_for_long_is_dropped():
+    """The master asks another node then: to remove later what was written again meanwhile would lose it."""
+    assert REMOVE_WITHIN_S <= REMOVE_RETRY_S * 2 / 3
+    world = World(slots=1024)
+    numbers = range(4 * REMOVE_FILES)
+    world.put(*numbers)
+    world.work()
+    world.tier.remove(command(7, *numbers))
+    world.now = 100.0
+    world.tier.catch_up(world.now)
+    (first,) = world.tier.take(0)
+    world.end(first)
+    world.now += REMOVE_WITHIN_S - 0.1
+    world.tier.catch_up(world.now)
+    (second,) = world.tier.take(0)
+    assert isinstance(second, Remove)
+    assert second.until == 100.0 + REMOVE_WITHIN_S
+    world.now += 0.1
+    world.tier.remove(command(8, 1))
+    world.work()
+    world.end(second)
+    assert world.tier.take_removed() == [8]
+    assert len(world.files[0]) == 2 * REMOVE_FILES
+    world.tier.remove(command(7, *numbers))
     world.work()
     assert world.tier.take_removed() == [7]
 

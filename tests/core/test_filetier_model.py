@@ -92,6 +92,7 @@ class TierDays(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 3))
     def time_goes_by(self, seconds):
         self.world.now += seconds
+        self.world.tier.catch_up(self.world.now)
         self.world.tier.reads.expire(self.world.now)
         self.world.probe()
 
@@ -120,7 +121,8 @@ class TierDays(RuleBasedStateMachine):
     def counts_agree(self):
         tier = self.world.tier
         self.world.segment.check()
-        assert tier.queue_bytes == sum(sum(backend.writes.values()) for backend in tier.backends)
+        queues = [*(backend.writes for backend in tier.backends), *(writes for _, writes in tier._moving)]
+        assert tier.queue_bytes == sum(sum(writes.values()) for writes in queues)
         assert tier.queue_bytes <= QUEUE_SLOTS * SLOT + 1024
 
     @invariant()

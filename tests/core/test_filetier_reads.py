@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from kvpool.core.file_jobs import LOOKS_MAX, Read
+import pytest
+
+from kvpool.core.file_jobs import LOOKS_MAX, Failure, Miss, Read, Trouble
 from kvpool.core.file_reads import AHEAD_MAX, BATCH_FILES
-from tests.core.file_world import CLIENT, PAYLOAD, SPACE, World, file
+from tests.core.file_world import BACKENDS, CLIENT, PAYLOAD, SPACE, World, file
 
 
 def stored(world: World, *numbers: int) -> None:
@@ -74,6 +76,42 @@ def test_no_room_for_one_block_is_none_for_all_that_are_read_ahead():
     assert len(world.tier.reads) == 0
     assert world.tier.reads.counters["no_room"] == 1
     assert world.tier.reads.counters["prefetch_dropped"] == AHEAD_MAX - 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_file_that_no_segment_can_hold_is_broken(ahead):
+    """One that has grown: its reader is told so, and the master, and what else is read ahead is not given up."""
+    world = World(slots=16)
+    stored(world, 1, 2, 3)
+    world.work()
+    waits = [] if ahead else [world.fetch(1, backend=BACKENDS[0])]
+    world.tier.reads.ahead([file(1), file(2), file(3)], BACKENDS[0])
+    read, *others = world.tier.take(0)
+    assert isinstance(read, Read)
+    assert read.file == file(1)
+    world.tier.read_failed(read, Failure(Trouble.SIZE, "another size", 1 << 40), world.now)
+    assert world.finished() == waits
+    assert [wait.misses for wait in waits] == [{file(1): Miss.FILE_BROKEN} for _ in waits]
+    world.listen()
+    assert world.told == {(BACKENDS[0], file(1)): False}
+    for job in others:
+        world.end(job)
+    world.work()
+    assert world.here(3)
+    assert world.tier.reads.counters["prefetch_dropped"] == 0
+    assert len(world.tier.reads) == 0
+
+
+def test_a_block_that_is_too_large_drops_nothing_else_that_is_read_ahead():
+    """There may be room for all others."""
+    world = World(slots=16)
+    stored(world, *range(1, 9))
+    world.work()
+    world.tier.reads._shard_bytes[SPACE.digest] = 1 << 30
+    world.tier.reads.ahead([file(n) for n in range(1, 9)], BACKENDS[0])
+    assert world.tier.take(0) == []
+    assert world.tier.reads.counters["no_room"] == 8
+    assert world.tier.reads.counters["prefetch_dropped"] == 0
 
 
 def test_a_search_for_jobs_looks_at_so_many_files_only():

@@ -158,19 +158,26 @@ def test_large_pins_are_taken_and_counted_in_slices(pool, monkeypatch):
 
 
 def test_pinned_files_are_spared(pool):
-    """Hard or soft: a backend that is too full loses others."""
+    """A backend that is too full loses others; then those pinned for some time, never those pinned for good."""
     size = file_bytes(SIZE, ONE.shard_layers)
     pool.join(1, "a", backends=(Backend(HERE, "dir", 10 * size),))
     pool.pin(7)
-    pool.pin(6, ttl_s=60)
+    pool.pin(6, ttl_s=600)
     pool.say(1, Delta(1, (replace(run(*range(8)), backend=HERE),), (), 0))
     pool.master.limits = replace(LIMITS)
     backend = pool.master.backends.by_id[HERE]
-    backend.capacity_bytes = 2 * size
+
+    def removed() -> list[bytes]:
+        return sorted(k for m in pool.told(1, RemoveFiles) for r in m.blocks for k in split_keys(r.keys))
+
+    backend.capacity_bytes = 3 * size
     pool.pass_time(0.3, 1, sequence=1)
-    removed = [k for m in pool.told(1, RemoveFiles) for r in m.blocks for k in split_keys(r.keys)]
-    assert sorted(removed) == sorted(key(n) for n in range(6))
+    assert removed() == sorted(key(n) for n in range(6))
     assert pool.master.backends.used_bytes(backend) == 2 * size
+    backend.capacity_bytes = size
+    pool.pass_time(10, 1, sequence=1)
+    assert removed() == sorted(key(n) for n in range(7))
+    assert pool.master.backends.used_bytes(backend) == size
 
 
 def test_pins_are_kept_and_come_back(pool):

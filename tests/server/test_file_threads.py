@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import xxhash
 
-from kvpool.core.file_jobs import FILES_OWNER, LOOKS_MAX, File, Miss
+from kvpool.core.file_jobs import FILES_OWNER, LOOKS_MAX, File, Miss, Remove, Trouble
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
 from kvpool.model import Backend, BackendState, Namespace
 from kvpool.server import filetier
 from kvpool.server.filescan import TRIES_MAX
-from kvpool.server.filetier import FileTier
+from kvpool.server.filetier import SCANS_LOST_MAX, FileTier
+from kvpool.server.filework import perform
 from kvpool.testing.store_faults import FaultyStore
 from kvpool.tiers import blockfile
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
+from kvpool.tiers.layout import IDENTITY_FILE
 from kvpool.tiers.memory_store import MemoryStore
+from kvpool.tiers.posix import PosixStore
 from kvpool.tiers.store import FileName, StoredFile, StoreError, StoreFullError, StoreMissingError
 from tests.server.waiting import T, until
 
@@ -192,6 +197,32 @@ def test_a_broken_file_is_read_twice_and_set_aside() -> None:
         assert node.backend.state is BackendState.UP
 
     with_node(test)
+
+
+def test_a_file_that_has_grown_beyond_all_memory_is_set_aside() -> None:
+    """No room could ever be found for it: it is broken, as whoever wrote it wrote something shorter."""
+
+    async def test(node: Node) -> None:
+        grown = bytearray(node.segment.size + 4096)
+        grown[: PAYLOAD + 512] = blockfile.build(named(1), content(1), 1)
+        node.store.write(named(1), memoryview(grown))
+        assert await node.fetch(1) == {file(1): Miss.FILE_BROKEN}
+        assert list(node.store.aside) == [named(1)]
+        assert [added for _, added in node.tier.state.changes.take(10)[0].values()] == [False]
+
+    with_node(test)
+
+
+def test_a_removal_is_not_begun_too_late() -> None:
+    """Somebody else was asked for it meanwhile, and the file may be a new one."""
+    store = MemoryStore()
+    store.write(named(1), memoryview(b"new"))
+    failure, _ = perform(store, memoryview(b""), Remove(0, 7, [file(1)], time.monotonic() - 0.001))
+    assert failure is not None
+    assert failure.trouble is Trouble.GIVEN_BACK
+    assert [found.name for found in store.files()] == [named(1)]
+    assert perform(store, memoryview(b""), Remove(0, 7, [file(1)], time.monotonic() + T)) == (None, None)
+    assert not list(store.files())
 
 
 def spoiled(extent: bytes, rng: random.Random) -> bytes:
@@ -400,10 +431,38 @@ def test_a_scan_that_lost_changes_made_necessary_is_told_to_the_end() -> None:
         assert not lost
         assert len(told) == 2
         lost.add(node.store.id)
-        node.tier._scan()
+        node.tier._scan(time.monotonic())
         lost.add(node.store.id)  # another one
         await until(lambda: sum(scanned.last for scanned in told) == 3, "it is told twice more")
         assert not lost
+
+    with_node(test)
+
+
+def test_a_directory_that_is_deleted_gets_its_blocks_again(tmp_path: Path) -> None:
+    """When they are used, with what tells of their namespace: it is made anew by whoever finds that it is gone."""
+
+    async def test(node: Node) -> None:
+        place = tmp_path / "pool"
+        directory = PosixStore(str(place), owner="tester", direct=False)
+        node.tier.add(directory)
+        node.tier.state.set_full(frozenset({node.store.id}))
+        node.put(*range(8))
+        await until(lambda: len(list(directory.files())) == 8, "all are written")
+        await until(node.idle, "nothing is held")
+        shutil.rmtree(place)
+        misses: list[dict[File, Miss]] = []
+        node.tier.fetch(2, [file(100)], directory.id, T, misses.append)
+        await until((place / IDENTITY_FILE).exists, "it is made anew")
+
+        def used() -> bool:
+            node.tier.state.used(node.state.slot(*file(number)) for number in range(8))
+            node.tier.pump()
+            return len(list(directory.files())) == 8
+
+        await until(used, "all are written again")
+        assert directory.namespaces() == [SPACE]
+        assert misses
 
     with_node(test)
 
@@ -447,6 +506,25 @@ def test_what_one_turn_of_the_loop_does_not_take_is_taken_in_the_next() -> None:
         assert backend.counters["dropped_evicted"] == LOOKS_MAX
         await until(lambda: backend.counters["dropped_evicted"] == 1024 - SLOTS, "all are looked at")
         await until(lambda: len(list(node.store.files())) == SLOTS, "what is there is written")
+
+    with_node(test)
+
+
+def test_what_a_backend_that_fails_has_left_is_worked_off_at_once() -> None:
+    """In slices, one a turn of the loop, and not one a tick."""
+
+    async def test(node: Node) -> None:
+        node.tier._giving_out = False
+        numbers = range(1000, 1000 + 10 * LOOKS_MAX)
+        answer = asyncio.create_task(node.fetch(*numbers))
+        await asyncio.sleep(0)
+        node.tier.state.stuck(0, 1.0, time.monotonic())
+        node.tier._timer.cancel()
+        node.tier.pump()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert answer.done()
+        assert await answer == dict.fromkeys(map(file, numbers), Miss.STORAGE_DOWN)
 
     with_node(test)
 
@@ -648,6 +726,55 @@ def test_a_scan_that_does_not_see_all_says_so(kind: str) -> None:
         await until(lambda: told and told[-1].last, "the scan has ended")
         assert told[-1].error
         assert sum(len(run) for piece in told for run in piece.added) == (0 if kind == "read" else 2 * TRIES_MAX)
+
+    with_node(test)
+
+
+def test_a_scan_that_hangs_is_given_up_when_it_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mount may be dead while the backend works; but only so many threads are lost that way."""
+    monkeypatch.setattr(filetier, "SCAN_RETRY_S", 0.1)
+
+    async def test(node: Node) -> None:
+        node.put(1)
+        await until(lambda: list(node.store.files()), "it is written")
+        event = node.faulty.hang(["files"])
+        for lost in range(1, SCANS_LOST_MAX + 2):
+            scanned(node)
+            await until(lambda lost=lost: node.faulty.hanging == lost, "the scan hangs")
+            await asyncio.sleep(0.15)
+        node.faulty.heal()
+        told = scanned(node)
+        await asyncio.sleep(0.3)
+        assert not told, "there is no thread for another one"
+        event.set()
+        await until(lambda: told and told[-1].last and not told[-1].error, "another scan has ended")
+        assert told[-1].files == 1
+        assert node.backend.state is BackendState.UP
+
+    with_node(test)
+
+
+def test_a_scan_that_gets_on_slowly_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is asked for, and however long its pieces take."""
+    monkeypatch.setattr(filetier, "SCAN_RETRY_S", 0.2)
+
+    async def test(node: Node) -> None:
+        def files(since: float) -> Iterator[StoredFile]:
+            for number in range(8):
+                time.sleep(0.08)
+                yield StoredFile(named(number), 1 << 62)
+
+        monkeypatch.setattr(node.faulty, "files", files)
+        told = scanned(node)
+
+        def asked_again() -> bool:
+            node.tier.state.scans_asked.append(node.store.id)
+            return bool(told) and told[-1].last
+
+        await until(asked_again, "the scan has ended")
+        assert told[-1].files == 8
+        assert len(told) == 2
+        assert node.tier.state.counters["scans"] == 1
 
     with_node(test)
 

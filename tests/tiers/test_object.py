@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
 from kvpool.errors import ConfigError
@@ -130,6 +131,30 @@ class TestDirectory(StoreConformance):
             read(store, name)
         store.probe()
         assert read(store, name) == extent_of(name)
+
+
+def test_blocks_are_copied_while_others_run(memory_url, monkeypatch):
+    """By numpy, which gives up the interpreter's lock; what a filesystem is given is bytes nevertheless."""
+    store = open_object(memory_url)
+    name = name_of(1)
+    copied: list[int] = []
+    given: list[bytes] = []
+    copy, put = np.copyto, store._fs.pipe_file
+
+    def counted(target: Any, data: Any) -> None:
+        copied.append(len(data))
+        copy(target, data)
+
+    def noted(path: str, value: bytes, **more: Any) -> None:
+        given.append(value)
+        put(path, value, **more)
+
+    monkeypatch.setattr(np, "copyto", counted)
+    monkeypatch.setattr(store._fs, "pipe_file", noted)
+    store.write(name, extent_of(name))
+    assert read(store, name) == extent_of(name)
+    assert copied == [len(extent_of(name))] * 2
+    assert type(given[0]) is bytes
 
 
 def test_a_directory_has_a_url_too(tmp_path):
