@@ -110,18 +110,23 @@ class BlockOrder:
         more may be, without slots or with another key.
         """
         samples: list[int] = []
+        passed = 0
         for part in self.parts:
             some = islice(part.values(), 0, None, max(1, len(part) // _SAMPLES_A_PART))
             samples += [block.stamp for block in some]
-            yield []
+            passed += len(part)
+            if passed >= _STEP:
+                passed = 0
+                yield []
         bounds = sorted(samples)[::_SAMPLES_A_PART]
         colder: list[list[Block]] = [[] for _ in range(len(bounds) + 1)]
         for part in self.parts:
-            blocks = list(part.values())
-            for start in range(0, len(blocks), _STEP):
-                for block in blocks[start : start + _STEP]:
-                    colder[bisect_left(bounds, block.stamp)].append(block)
-                yield []
+            for block in list(part.values()):
+                colder[bisect_left(bounds, block.stamp)].append(block)
+                passed += 1
+                if passed >= _STEP:
+                    passed = 0
+                    yield []
         for between in colder:
             between.sort(key=_stamp)
             for start in range(0, len(between), _STEP):
