@@ -293,9 +293,12 @@ class PosixStore:
             posix_io.create(temporary, data, unit=self.direct_unit, sync=self._sync)
             try:
                 os.rename(temporary, path)
-            except OSError:
+            except OSError as exc:
                 # It may have been done: where answers get lost, a client asks twice, or gives up.
-                if not _has_length(path, len(data)):
+                done = _has_length(path, len(data)) or (
+                    exc.errno == errno.EEXIST and not os.path.lexists(temporary)  # and undone by others since
+                )
+                if not done:
                     raise
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -442,12 +445,12 @@ def _has_length(path: str, length: int) -> bool:
     try:
         # By opening, as only that asks a server what is there now.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
+        try:
+            return os.fstat(fd).st_size == length
+        finally:
+            os.close(fd)
+    except OSError:  # somebody may have removed it since it was opened, too
         return False
-    try:
-        return os.fstat(fd).st_size == length
-    finally:
-        os.close(fd)
 
 
 def _sync_directory(path: str) -> None:

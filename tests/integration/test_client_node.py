@@ -17,10 +17,12 @@ SIZE = 16 << 10
 
 
 def refused_once(monkeypatch, place, name: str, error: BaseException, after: bool = False) -> None:
-    """Have a function raise when it is called next: at once, or after it has done its work."""
-    right = getattr(place, name)
+    """Have a function raise when this thread calls it next: at once, or after it has done its work."""
+    right, caller = getattr(place, name), threading.get_ident()
 
     def wrong(*arguments, **named):
+        if threading.get_ident() != caller:
+            return right(*arguments, **named)
         monkeypatch.setattr(place, name, right)
         if after:
             right(*arguments, **named)
