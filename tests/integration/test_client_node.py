@@ -67,7 +67,8 @@ def test_a_commit_that_is_interrupted_leaves_nothing_reserved(pool, monkeypatch)
     put_chain(client, SPACE, chain_of(2, 1), SIZE)
     refused_once(monkeypatch, Channel, "_receive_header", KeyboardInterrupt())
     put_in_vain(client, keys, KeyboardInterrupt)  # the answer to Reserve
-    wait_for(client.has_node, "it is attached anew")
+    wait_for(lambda: client.has_node() and put_chain(other, SPACE, keys, SIZE) == 8, "it is attached anew, and free")
+    keys = chain_of(3, 8)
     refused_once(monkeypatch, Channel, "call", KeyboardInterrupt(), after=True)
     put_in_vain(client, keys, KeyboardInterrupt)  # the commit, which the node has done
     assert client.has_node()

@@ -62,8 +62,8 @@ def finder_of(client: Client, keys: list[bytes]) -> Any:
 
 @pytest.fixture
 def small(bare_pool: Pool) -> Pool:
-    """Return a pool of one node for 60 blocks."""
-    bare_pool.start_master()
+    """Return a pool of one node for 60 blocks, whose master lists no victims: one may be made before a use is told."""
+    bare_pool.start_master("--eviction_high_watermark_ratio", "1.0")
     bare_pool.start_node("a", "--segment_size", str(FITS * (SIZE + 512)))
     return bare_pool
 
