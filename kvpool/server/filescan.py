@@ -7,6 +7,7 @@ import contextlib
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -21,6 +22,7 @@ from kvpool.tiers.store import (
     StoreMissingError,
     StoreSizeError,
 )
+from kvpool.tiers.wrapper import StoreWrapper, T
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,28 @@ PIECE_KEYS: Final = 8192
 SEND_AGAIN_S: Final = 0.02
 TRIES_MAX: Final = 8
 """Files of one length that are opened to learn how long their payload is."""
+
+
+class _WatchedStore(StoreWrapper):
+    """Calls ``moved`` whenever the store has done something."""
+
+    def __init__(self, store: BlockStore, moved: Callable[[], None]) -> None:
+        super().__init__(store)
+        self._moved = moved
+
+    def around(self, operation: str, size: int, call: Callable[[], T]) -> T:
+        """Make the call."""
+        del operation, size
+        try:
+            return call()
+        finally:
+            self._moved()
+
+    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
+        """Yield what the store does."""
+        for file in self.store.files(since):
+            self._moved()
+            yield file
 
 
 class FileScan:
@@ -47,7 +71,10 @@ class FileScan:
         """``longest``: bytes of a file that could be loaded; no other is opened."""
         self.since = since
         self.url = store.url
-        self._store = store
+        self.moved = time.monotonic()
+        """When it got on last."""
+        self.ended = False
+        self._store = _WatchedStore(store, self._get_on)
         self._loop = loop
         self._tell = tell
         self._longest = longest
@@ -63,7 +90,16 @@ class FileScan:
         """Begin, if a thread can be had. To be called on the loop, which is told nothing before this returns."""
         return start_thread(self._run, "kvpool-scan") is not None
 
+    def _get_on(self) -> None:
+        self.moved = time.monotonic()
+
     def _run(self) -> None:
+        try:
+            self._send_all()
+        finally:
+            self.ended = True
+
+    def _send_all(self) -> None:
         """Send all pieces; the last one says when it ended early, and why."""
         files = 0
         try:

@@ -13,7 +13,7 @@ import logging
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -28,8 +28,7 @@ from kvpool.server.filescan import FileScan
 from kvpool.server.filework import failure_of
 from kvpool.server.fileworker import Batch, Desk, Result, Worker
 from kvpool.tiers.dram import Segment
-from kvpool.tiers.store import BlockStore, StoredFile, StoreError
-from kvpool.tiers.wrapper import StoreWrapper, T
+from kvpool.tiers.store import BlockStore, StoreError
 from kvpool.tiers.writers import Writers
 
 log = logging.getLogger(__name__)
@@ -78,53 +77,6 @@ LAST_S: Final = 2.0
 Done = Callable[[dict[File, Miss]], None]
 
 
-class _WatchedStore(StoreWrapper):
-    """Calls ``moved`` whenever the store has done something."""
-
-    def __init__(self, store: BlockStore, moved: Callable[[], None]) -> None:
-        super().__init__(store)
-        self._moved = moved
-
-    def around(self, operation: str, size: int, call: Callable[[], T]) -> T:
-        """Make the call."""
-        del operation, size
-        try:
-            return call()
-        finally:
-            self._moved()
-
-    def files(self, since: float = 0.0) -> Iterator[StoredFile]:
-        """Yield what the store does."""
-        for file in self.store.files(since):
-            self._moved()
-            yield file
-
-
-class TierScan(FileScan):
-    """A scan of which is known when it last got on (``moved``, by the monotonic clock), and whether it has ended."""
-
-    def __init__(
-        self,
-        store: BlockStore,
-        loop: asyncio.AbstractEventLoop,
-        tell: Callable[[FileScan, Scanned], bool],
-        since: float,
-        longest: int,
-    ) -> None:
-        super().__init__(_WatchedStore(store, self._get_on), loop, tell, since, longest)
-        self.moved = time.monotonic()
-        self.ended = False
-
-    def _get_on(self) -> None:
-        self.moved = time.monotonic()
-
-    def _run(self) -> None:
-        try:
-            super()._run()
-        finally:
-            self.ended = True
-
-
 class FileTier:
     """Runs a node's file tier; all methods but ``wake`` belong to the loop's thread.
 
@@ -153,8 +105,8 @@ class FileTier:
         self._background: set[asyncio.Task[None]] = set()
         self._probes: dict[int, float] = {}  # since when
         self._probes_lost: Counter[int] = Counter()  # given up, by backend
-        self._scans: dict[bytes, TierScan] = {}
-        self._scans_lost: dict[bytes, list[TierScan]] = {}  # stopped, and perhaps not ended
+        self._scans: dict[bytes, FileScan] = {}
+        self._scans_lost: dict[bytes, list[FileScan]] = {}  # stopped, and perhaps not ended
         self._necessary: set[bytes] = set()  # scans that lost changes have asked for, until the master has them
         self._fences: dict[bytes, int] = {}  # acknowledged when it has
         self._marks: list[FileMark | None] = []
@@ -459,7 +411,7 @@ class FileTier:
         scan.stop()
         self._scans_ending(backend).append(scan)
 
-    def _scans_ending(self, backend: bytes) -> list[TierScan]:
+    def _scans_ending(self, backend: bytes) -> list[FileScan]:
         """Return the scans that were told to end and have not."""
         ending = [scan for scan in self._scans_lost.get(backend, []) if not scan.ended]
         self._scans_lost[backend] = ending
@@ -467,7 +419,7 @@ class FileTier:
 
     def _begin_scan(self, store: BlockStore, since: float) -> bool:
         """Begin a scan in place of the one that runs, if there can be one more."""
-        scan = TierScan(store, self._loop, self._tell, since, self._segment.size)
+        scan = FileScan(store, self._loop, self._tell, since, self._segment.size)
         if len(self._scans_ending(store.id)) >= SCANS_LOST_MAX or not scan.start():
             return False
         if store.id in self._scans:

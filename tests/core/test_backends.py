@@ -213,15 +213,20 @@ def test_removal_is_announced_first_and_confirmed_by_a_node(pool):
     pool.say(1, FilesRemoved(message.id))
 
 
-def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
-    """When its node does not do it or goes, the next one gets the same files."""
+def asked_to_remove(pool: Shared) -> int:
+    """Evict a block of two nodes' files; returns the session of the one that is asked first."""
     pool.serve(1, "a")
     pool.scanned()
     pool.serve(2, "b")
     pool.say(1, Delta(1, (files(1),), (), 0))
     pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
     pool.pass_time(0.1, 1, 2, sequence=1)
-    first = 1 if pool.told(1, RemoveFiles) else 2
+    return 1 if pool.told(1, RemoveFiles) else 2
+
+
+def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
+    """When its node does not do it or goes, the next one gets the same files."""
+    first = asked_to_remove(pool)
     pool.pass_time(REMOVE_RETRY_S + 0.2, 1, 2, sequence=1)
     assert pool.removing(3 - first) == pool.removing(first) == [key(1)]
     pool.close(3 - first)
@@ -234,13 +239,7 @@ def test_a_removal_that_nobody_confirms_is_asked_of_another_node(pool):
 
 def test_a_removal_that_went_to_another_node_has_its_whole_time_there(pool):
     """Who gets it later also drops it later; the next one is asked only after that."""
-    pool.serve(1, "a")
-    pool.scanned()
-    pool.serve(2, "b")
-    pool.say(1, Delta(1, (files(1),), (), 0))
-    pool.perform(pool.master.evictions.keys(ONE.digest, keys(1))[2])
-    pool.pass_time(0.1, 1, 2, sequence=1)
-    first = 1 if pool.told(1, RemoveFiles) else 2
+    first = asked_to_remove(pool)
     pool.pass_time(REMOVE_RETRY_S - 1, 1, 2, sequence=1)
     pool.close(first)
     pool.serve(3, "c")
