@@ -94,6 +94,9 @@ class OwnNode:
                     log.debug("no node at %s: %s", path, exc)
                     continue
                 self.node, self.id = node, node.node_id
+                if self._closed:  # meanwhile, by who saw no node here yet
+                    node.close()
+                    return
                 start_thread(node.prefault, "kvpool-prefault")
                 log.info("attached to node %s at %s", node.node_id, path)
                 break

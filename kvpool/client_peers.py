@@ -242,6 +242,7 @@ class Peers:
         self._peers: dict[tuple[str, int], Peer] = {}
         self._last: dict[str, tuple[str, int]] = {}
         """Where each node was seen last."""
+        self._closed = False
 
     def at(self, address: NodeAddress) -> Peer:
         """Return the node at an address."""
@@ -250,6 +251,8 @@ class Peers:
             peer = self._peers.get(place)
             if peer is None:
                 peer = self._peers[place] = Peer(address, self._health, self._connect_s)
+                if self._closed:  # for a call that still runs, which is then a miss
+                    peer.close()
             if self._last.get(address.node_id) != place:
                 self._last[address.node_id] = place
                 self._forget_others(peer, address.node_id)
@@ -287,6 +290,7 @@ class Peers:
     def close(self) -> None:
         """Close all channels."""
         with self._lock:
+            self._closed = True
             for peer in self._peers.values():
                 peer.close()
             self._peers.clear()

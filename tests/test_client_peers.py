@@ -68,6 +68,13 @@ def test_nodes_that_the_master_no_longer_names_are_forgotten(peers: Peers, monke
     assert set(peers._last) == {"well"}
 
 
+def test_a_call_that_outlives_its_client_opens_no_channel(peers: Peers) -> None:
+    """Nobody would close it."""
+    peers.close()
+    with pytest.raises(UnavailableError, match="the channels are closed"), peers.at(WELL).channel(1.0):
+        pass
+
+
 @pytest.mark.parametrize("wait_s", [0.0, 2 * client_peers.PATIENCE_S])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_owner_that_keeps_us_waiting_does_so_once(

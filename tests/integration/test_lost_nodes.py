@@ -128,3 +128,20 @@ def test_sessions_end_in_order_when_the_master_does(bare_pool: Pool) -> None:
             assert call.code() is grpc.StatusCode.OK
         finally:
             ended.set()
+
+
+def test_a_client_that_closes_keeps_no_node_that_is_being_attached(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own thread looks whether the node is there, loses it because of that, and attaches it anew."""
+    before = memory_files()
+    client = pool.client("a")
+    node = client._own.node
+    assert node is not None
+    look = node.look
+
+    def look_late() -> None:
+        client.close()
+        look()
+
+    monkeypatch.setattr(node, "look", look_late)
+    client._own.attach()
+    wait_for(lambda: memory_files() == before, "its memory is let go of")
