@@ -50,7 +50,7 @@ class OwnNode:
         """Called whenever it is let go of, for those who hold on to its memory."""
         self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
         self._attach_at = 0.0
-        self._closed = False
+        self._closed = threading.Event()
 
     def get(self) -> LocalNode | None:
         """Return the node if it is there; otherwise see to it that somebody looks for it. Quick."""
@@ -58,7 +58,7 @@ class OwnNode:
         here = node is not None and node.alive
         # Where there is a master, its thread looks for a first node whenever it asks who is there.
         wanted = bool(self._left) or (not here and (node is not None or self._known() is None))
-        if wanted and time.monotonic() >= self._attach_at and not self._closed:
+        if wanted and time.monotonic() >= self._attach_at and not self._closed.is_set():
             # Not here: a node that is stopped lets us connect, and then says nothing.
             self._attach_at = time.monotonic() + REATTACH_S
             with contextlib.suppress(RuntimeError):  # no thread can be started
@@ -67,14 +67,14 @@ class OwnNode:
 
     def close(self) -> None:
         """Let go of it."""
-        self._closed = True
+        self._closed.set()
         if self.node is not None:
             self.node.close()
 
     def attach(self) -> None:
         """Attach to this host's node if there is one and we have none; quick, and at most twice a second."""
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return
             if self.node is not None and self.node.alive:
                 self.node.look()
@@ -94,7 +94,7 @@ class OwnNode:
                     log.debug("no node at %s: %s", path, exc)
                     continue
                 self.node, self.id = node, node.node_id
-                if self._closed:  # meanwhile, by who saw no node here yet
+                if self._closed.is_set():  # meanwhile, by who saw no node here yet
                     node.close()
                     return
                 start_thread(node.prefault, "kvpool-prefault")
