@@ -77,6 +77,10 @@ class Incoming:
     """Of the prompt, where the other engine says it."""
     found: Claimed | None = None
     """Where it is; set by the keeper's thread."""
+    answered: bool = False
+    """It is found, or was asked for in vain; set by the keeper's thread."""
+    new: bool = True
+    """The answer was not waited for yet."""
     give_up_at: float | None = None
     gone: str = ""
     """Why it will not come; set by the keeper's thread."""
@@ -182,6 +186,12 @@ class Keeper:
         if self._news.wait(timeout_s):
             self._news.clear()
 
+    def wait_for_answer(self, incoming: Incoming, timeout_s: float) -> None:
+        """Wait until this transfer was asked for."""
+        until = time.monotonic() + timeout_s
+        while not incoming.answered and (left_s := until - time.monotonic()) > 0:
+            self.wait_for_news(left_s)
+
     def _call(self, call: Callable[[], object]) -> None:
         self._calls.append(call)
         self._changed.notify()
@@ -262,7 +272,8 @@ class Keeper:
         elif incoming.silences >= SILENCES_MAX and incoming.found is None:
             incoming.found = incoming.told
             incoming.gone = "" if incoming.told is not None else "no_master"
-        if incoming.settled:
+        first, incoming.answered = not incoming.answered, True
+        if first or incoming.settled:
             self._news.set()
         with self._changed:
             claiming = self._claiming.get(incoming.transfer)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.leases import LeaseKeeper
+from kvpool_vllm.step_time import StepTime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from kvpool.model import Namespace
 
 logger = logging.getLogger(LOGGER_NAME)
-
-STEP_S = 0.002
-"""What all lookups of one step together may hold up the scheduler."""
 
 READ_AHEAD_MAX = 8
 """Of read-aheads, under way at once."""
@@ -77,19 +75,8 @@ class Lookups:
         self._client = client
         self._give_up_s = GIVE_UP * lookup_timeout_ms / 1000
         self._counters = counters
-        self._left_s = STEP_S
-        self._idle = False
+        self.step = StepTime()
         self._ahead: list[Future[Lookup]] = []
-
-    def begin_step(self, *, idle: bool) -> None:
-        """Allow some waiting again; in an ``idle`` engine even for lookups that were waited for before."""
-        self._left_s = STEP_S
-        self._idle = idle
-
-    @property
-    def time_left(self) -> bool:
-        """Whether this step may ask any more."""
-        return self._left_s > 0
 
     def ask(
         self,
@@ -102,14 +89,14 @@ class Lookups:
     ) -> Ask:
         """Ask; ``chain`` must not change any more. ``also``: the other groups of a hybrid model."""
         started = time.monotonic()
-        try:
-            pending = self._client.lookup_async(
-                namespace, chain, known_prefix=known, lease=True, also=also, prefetch=prefetch
-            )
-        except RuntimeError as error:  # no thread can be started, or the client is closed: settle makes it a miss
-            pending = Future()
-            pending.set_exception(error)
-        self._left_s -= time.monotonic() - started
+        with self.step.taken():
+            try:
+                pending = self._client.lookup_async(
+                    namespace, chain, known_prefix=known, lease=True, also=also, prefetch=prefetch
+                )
+            except RuntimeError as error:  # no thread can be started, or the client is closed: settle makes it a miss
+                pending = Future()
+                pending.set_exception(error)
         self._counters["lookup.asked"] += 1
         return Ask(known, pending, started + self._give_up_s)
 
@@ -129,11 +116,12 @@ class Lookups:
         """Whether the answer is there; waits for it within this step's time, and once if others have work."""
         if ask.pending is None:
             return True
-        wait_s = self._left_s if ask.new or self._idle else 0.0
+        wait_s = self.step.for_answer(new=ask.new)
         ask.new = False
         started = time.monotonic()
         try:
-            ask.lookup = ask.pending.result(timeout=max(0.0, wait_s))
+            with self.step.taken():
+                ask.lookup = ask.pending.result(timeout=wait_s)
             self.leases.hold(ask.lookup.lease)
         except FutureTimeoutError:
             if started < ask.give_up_at:
@@ -143,8 +131,6 @@ class Lookups:
             level = logging.DEBUG if self._counters["lookup.errors"] else logging.WARNING  # once: it may be every one
             logger.log(level, "lookup failed, the request is computed: %r", error)
             self._counters["lookup.errors"] += 1
-        finally:
-            self._left_s -= time.monotonic() - started
         ask.pending = None
         self._counters["lookup.hits" if ask.prefix > ask.known else "lookup.misses"] += 1
         return True

@@ -108,7 +108,7 @@ class SchedulerSide:
         self.counters: Counter[str] = Counter()
         self._lookups = Lookups(client, settings.lookup_timeout, self.counters)
         self._saves = Saves(ranks, settings.save_queue_blocks, self.counters)
-        self._transfers = Transfers(client, settings, engine, self.counters)
+        self._transfers = Transfers(client, settings, engine, self.counters, self._lookups.step)
         self.watch = Watch(client, settings, self.counters, block_tokens)
         self._requests: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
@@ -162,7 +162,7 @@ class SchedulerSide:
         if state.ask is not None and have < state.ask.known:
             self._drop_ask(state)  # the engine lost blocks that the lookup took for granted
         if state.ask is None:
-            if not self._lookups.time_left:
+            if not self._lookups.step.left:
                 return None, False
             also = [Also(self._namespaces[g.number], g.last_blocks) for g in self._groups.others]
             state.ask = self._lookups.ask(
@@ -216,7 +216,7 @@ class SchedulerSide:
 
     def build_meta(self, scheduled: dict[str, int], block_ids_of: Callable[[str], GroupBlocks]) -> StepMeta:
         """Return this step's work, given the tokens it schedules per request."""
-        self._lookups.begin_step(idle=not scheduled)
+        self._lookups.step.begin(idle=not scheduled)
         waits = not scheduled and (bool(self._saves) or any(s.loading for s in self._requests.values()))
         wait_s = self._transfers.idle(empty=not scheduled, waits=waits, begins=bool(self._loads))
         meta = StepMeta(self._loads, self._last_saves + self._transfers.in_time(self._saves.cancel), wait_s)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvpool.model import Namespace
     from kvpool_vllm.metadata import SaveJob
     from kvpool_vllm.names import Names
+    from kvpool_vllm.step_time import StepTime
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -52,9 +53,12 @@ class Engine:
 class Transfers:
     """All transfers of one engine, in its scheduler's thread."""
 
-    def __init__(self, client: Client, settings: ConnectorSettings, engine: Engine, counters: Counter[str]) -> None:
+    def __init__(
+        self, client: Client, settings: ConnectorSettings, engine: Engine, counters: Counter[str], step: StepTime
+    ) -> None:
         """``counters``: where "transfer.*" is counted."""
         self._settings = settings
+        self._step = step
         self._engine = engine
         self._counters = counters
         self._keeper = Keeper(client, engine.engine_id) if engine.produces or engine.consumes else None
@@ -82,7 +86,7 @@ class Transfers:
 
     def outgoing(self, request: Any, names: Names) -> Outgoing | None:
         """Return the transfer that the request is to be, if another engine goes on with it."""
-        params = request.kv_transfer_params or {}
+        params = _params(request)
         if not (self._engine.produces and params.get("do_remote_decode")):
             return None
         transfer = _number(params) or secrets.randbits(64) | 1
@@ -179,7 +183,7 @@ class Transfers:
 
     def incoming(self, request: Any) -> Incoming | None:
         """Return the transfer that the request comes with, if this engine takes part; it is claimed from now on."""
-        params = request.kv_transfer_params or {}
+        params = _params(request)
         if not (self._engine.consumes and self._keeper is not None and params.get("do_remote_prefill")):
             return None
         transfer = _number(params)
@@ -211,7 +215,15 @@ class Transfers:
         return wait_s
 
     def found(self, incoming: Incoming, request: Any, namespaces: Sequence[Namespace]) -> bool:
-        """Return whether it is known where the prompt's blocks are; ``incoming.gone`` says why they will not come."""
+        """Return whether it is known where the prompt's blocks are; ``incoming.gone`` says why they will not come.
+
+        The master's first answer is waited for within this step's time.
+        """
+        if not incoming.answered and self._keeper is not None:
+            wait_s = self._step.for_answer(new=incoming.new)
+            incoming.new = False
+            with self._step.taken():
+                self._keeper.wait_for_answer(incoming, wait_s)
         if incoming.tokens not in {None, request.num_prompt_tokens}:
             incoming.gone = "prompt"
         for claimed in (incoming.told, incoming.found):
@@ -268,9 +280,15 @@ WHY = {
 }
 
 
-def _number(params: Any) -> int:
+def _params(request: Any) -> Mapping[str, Any]:
+    """Return what a request says of transfers: clients may put anything in that place."""
+    params = request.kv_transfer_params
+    return params if isinstance(params, dict) else {}
+
+
+def _number(params: Mapping[str, Any]) -> int:
     """Return the transfer that parameters name, 0 for none."""
-    text = (params or {}).get("transfer_id")
+    text = params.get("transfer_id")
     try:
         number = int(text, 16) if isinstance(text, str) else 0
     except ValueError:

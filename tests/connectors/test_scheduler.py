@@ -480,7 +480,7 @@ def test_lookups_share_the_time_of_a_step(harness: Harness) -> None:
     assert harness.side.counters["lookup.asked"] == 1
     harness.step(c=1)
     assert harness.side.matched_tokens(first, 0) == (None, False)
-    assert harness.side._lookups.time_left, "the engine has work, and no time for one answer twice"
+    assert harness.side._lookups.step.left, "the engine has work, and no time for one answer twice"
     assert harness.side.matched_tokens(second, 0) == (None, False)
     assert harness.side.counters["lookup.asked"] == 2
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvpool.client_transfers import TransferPart
+from kvpool_vllm import step_time
 from kvpool_vllm.keeper import Keeper, Outgoing
 from kvpool_vllm.names import Names
 from kvpool_vllm.settings import Role
@@ -113,6 +114,15 @@ def test_prompt_moves_whole(pair: Pair, mode: str, length: int, tokens: int) -> 
     assert len(pair.pool.shards) == whole + (mode == "tails_are_kept" and length % TOKENS > 0)
 
 
+@pytest.mark.parametrize("params", ["do_remote_prefill", 5, ["do_remote_decode"], [1.5], True], ids=str)
+def test_parameters_that_are_none_name_no_transfer(pair: Pair, params: Any) -> None:
+    """Whatever a client has put in their place: its prompt is computed, and the engine goes on."""
+    engine = pair.engine(BOTH)
+    request = pair.decode(engine, list(range(30)), params)
+    assert request.returned is None
+    assert not any(name.startswith("transfer.") for name in engine.side.counters)
+
+
 def test_what_the_producer_has_in_its_own_memory_moves_too(pair: Pair) -> None:
     """A second prompt with the same beginning is transferred from block 0 on, even where the pool has lost it."""
     producer, consumer = pair.both()
@@ -153,6 +163,22 @@ def test_decode_is_asked_at_the_same_time(pair: Pair) -> None:
     assert decoding.answer == expected(prompt, 3)
     assert consumer.loaded_tokens == 30
     assert not pair.pool.open_transfers
+
+
+def test_master_s_answer_is_waited_for_in_the_same_step(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment, as that to a lookup is: an empty step takes longer."""
+    monkeypatch.setattr(step_time, "STEP_S", 5.0)  # however busy the machine is
+    producer, consumer = pair.both()
+    prompt = list(range(30))
+    early = pair.submit(consumer, prompt, 3, {"do_remote_prefill": True, "transfer_id": "00000000000000ff"})
+    consumer.step()
+    params = pair.prefill(producer, prompt[1:]).returned
+    pair.drain(producer)
+    request = pair.submit(consumer, prompt[1:], 3, params)
+    consumer.step()
+    assert (early.status, request.status) == ("waiting", "loading")
+    pair.submit(producer, prompt, 1, {"do_remote_decode": True, "transfer_id": "00000000000000ff"})
+    pair.drain(producer, consumer)
 
 
 def test_only_an_engine_without_work_waits_for_prompts(pair: Pair) -> None:
@@ -345,8 +371,9 @@ def test_consumer_is_aborted(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_another_consumer_comes_instead(pair: Pair, late: bool) -> None:
+def test_another_consumer_comes_instead(pair: Pair, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As routers ask one where another has failed: it has all of it, and is not robbed of it by the first one's end."""
+    monkeypatch.setattr(step_time, "STEP_S", 0.0)  # so that the first one has not begun to load after one step
     producer, first, second = pair.engine(PRODUCER), pair.engine(CONSUMER), pair.engine(CONSUMER)
     prompt = list(range(30))
     params = pair.prefill(producer, prompt).returned
