@@ -244,9 +244,7 @@ def copy_hashed(source: Sequence[Bytes], target: Sequence[Bytes], layer_bytes: i
         for start in range(0, layers * layer_bytes, step):
             part = target[0][start : start + step]
             np.copyto(part, source[0][start : start + step])
-            digests += [
-                digest64(part[at : at + layer_bytes]) for at in range(0, len(part), layer_bytes)
-            ]
+            digests += [digest64(part[at : at + layer_bytes]) for at in range(0, len(part), layer_bytes)]
         return digests
     for layer in range(layers):
         here = layer_of(source, layer, layer_bytes)
@@ -384,8 +382,15 @@ class QuickSwitching:
             if self._depth == 0 and self._usual_s > SWITCH_S:
                 sys.setswitchinterval(self._usual_s)
 
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: no transfer goes on there, and nobody lets go of the lock."""
+        if self._depth and self._usual_s > SWITCH_S:
+            sys.setswitchinterval(self._usual_s)
+        self._lock, self._depth = threading.Lock(), 0
+
 
 quick_switching = QuickSwitching()
+os.register_at_fork(after_in_child=quick_switching.after_fork)
 
 
 class CopyThreads:
@@ -397,6 +402,7 @@ class CopyThreads:
         """Transfers from one host at once: each keeps a core busy here, as does each sender, which may be here too."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
         self._pid = 0
 
     def run(
@@ -430,9 +436,15 @@ class CopyThreads:
                     helping -= 1
                     changed.notify()
 
-        executor = self.executor()
+        def settle() -> None:
+            for _ in pieces:
+                pass
+            with changed:
+                changed.wait_for(lambda: not helping)
+
         try:
-            with contextlib.suppress(RuntimeError):  # no thread can be started: the caller does it all
+            with contextlib.suppress(RuntimeError):  # no thread can be started, or none any more: the caller does all
+                executor = self.executor()
                 for _ in range(parts - 1):
                     executor.submit(help_out)
             for piece in pieces:
@@ -440,24 +452,38 @@ class CopyThreads:
         finally:
             # Nobody may leave while a thread still writes to the caller's buffers. One that has not begun, busy with
             # another's work or not even started, finds nothing to do when it does.
-            for _ in pieces:
-                pass
-            with changed:
-                changed.wait_for(lambda: not helping)
+            _to_its_end(settle)
         if failed:
             raise failed[0]
 
     def executor(self) -> ThreadPoolExecutor:
-        """Return the threads; a forked child makes its own."""
+        """Return the threads; a forked child makes its own. Raises RuntimeError once closed."""
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the threads were ended")
             if self._executor is None or self._pid != os.getpid():
                 self._executor = ThreadPoolExecutor(max(1, self.threads), "kvpool-copy", begin_thread)
                 self._pid = os.getpid()
             return self._executor
 
     def close(self) -> None:
-        """End the threads once they are idle."""
+        """End the threads once they are idle; who comes later does without."""
         with self._lock:
+            self._closed = True
             if self._executor is not None:
                 self._executor.shutdown(wait=False)
                 self._executor = None
+
+
+def _to_its_end(wait: Callable[[], None]) -> None:
+    """Wait, whatever is raised by signals meanwhile; raise it then."""
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            wait()
+        except BaseException as exc:  # KeyboardInterrupt, or what else a handler raises
+            interrupted = exc
+        else:
+            break
+    if interrupted is not None:
+        raise interrupted

@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-from kvpool.client_bytes import CopyThreads
 from kvpool.errors import KVPoolError, UnknownIdError
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 ABORT_S = 0.5
 """Given to the node to take a reservation back."""
-
-
-class WatchedCopies(CopyThreads):
-    """Somebody's threads for moving bytes, which can be waited for where ``run`` was interrupted as it waited."""
-
-    def __init__(self, copies: CopyThreads) -> None:
-        self.threads, self.streams = copies.threads, copies.streams
-        self._copies = copies
-        self._changed = threading.Condition()
-        self._copying = 0
-        self._over = False
-
-    def run(
-        self, items: Sequence[T], item_bytes: int, work: Callable[[Sequence[T]], None], most: int | None = None
-    ) -> None:
-        """Do what CopyThreads does."""
-        caller = threading.get_ident()
-
-        def watched(part: Sequence[T]) -> None:
-            if threading.get_ident() == caller:  # who is interrupted is no longer at work
-                work(part)
-                return
-            with self._changed:
-                if self._over:
-                    return
-                self._copying += 1
-            try:
-                work(part)
-            finally:
-                with self._changed:
-                    self._copying -= 1
-                    self._changed.notify()
-
-        super().run(items, item_bytes, watched, most)
-
-    def executor(self) -> ThreadPoolExecutor:
-        """Return the threads."""
-        return self._copies.executor()
-
-    def settle(self) -> None:
-        """Return when no thread copies any more, nor ever will."""
-        with self._changed:
-            self._over = True
-            self._changed.wait_for(lambda: not self._copying)
 
 
 class Held:
@@ -73,12 +24,10 @@ class Held:
     closed and ``lose`` called: the node frees what lost channels had reserved when it is attached anew.
     """
 
-    def __init__(self, channel: Channel, lose: Callable[[], None], copies: WatchedCopies | None = None) -> None:
-        """``copies``: who may be writing to the slots."""
+    def __init__(self, channel: Channel, lose: Callable[[], None]) -> None:
         self.reservation = 0
         """To be set as soon as it is known."""
         self._channel = channel
-        self._copies = copies
         self._lose = lose
 
     def __enter__(self) -> Self:
@@ -96,8 +45,6 @@ class Held:
     def _give_back(self) -> None:
         given = False
         try:
-            if self._copies is not None:
-                self._copies.settle()
             if self.reservation and not self._channel.broken:
                 abort = node_pb2.ReleaseReservation(reservation=self.reservation)
                 frame = node_pb2.NodeFrame(abort=abort)

@@ -102,9 +102,7 @@ class MasterLink:
 
     # ---- questions -------------------------------------------------------------------------------
 
-    def ask(
-        self, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float
-    ) -> master_pb2.MasterFrameReply:
+    def ask(self, frame: master_pb2.MasterFrame, payload: bytes, timeout_s: float) -> master_pb2.MasterFrameReply:
         """Ask by frame, or by gRPC where the data port cannot be reached.
 
         Raises UnavailableError at once when the master is away, and at the deadline; BreakerOpenError.
@@ -133,7 +131,7 @@ class MasterLink:
             with pool.channel(timeout_s) as channel:
                 yield channel
         except (UnavailableError, FrameError):
-            self._drop()
+            self._drop(pool)
             raise
 
     def register(self, namespace: Namespace, timeout_s: float) -> None:
@@ -177,9 +175,16 @@ class MasterLink:
 
     # ---- the thread ------------------------------------------------------------------------------
 
-    def _use(self, pool: ChannelPool | None, slow: grpc.Channel | None = None) -> bool:
-        """Ask this way from now on; returns whether there was a pool before, which is closed."""
+    def _use(
+        self, pool: ChannelPool | None, slow: grpc.Channel | None = None, *, instead_of: ChannelPool | None = None
+    ) -> bool:
+        """Ask this way from now on; returns whether there was a pool before, which is closed.
+
+        ``instead_of``: only if that pool is still in use.
+        """
         with self._lock:
+            if instead_of is not None and self._pool is not instead_of:
+                return False
             pool, self._pool = self._pool, pool
             slow, self._slow_channel = self._slow_channel, slow
             self._stub = None if self._slow_channel is None else master_pb2_grpc.MasterStub(self._slow_channel)
@@ -188,8 +193,9 @@ class MasterLink:
                 old.close()
         return pool is not None
 
-    def _drop(self) -> None:
-        if self._use(None):
+    def _drop(self, failed: ChannelPool | None = None) -> None:
+        """Ask no more, or no more by the pool that failed: there may be another one since."""
+        if self._use(None, instead_of=failed):
             self._wake.set()
 
     def _keep(self) -> None:
@@ -306,4 +312,3 @@ def leases_frame(kind: str, leases: Sequence[int]) -> master_pb2.MasterFrame:
     """Return the frame that renews or releases leases."""
     request = master_pb2.LeaseRequest(leases=leases)
     return MasterFrame(renew=request) if kind == "renew" else MasterFrame(release=request)
-

@@ -17,7 +17,7 @@ import numpy as np
 from kvpool.client_bytes import Blocks, Bytes, CopyThreads, hash_layers, keys_at, pack_digests, unpack_digests, view
 from kvpool.client_copies import copy_in, copy_out
 from kvpool.client_files import PART_BLOCKS_MAX, PART_BYTES, check_probe, fetch_ms, key_parts, reason_of
-from kvpool.client_held import Held, WatchedCopies
+from kvpool.client_held import Held
 from kvpool.client_unpinned import UnpinnedReads
 from kvpool.core.slot_table import ordered
 from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError, UnknownNamespaceError
@@ -147,8 +147,7 @@ class LocalNode:
             if size <= HASH_FIRST_BYTES_MAX and not blocks.gapped and blocks.rows is None:
                 digests = [hash_layers(pieces, blocks.layer_bytes, blocks.layers) for pieces in blocks.pieces]
 
-        own = WatchedCopies(copies)
-        with self._writes(), self._channel(timeout_s) as channel, self._reserving(), self._held(channel, own) as held:
+        with self._writes(), self._channel(timeout_s) as channel, self._reserving(), self._held(channel) as held:
             held.reservation, offsets = self._reserve(
                 channel, namespace, keys, shard, (blocks.shard_bytes, blocks.layers), timeout_s, hash_early, transfer
             )
@@ -159,7 +158,7 @@ class LocalNode:
             }
             items = [(i, offset) for i, offset in enumerate(offsets) if offset >= 0]
             if items:
-                digests = copy_in(self.memory(), items, blocks, digests, own)
+                digests = copy_in(self.memory(), items, blocks, digests, copies)
                 checksums = pack_digests([digest for i, _ in items for digest in digests[i]])
                 commit = node_pb2.Commit(reservation=held.reservation)
                 reply, _ = channel.call(NodeFrame(commit=commit), NodeFrameReply, checksums, timeout_s=timeout_s)
@@ -450,11 +449,11 @@ class LocalNode:
             with self._lock:
                 self._writing -= 1
 
-    def _held(self, channel: Channel, copies: WatchedCopies | None = None) -> Held:
+    def _held(self, channel: Channel) -> Held:
         def lose() -> None:
             self.alive = False
 
-        return Held(channel, lose, copies)
+        return Held(channel, lose)
 
     @contextlib.contextmanager
     def _reserving(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -50,6 +49,7 @@ class OwnNode:
         """Called whenever it is let go of, for those who hold on to its memory."""
         self._left: list[LocalNode] = []  # lost ones whose reservations the node may still keep for us
         self._attach_at = 0.0
+        self._asked = threading.Lock()  # held while the attach that ``get`` has asked for is waited for
         self._closed = threading.Event()
 
     def get(self) -> LocalNode | None:
@@ -59,10 +59,14 @@ class OwnNode:
         # Where there is a master, its thread looks for a first node whenever it asks who is there.
         wanted = bool(self._left) or (not here and (node is not None or self._known() is None))
         if wanted and time.monotonic() >= self._attach_at and not self._closed.is_set():
-            # Not here: a node that is stopped lets us connect, and then says nothing.
+            # Not here: a node that is stopped lets us connect, and then says nothing. Nor by several threads at once,
+            # which lookups need.
             self._attach_at = time.monotonic() + REATTACH_S
-            with contextlib.suppress(RuntimeError):  # no thread can be started
-                self._submit(self.attach)
+            if self._asked.acquire(blocking=False):
+                try:
+                    self._submit(self._attach_asked)
+                except RuntimeError:  # no thread can be started
+                    self._asked.release()
         return node if here else None
 
     def close(self) -> None:
@@ -70,6 +74,12 @@ class OwnNode:
         self._closed.set()
         if self.node is not None:
             self.node.close()
+
+    def _attach_asked(self) -> None:
+        try:
+            self.attach()
+        finally:
+            self._asked.release()
 
     def attach(self) -> None:
         """Attach to this host's node if there is one and we have none; quick, and at most twice a second."""

@@ -211,6 +211,14 @@ class LentSlots:
                 self._failed("unavailable", sum(map(len, self.reservations.values())))
         return self._counted()
 
+    def lose(self) -> None:
+        """Leave the slots to whoever may still be writing to them: the node keeps them until this process has ended.
+
+        The ``with`` block may not end before that either: a node that is attached anew is told who writes no more.
+        """
+        if self.channel is not None:
+            self.channel.close()
+
     def _failed(self, reason: str, blocks: int) -> None:
         self.result.errors[reason] = self.result.errors.get(reason, 0) + blocks
 

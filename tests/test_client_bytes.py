@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpool.client_bytes import Blocks, as_bytes, copy_hashed, copy_plain, scratch
+from kvpool.client_bytes import PART_BYTES_MIN, Blocks, CopyThreads, as_bytes, copy_hashed, copy_plain, scratch
 from kvpool.errors import InvalidArgumentError
 
 KEY = bytes(16)
+LIMIT_S = 10.0
 
 
 def held(layers: int, tokens: int, heads: int, size: int, seed: int) -> np.ndarray:
@@ -109,3 +113,56 @@ def test_each_thread_has_its_own_scratch() -> None:
     assert not np.shares_memory(mine, theirs[0])
     assert len(scratch(1000)) == 1000
     assert len(scratch(3)) == 3
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which would end more than a test that fails."""
+
+
+def test_interruptions_wait_for_threads_that_still_write() -> None:
+    """Nobody takes a buffer back before; what no thread has begun is not begun any more."""
+    caller, items = threading.get_ident(), list(range(8))
+    both = threading.Barrier(2)
+    interrupted: list[bool] = []
+    begun: list[int] = []
+    ended, over = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.append(True)
+        if not over.is_set():
+            raise Interrupted
+
+    def work(part: Sequence[int]) -> None:
+        begun.extend(part)
+        both.wait(LIMIT_S)  # each of them has a piece
+        if threading.get_ident() == caller:
+            raise Interrupted
+        for _ in range(3):  # as it waits
+            while not interrupted:  # one that comes just before it blocks is noticed with the next
+                signal.pthread_kill(caller, signal.SIGUSR1)
+                threading.Event().wait(0.01)
+            interrupted.clear()
+        ended.set()
+
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with contextlib.closing(CopyThreads(2)) as copies, pytest.raises(Interrupted):
+            copies.run(items, PART_BYTES_MIN, work)
+        assert ended.is_set()
+        assert len(begun) == 2
+    finally:
+        over.set()
+        assert ended.wait(LIMIT_S)
+        signal.signal(signal.SIGUSR1, usual)
+
+
+def test_without_its_threads_the_caller_copies() -> None:
+    """A call that still runs as its client is closed makes no others, which nobody would end."""
+    copies = CopyThreads(2)
+    copies.close()
+    done: set[int] = set()
+    copies.run(list(range(8)), PART_BYTES_MIN, lambda _: done.add(threading.get_ident()))
+    assert done == {threading.get_ident()}
+    assert copies._executor is None
+    with pytest.raises(RuntimeError):
+        copies.executor()

@@ -12,21 +12,25 @@ import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    KVConnectorTransferResults,
-    KVConnectorWorkerMetadata,
-    SupportsHMA,
-)
-from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
-from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
-from vllm.v1.request import RequestStatus
 
-from kvpool.errors import ConfigError, InvalidArgumentError
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        KVConnectorTransferResults,
+        KVConnectorWorkerMetadata,
+        SupportsHMA,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+    from vllm.v1.request import RequestStatus
+except ImportError as error:
+    raise ImportError(f"KVPoolConnector needs vLLM 0.32 or later: {error}") from error
+
+from kvpool.errors import ConfigError
 from kvpool.model import Namespace
 from kvpool.processes import run_threads_on
 from kvpool_vllm import LOGGER_NAME, announce
@@ -36,14 +40,13 @@ from kvpool_vllm.events import PoolEvents, vllm_events
 from kvpool_vllm.groups import read_groups
 from kvpool_vllm.metadata import GroupFacts, RankFacts, StepMeta, WorkerMeta
 from kvpool_vllm.namespace import (
+    agreed_namespaces,
     check_supported,
-    group_namespaces,
     hash_fingerprint,
     namespace_fields,
     place_of,
     stored_head_groups,
     total_kv_heads,
-    whole_layers,
 )
 from kvpool_vllm.naps import install, nap_for
 from kvpool_vllm.scheduler import SchedulerSide
@@ -168,7 +171,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         draft = vllm_config.speculative_config is not None and vllm_config.speculative_config.use_eagle()
         self._groups = read_groups(kv_cache_config.kv_cache_groups, self._hash_tokens, draft=draft)
         self._block_tokens = self._groups.block_tokens
-        self._facts: RankFacts | None = None
+        self._facts: frozenset[RankFacts] = frozenset()
         self._resets = 0
         self._in_step = vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.is_moe
         if not self._in_step:  # there, naps would hold up what all ranks compute
@@ -246,11 +249,17 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         )
 
     def _namespaces(self) -> list[Namespace] | None:
-        """Return the namespace of each KV cache group; None until the workers have said how they hold KV."""
-        if self._facts is None:
+        """Return the namespace of each KV cache group; None until the workers have said how they hold KV.
+
+        And from then on, if that cannot be stored.
+        """
+        if not self._facts:
             return None
         fingerprint = hash_fingerprint(self._vllm_config, self._hash_tokens)
-        namespaces = group_namespaces(self._fields, self._groups, self._facts, fingerprint)
+        namespaces = agreed_namespaces(self._fields, self._groups, self._facts, fingerprint)
+        if namespaces is None:
+            self._facts = frozenset()
+            return None
         for namespace in namespaces:
             logger.info("kvpool: namespace %s: %s", namespace.digest.hex(), namespace)
         self._client.announce_engine(namespaces=[namespace.digest for namespace in namespaces])
@@ -293,12 +302,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         """Take the workers' reports."""
         meta = connector_output.kv_connector_worker_meta
         if meta is not None and meta.facts:
-            try:
-                self._facts = whole_layers(meta.facts)
-            except InvalidArgumentError as error:
-                logger.error(  # noqa: TRY400 -- its sentence says all
-                    "kvpool: nothing is loaded or saved: %s", error
-                )
+            self._facts = meta.facts
         self.scheduler.worker_report(meta, connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -41,6 +41,9 @@ HALF_BYTES = 32 << 20
 OVERDUE_S = 5.0
 """After which a transfer makes the device count as stuck."""
 
+_unfinished: list[object] = []
+"""Copies that nobody has seen the end of, and what they use."""
+
 
 class Transferring(Protocol):
     """Copies under way."""
@@ -184,17 +187,11 @@ class Accelerator:
         segment = self._segment(client)
         if segment is None:
             return 0
-        with (
-            segment.using() as usable,
-            lend_blocks(
-                client,
-                part.namespace,
-                part.keys if usable else b"",
-                kv.layer_block_bytes,
-                shard=shard,
-                layers=layers,
-            ) as lent,
-        ):
+        with contextlib.ExitStack() as held:
+            keys = part.keys if held.enter_context(segment.using()) else b""
+            lent = held.enter_context(
+                lend_blocks(client, part.namespace, keys, kv.layer_block_bytes, shard=shard, layers=layers)
+            )
             if not lent.slots or lent.memory is not segment.memory:
                 return 0
             sources = [segment.pieces(slot) for slot in lent.slots]
@@ -202,7 +199,7 @@ class Accelerator:
             try:
                 intact = lent.intact()
             finally:
-                self._finish(transfer)
+                self._finish(transfer, held)
             lent.count_loaded(intact)
             return intact
 
@@ -262,17 +259,17 @@ class Accelerator:
         segment = self._segment(client)
         if segment is None:
             return None
-        with segment.using() as usable:
-            if not usable:
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(segment.using()):
                 return None
-            with lend_slots(client, part.namespace, part.keys, kv.layer_block_bytes, shard=shard) as lent:
-                if lent.memory is not segment.memory:
-                    return lent.commit() if lent.memory is None and "unavailable" not in lent.result.errors else None
-                if lent.slots:
-                    ids = [part.block_ids[number] for number in lent.slots]
-                    targets = [segment.pieces(slot) for slot in lent.slots.values()]
-                    self._finish(self._copies.store(kv, ids, targets, after=after))
-                return lent.commit()
+            lent = held.enter_context(lend_slots(client, part.namespace, part.keys, kv.layer_block_bytes, shard=shard))
+            if lent.memory is not segment.memory:
+                return lent.commit() if lent.memory is None and "unavailable" not in lent.result.errors else None
+            if lent.slots:
+                ids = [part.block_ids[number] for number in lent.slots]
+                targets = [segment.pieces(slot) for slot in lent.slots.values()]
+                self._finish(self._copies.store(kv, ids, targets, after=after), held, lent.lose)
+            return lent.commit()
 
     def _save_buffered(
         self, client: Client, part: Part, kv: KVBlocks, shard: int, after: Any, transfer: int
@@ -319,12 +316,23 @@ class Accelerator:
         with self._lock:
             self.counters[name] += blocks
 
-    def _finish(self, transfer: Transferring) -> None:
+    def _finish(
+        self, transfer: Transferring, held: contextlib.ExitStack, lose: Callable[[], None] = lambda: None
+    ) -> None:
         """Wait until copies are done, however long that takes, for nobody may have their memory before.
 
-        An overdue one makes the device count as stuck: new jobs are refused meanwhile. Raises UnavailableError
-        when the device is closed meanwhile.
+        Raises UnavailableError when the device is closed meanwhile. What they use is then theirs as long as this
+        process runs: what would let go of it is taken out of ``held``, and ``lose`` called.
         """
+        try:
+            self._wait(transfer)
+        except BaseException:  # closed, or the device has failed: who knows what it still does
+            _unfinished.append((transfer, held.pop_all()))
+            lose()
+            raise
+
+    def _wait(self, transfer: Transferring) -> None:
+        """Wait; overdue copies make the device count as stuck: new jobs are refused meanwhile."""
         if transfer.wait(OVERDUE_S):
             return
         with self._lock:
@@ -345,21 +353,20 @@ class Accelerator:
             buffer = self._buffers.pop() if self._buffers else None
         if buffer is None:
             buffer = self._copies.host_buffer(2 * self._half_bytes)
-        halves = _Halves(self, buffer)
-        try:
+        with contextlib.ExitStack() as held:
+            held.callback(self._buffers.append, buffer)
+            halves = _Halves(self, buffer, held)
+            held.callback(halves.finish, 1)
+            held.callback(halves.finish, 0)
             yield halves
-        finally:
-            for turn in (0, 1):
-                halves.finish(turn)
-            with self._lock:
-                self._buffers.append(buffer)
 
 
 class _Halves:
     """A buffer that is lent to one job."""
 
-    def __init__(self, owner: Accelerator, buffer: Bytes) -> None:
+    def __init__(self, owner: Accelerator, buffer: Bytes, held: contextlib.ExitStack) -> None:
         self._owner = owner
+        self._held = held
         half = len(buffer) // 2
         self._halves = [buffer[:half], buffer[half:]]
         self._transfers: list[Transferring | None] = [None, None]
@@ -377,7 +384,7 @@ class _Halves:
         """Wait for the copies of this turn."""
         transfer, self._transfers[turn % 2] = self._transfers[turn % 2], None
         if transfer is not None:
-            self._owner._finish(transfer)
+            self._owner._finish(transfer, self._held)
 
 
 def _rest(part: Part, first: int, blocks: int | None = None) -> Part:

@@ -170,11 +170,19 @@ class Residency:
             self._keys = {number: key for number, key in self._keys.items() if number in self._resident}
             self._known.clear()  # whoever is still running tells them again
 
-    def report(self, namespace: Namespace) -> None:
-        """Hand what was collected to the client, which never waits."""
-        if self._namespace is not None and self._namespace != namespace:
-            self._client.report_residency(self._namespace, cleared=True)
-        self._namespace = namespace
+    def report(self, namespace: Namespace | None) -> None:
+        """Hand what was collected to the client, which never waits; None while the engine's namespace is not known.
+
+        Changes are not kept until then: a namespace is first told all that is held.
+        """
+        if namespace != self._namespace:
+            if self._namespace is not None:
+                self._client.report_residency(self._namespace, cleared=True)
+            self._namespace = namespace
+            self._cleared, self._changes = True, {self._keys[number]: True for number in self._resident}
+        if namespace is None:
+            self._changes.clear()
+            return
         if not self._changes and not self._cleared:
             return
         added = b"".join([key for key, held in self._changes.items() if held])

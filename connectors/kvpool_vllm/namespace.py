@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import InvalidArgumentError
-from kvpool.model import SAFE_HASHES, Namespace
+from kvpool.model import SAFE_HASHES, SHARDS_MAX, Namespace
 from kvpool_vllm import LOGGER_NAME
 from kvpool_vllm.weights import weights_digest
 
@@ -115,6 +115,13 @@ def check_supported(vllm_config: Any, kv_cache_config: Any, groups: int = 1) -> 
     if layers % stages:
         raise InvalidArgumentError("pipeline_parallel_size", f"must divide the {layers} layers, {stages} does not")
     heads, tp = total_kv_heads(vllm_config.model_config), parallel.tensor_parallel_size
+    if stages * groups > SHARDS_MAX:
+        raise InvalidArgumentError(
+            "head_groups",
+            f"{groups} parts of a block's heads, as head_groups or the sizes of TP ask for (tensor_parallel_size, "
+            f"prefill_tp_size, decode_tp_size), for each of {stages} stages (pipeline_parallel_size) are more than "
+            f"{SHARDS_MAX}",
+        )
     for group in kv_cache_config.kv_cache_groups if max(tp, groups) > 1 else ():
         spec = group.kv_cache_spec
         for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
@@ -229,6 +236,17 @@ def namespace_fields(vllm_config: Any, groups: int) -> dict[str, Any]:
         "head_groups": groups,
         "hash_algorithm": cache.prefix_caching_hash_algo,
     }
+
+
+def agreed_namespaces(
+    fields: dict[str, Any], groups: Groups, facts: Collection[RankFacts], fingerprint: str
+) -> list[Namespace] | None:
+    """Return the namespace of each group; None, and say why, where ranks differ or a namespace cannot be."""
+    try:
+        return group_namespaces(fields, groups, whole_layers(facts), fingerprint)
+    except InvalidArgumentError as error:
+        logger.error("kvpool: nothing is loaded or saved: %s", error)  # noqa: TRY400 -- its sentence says all
+        return None
 
 
 def group_namespaces(fields: dict[str, Any], groups: Groups, facts: RankFacts, fingerprint: str) -> list[Namespace]:

@@ -202,8 +202,7 @@ class Watch:
         self._gate.step_ended(time.monotonic())
         if self.residency is not None:
             self.residency.collect(self._pool.kv_event_queue)
-            if namespace is not None:
-                self.residency.report(namespace)
+            self.residency.report(namespace)
         gauges: dict[str, float] = {f"queue_depth.{name}": depth for name, depth in queues.items()}
         gauges |= {f"tokens_per_second.{name}": round(speed) for name, speed in self._gate.estimates().items()}
         return self._tally.take({**self._counters, **self._gate.counters, **self._client.stats()}, gauges)

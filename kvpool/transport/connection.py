@@ -7,6 +7,7 @@ import contextlib
 import enum
 import logging
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, UnavailableError
+from kvpool.errors import FrameError, InvalidArgumentError, KVPoolError, OverloadedError, UnavailableError
 from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1.node_pb2 import NodeFrame, NodeFrameReply
 from kvpool.transport.frames import JOIN_BYTES_MAX, Buffer, FrameParser, frame_buffers, parse_message, small_frame
@@ -417,8 +418,11 @@ class Connection:
         self._stop_watching()
         io = BlockingIO(self._timed, self._parser, self._stream_left)
         early, self._out, self._out_bytes = self._out, deque(), 0
+        begun = threading.Lock()
 
         def run() -> None:
+            if not begun.acquire(blocking=False):
+                return
             result: Any = None
             error: BaseException | None = None
             try:
@@ -432,7 +436,23 @@ class Connection:
             except RuntimeError:
                 log.debug("%r: the loop is gone", self)
 
-        self._server.executor.submit(run)
+        try:
+            self._server.executor.submit(run)
+        except RuntimeError as refusal:  # `run` may be in the queue all the same, or be run by a thread that was there
+            if begun.acquire(blocking=False):
+                self._refuse_work(io, done, OverloadedError(f"no thread for a transfer: {refusal}"), told=not early)
+
+    def _refuse_work(
+        self, io: BlockingIO, done: Callable[[Any, BaseException | None], None], exc: KVPoolError, *, told: bool
+    ) -> None:
+        """End work that was not begun, soon, and the connection; ``told``: no answer before it is in the middle."""
+
+        def refused(_: Any, error: BaseException | None) -> None:
+            done(None, error)
+            self._give_up(exc)
+
+        io.broken = None if told else UnavailableError(str(exc))
+        self._loop.call_soon(self._work_ended, io, refused, None, exc)
 
     def _flush_blocking(self, io: BlockingIO, early: deque[tuple[memoryview, tuple[int, ...]]]) -> None:
         io.sent = bool(early)

@@ -176,3 +176,7 @@ class AttachedSegment(MappedMemory):
     def prefault(self) -> None:
         """Enter all pages into this process's page table; reading only, so it never adds memory."""
         self.populate(advice=_MADV_POPULATE_READ)
+
+    def _touch(self, start: int, length: int) -> None:
+        for offset in range(start, start + length, mmap.PAGESIZE):
+            _ = self._map[offset]  # others write here: what was read may not be written back

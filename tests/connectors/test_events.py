@@ -148,7 +148,7 @@ class Engine:
         self.residency = Residency(self.reports)  # type: ignore[arg-type]  # stands in for Client
         self.queue: list[Any] = []
 
-    def step(self, *events: Any, namespace: Namespace = SPACE) -> list[Any]:
+    def step(self, *events: Any, namespace: Namespace | None = SPACE) -> list[Any]:
         """Make events, let them be seen, and publish them; returns what was published."""
         self.queue += events
         self.residency.collect(self.queue)
@@ -239,6 +239,32 @@ def test_another_namespace_leaves_the_old_one_empty(engine: Engine) -> None:
     engine.step(AllBlocksCleared(), BlockStored([short(names[0])]), namespace=other)
     assert engine.held == set()
     assert engine.reports.held[other] == keys(names)
+
+
+def test_without_a_namespace_nothing_is_kept_but_what_is_held(engine: Engine) -> None:
+    """Changes would pile up where it never comes. Once it is known all that is held is told, and later what changes."""
+    names = chain(5)
+    engine.residency.scheduled("r", names)
+    for _ in range(10):
+        engine.step(BlockStored([short(name) for name in names]), namespace=None)
+        engine.step(BlockRemoved([short(name) for name in names[1:]]), namespace=None)
+    assert not engine.residency._changes
+    assert not engine.reports.held
+    engine.step(BlockStored([short(names[1])]))
+    assert engine.held == keys(names[:2])
+    engine.step(BlockRemoved([short(names[0])]))
+    assert engine.held == keys(names[1:2])
+
+
+def test_a_namespace_that_is_left_is_emptied_before_the_next_is_known(engine: Engine) -> None:
+    """What the engine caches meanwhile is told under the next one, even if that has the same name."""
+    names = chain(3)
+    engine.residency.scheduled("r", names)
+    engine.step(BlockStored([short(names[0])]))
+    engine.step(BlockStored([short(names[1])]), namespace=None)
+    assert engine.held == set()
+    engine.step(BlockStored([short(names[2])]))
+    assert engine.held == keys(names)
 
 
 def test_names_of_forgotten_blocks_do_not_pile_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from kvpool_vllm.metadata import GroupFacts, RankFacts
 from kvpool_vllm.namespace import (
     Place,
     _architecture,
+    agreed_namespaces,
     check_supported,
     group_namespaces,
     head_groups,
@@ -173,6 +174,10 @@ def test_supported_model_passes() -> None:
             configuration([FULL_SPEC, WIDE_SPEC], tensor_parallel_size=2),
             "tensor_parallel_size: must be 1 .* a rank has 8 of layers.1, and 4 of most",
         ),
+        (
+            (*configuration([WIDE_SPEC], pipeline_parallel_size=61), 8),
+            r"head_groups: 8 parts .*decode_tp_size.* 61 stages \(pipeline_parallel_size\) are more than 256",
+        ),
         ((*configuration([WIDE_SPEC, FULL_SPEC]), 2), "head_groups: must be 1 .* a rank has 4 of layers.1, and 8"),
     ],
 )
@@ -216,6 +221,21 @@ def test_engines_that_differ_in_anything_share_nothing(one: set[Any], two: set[A
     assert first[0].digest != first[1].digest
     assert (first[0].digest == second[0].digest) == (one == two)
     assert (first[1].digest == second[1].digest) == all(name in WINDOW for name, _ in one ^ two)
+
+
+def test_namespaces_that_cannot_be_are_none_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Whether the ranks differ or all that they hold is too much: in a sentence, and nothing raised into a step."""
+    group = Group(0, FULL, 16, 0, ("layers.0",), "bfloat16")
+    groups = Groups((group,), 16, 1)
+    found = agreed_namespaces(FIELDS, groups, {facts()}, "f0")
+    assert found == group_namespaces(FIELDS, groups, facts(), "f0")
+    large = FIELDS | {"kv_heads": 64, "layer_groups": 8, "head_groups": 64}
+    assert agreed_namespaces(large, groups, {facts(layers=10)}, "f0") is None
+    assert agreed_namespaces(FIELDS, groups, {facts(), facts(isa="vec")}, "f0") is None
+    said = [record.getMessage() for record in caplog.records]
+    assert all(text.startswith("kvpool: nothing is loaded or saved: ") for text in said)
+    assert "layer_groups x head_groups must be at most 256, not 512" in said[0]
+    assert "all ranks must hold KV alike" in said[1]
 
 
 @given(st.data())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -205,3 +206,22 @@ def test_the_slowest_rank_of_a_load_counts() -> None:
         assert {name: seen.seconds for name, seen in both.seen.items()} == {"a": 2.0, "b": 3.0, "c": 1.0}
         assert both.seen["a"].tiers == {"remote": 1}
         assert both.unusable == {1: frozenset({"x"}), 2: frozenset()}
+
+
+def test_what_the_engine_holds_is_not_piled_up_without_a_namespace(side: Side) -> None:
+    """It may never come, where the ranks hold KV in different ways."""
+
+    class BlockStored:
+        def __init__(self, name: bytes) -> None:
+            self.block_hashes, self.group_idx = [name], None
+
+    pool = SimpleNamespace(kv_event_queue=[])
+    side.watch.bind_block_pool(pool)
+    side.watch.report_residency()
+    assert side.watch.residency is not None
+    for number, name in enumerate(CHAIN):
+        side.watch.residency.scheduled(f"{number}", [name])
+        pool.kv_event_queue = [BlockStored(name)]
+        side.watch.step_ended(None, {})
+    assert not side.watch.residency._changes
+    assert len(side.watch.residency._resident) == len(CHAIN)

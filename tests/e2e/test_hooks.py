@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import logging
+import sys
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,16 @@ class Broken:
 
     def __getattr__(self, name: str) -> Any:
         raise KeyError(name)
+
+
+def test_an_older_engine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sentence, where it begins with the connector."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    monkeypatch.delattr(base, "KVConnectorWorkerMetadata")
+    monkeypatch.delitem(sys.modules, "kvpool_vllm.connector", raising=False)
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.32 or later: cannot import name 'KVConnectorWorkerMetadata'"):
+        importlib.import_module("kvpool_vllm.connector")
 
 
 def test_a_hook_that_fails_is_a_miss(caplog: pytest.LogCaptureFixture) -> None:

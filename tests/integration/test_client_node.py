@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
-import time
 
 import pytest
 
-from kvpool import client_copies, client_node
-from kvpool.client_bytes import CopyThreads
-from kvpool.client_held import WatchedCopies
+from kvpool import client_bytes, client_copies, client_node
 from kvpool.transport.channel import Channel
-from tests.integration.pool import SPACE, T, chain_of, content_of, get_chain, put_chain, wait_for
+from tests.integration.pool import SPACE, T, chain_of, content_of, environment, get_chain, put_chain, wait_for
 
 SIZE = 16 << 10
 
@@ -87,46 +87,94 @@ def test_layers_that_cannot_be_begun_leave_no_answer_behind(pool, monkeypatch):
     wait_for(lambda: client.has_node() and put_chain(other, SPACE, keys, SIZE) == 8, "others store the blocks")
 
 
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which would end more than a test that fails."""
+
+
 def test_a_reservation_is_kept_while_a_thread_still_copies(pool, monkeypatch):
     """Interrupted as it waits for the others: the slots are given back when they have ended, not before."""
-    client, keys = pool.client("a"), chain_of(1, 1)
-    begun, ended = threading.Event(), threading.Event()
-    given: list[bool] = []
+    client, keys, caller = pool.client("a"), chain_of(1, 2), threading.get_ident()
+    both, aborted = threading.Barrier(2), threading.Event()
+    interrupted: list[bool] = []
+    ended: list[bool] = []
+    given: list[int] = []
     call = Channel.call
 
-    def interrupted(self, items, item_bytes, work, most=None):
-        threading.Thread(target=work, args=(items,)).start()
-        assert begun.wait(T)
-        raise KeyboardInterrupt
+    def interrupt(*_):
+        interrupted.append(True)
+        if not ended:
+            raise Interrupted
 
     def slow(*_):
-        begun.set()
-        time.sleep(0.3)
-        ended.set()
+        both.wait(T)
+        if threading.get_ident() != caller:
+            while len(interrupted) < 2:  # one that comes just before it blocks is noticed with the next
+                signal.pthread_kill(caller, signal.SIGUSR1)
+                aborted.wait(0.01)
+            ended.append(not aborted.wait(0.3))
+        return [0] * SPACE.layers
 
     def watched(self, frame, *arguments, **named):
         if frame.WhichOneof("body") == "abort":
-            given.append(ended.is_set())
+            given.append(len(ended))
+            aborted.set()
         return call(self, frame, *arguments, **named)
 
+    monkeypatch.setattr(client_bytes, "PART_BYTES_MIN", 1)
     monkeypatch.setattr(client_node, "HASH_FIRST_BYTES_MAX", 0)
     monkeypatch.setattr(client_copies, "copy_hashed", slow)
-    monkeypatch.setattr(CopyThreads, "run", interrupted)
     monkeypatch.setattr(Channel, "call", watched)
-    put_in_vain(client, keys, KeyboardInterrupt)
-    assert given == [True]
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        put_in_vain(client, keys, Interrupted)
+    finally:
+        wait_for(lambda: ended, "the thread has ended")
+        signal.signal(signal.SIGUSR1, usual)
+    assert (given, ended) == ([1], [True])
 
 
-def test_nobody_begins_to_copy_once_it_is_over(monkeypatch):
-    """A thread that comes late finds nothing to do."""
-    works, done = [], []
-    monkeypatch.setattr(CopyThreads, "run", lambda _self, _items, _item_bytes, work, _most: works.append(work))
-    copies = WatchedCopies(CopyThreads(2))
-    copies.run([1, 2], 1, done.extend)
-    (work,) = works
-    for parts in ([1], [2]):
-        thread = threading.Thread(target=work, args=(parts,))
-        thread.start()
-        thread.join(T)
-        copies.settle()
-    assert done == [1]
+FORKER = """
+import os, signal, sys, threading
+from kvpool.client_bytes import SWITCH_S, quick_switching
+
+def interval():
+    return round(sys.getswitchinterval(), 6)
+
+usual, begun, over = interval(), threading.Event(), threading.Event()
+
+def transfer():
+    with quick_switching:
+        begun.set()
+        over.wait()
+
+def forked():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        seen = [interval()]
+        with quick_switching:
+            seen.append(interval())
+        seen.append(interval())
+        os._exit(seen != [usual, SWITCH_S, usual])
+    return os.waitpid(child, 0)[1]
+
+thread = threading.Thread(target=transfer)
+thread.start()
+begun.wait()
+print(forked())
+with quick_switching._lock:
+    print(forked())
+print(interval() == SWITCH_S)
+over.set()
+thread.join()
+print(interval() == usual)
+"""
+
+
+def test_a_forked_child_switches_threads_as_usual():
+    """Whose transfer was under way in the parent, or just about to be, goes on there alone."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKER],
+        capture_output=True, text=True, timeout=T, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.stdout.split() == ["0", "0", "True", "True"], done.stderr

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -15,8 +16,11 @@ import pytest
 
 from kvpool import Client, client_master, client_puts
 from kvpool.client_node import LocalNode
+from kvpool.errors import AllPinnedError, UnavailableError
 from kvpool.rpc.v1 import node_pb2, node_pb2_grpc, types_pb2
-from tests.integration.pool import SPACE, Pool, T, chain_of, content_of, get_chain, put_chain, wait_for
+from kvpool_vllm import device_accelerator, device_pinning
+from tests.integration.pool import SEGMENT, SPACE, Pool, T, chain_of, content_of, get_chain, put_chain, wait_for
+from tests.integration.test_device import Driver, Rank
 
 SIZE = 64 << 10
 KEYS = chain_of(3, 8)
@@ -145,3 +149,44 @@ def test_a_client_that_closes_keeps_no_node_that_is_being_attached(pool: Pool, m
     monkeypatch.setattr(node, "look", look_late)
     client._own.attach()
     wait_for(lambda: memory_files() == before, "its memory is let go of")
+
+
+@pytest.mark.parametrize("direction", ["save", "load"])
+def test_what_a_closed_device_may_still_use_is_nobody_elses(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """A device that hangs is not waited for as an engine ends; it may go on at any time until the process has ended."""
+    kept: list[object] = []
+    monkeypatch.setattr(device_accelerator, "_unfinished", kept)
+    monkeypatch.setattr(device_accelerator, "OVERDUE_S", 0.01)
+    monkeypatch.setattr(device_pinning, "CLOSE_S", 0.01)
+    client, driver = pool.client("a"), Driver()
+    rank = Rank(client, driver)
+    rank.pinned()
+    keys = b"".join(KEYS[:2])
+    if direction == "load":
+        assert rank.save(keys, [0, 1]).stored == 2
+    rank.copies.gate.clear()
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(getattr(rank, direction), keys, [2, 3])
+        wait_for(lambda: rank.device.stuck, "the device counts as stuck")
+        node = client._own.node
+        rank.device.close()
+        with pytest.raises(UnavailableError, match="closed before its copies were done"):
+            job.result(T)
+    assert driver.locked
+    assert node is not None
+    node.alive = False
+    wait_for(client.has_node, "the node is attached anew, and told who writes no more")
+    others = chain_of(7, SEGMENT // SIZE // 2)
+    put_chain(pool.client("a"), SPACE, others, SIZE)
+    for _ in range(2):
+        with pytest.raises(AllPinnedError):
+            pool.raw("a").reserve(SPACE, [b"whole segment!!!"], SEGMENT - 4096)
+        client.close()
+    before = rank.kv.bytes[2:4].copy()
+    rank.copies.gate.set()
+    rank.copies.close()
+    assert np.array_equal(rank.kv.bytes[2:4], before if direction == "save" else rank.kv.bytes[:2])
+    assert get_chain(pool.client("a"), SPACE, others, SIZE).prefix == len(others)
+    assert kept

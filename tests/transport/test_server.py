@@ -308,6 +308,59 @@ def test_closing_the_server_interrupts_transfers(serve: Callable[..., Any]) -> N
     assert not Path(served.path).exists()
 
 
+@pytest.mark.parametrize("bulk", ["get", "write"])
+def test_bulk_without_a_thread_is_refused(served: Any, monkeypatch: pytest.MonkeyPatch, bulk: str) -> None:
+    """The peer is told, the handler too, and the connection ends; a thread that comes later does not do it."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("kvpool-transfer"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    handler = served.handler
+    requests = {"get": NodeFrame(get=Get(first_layer=MIB)), "write": NodeFrame(write=Write(reservation=2))}
+    with monkeypatch.context() as patch, connect(served) as channel:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(errors.OverloadedError, match="no thread for a transfer"):
+            channel.call(requests[bulk], NodeFrameReply, bytes(MIB) if bulk == "write" else b"", timeout_s=T)
+        handler.wait_for(lambda: handler.closed_reasons)
+        assert "no thread for a transfer" in handler.closed_reasons[0]
+        assert not served.call(lambda: dict(served.server.connections))
+    with connect(served) as channel:
+        channel.call(NodeFrame(get=Get(first_layer=MIB)), NodeFrameReply, timeout_s=T)
+    handler.wait_for(lambda: len(handler.done_errors) == 2)
+    assert [type(error) for error in handler.done_errors] == [errors.OverloadedError, type(None)]
+
+
+def test_no_words_go_into_the_middle_of_an_answer(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an answer is on its way as no thread can be had, the peer gets its first bytes and an end-of-file."""
+    size = connection.OUTPUT_PAUSE_BYTES
+    with raw(served) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+        def answer_without_threads() -> None:
+            (conn,) = served.server.connections.values()
+            conn._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            conn.reply(NodeFrameReply(id=1), bytes(size))
+            assert conn._out_bytes
+            patch.setattr(served.server.executor, "submit", refuse)
+            conn.run_blocking(lambda _: None, served.handler.done)
+
+        def refuse(_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            sock.sendall(encode(NodeFrame(id=1, local_prefix=LocalPrefix(shards=1))))
+            read_reply(sock)
+            served.call(answer_without_threads)
+            served.handler.wait_for(lambda: served.handler.closed_reasons)
+        got = b"".join(iter(lambda: sock.recv(MIB), b""))
+    assert len(got) < size
+    assert not any(got[len(got) // 2 :])
+    assert isinstance(served.handler.done_errors[0], errors.OverloadedError)
+
+
 def test_peer_of_a_unix_socket_is_known(served: Any) -> None:
     """Process and user id come from the kernel."""
     with connect(served) as channel:

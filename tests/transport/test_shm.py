@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import mmap
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvpool.errors import InvalidArgumentError, UnavailableError
+from kvpool.transport import shm
 from kvpool.transport.connection import BlockingIO
 from kvpool.transport.frames import FrameParser
-from kvpool.transport.shm import check_sealed, close_fds, create_memfd, fd_control, receive_with_fds, seal
+from kvpool.transport.shm import (
+    AttachedSegment,
+    check_sealed,
+    close_fds,
+    create_memfd,
+    fd_control,
+    receive_with_fds,
+    seal,
+)
 from kvpool.transport.sockets import TimedSocket
 
 
@@ -79,3 +92,43 @@ def test_descriptors_wait_for_a_peer_no_longer_than_bytes_do() -> None:
             io.send_all([b"abc"], 0.05, [fd])
         assert io.broken is not None
     os.close(fd)
+
+
+class OldLinux:
+    """Knows none of the advices that bring pages in."""
+
+    def madvise(self, address: int, size: int, advice: int) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+
+class Shared:
+    """Memory of which somebody else writes each byte right after it was read."""
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+        self.read: list[int] = []
+
+    def __getitem__(self, offset: int) -> int:
+        value: int = self._memory[offset]
+        self.read.append(offset)
+        self._memory[offset] = value + 1
+        return value
+
+    def __setitem__(self, offset: int, value: int) -> None:
+        self._memory[offset] = value
+
+
+def test_who_is_attached_writes_nothing_as_it_brings_pages_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel does not do it, each page is read: others have written to it before one could write it back."""
+    pages = 3
+    fd = create_memfd("test", pages * mmap.PAGESIZE)
+    seal(fd)
+    segment = AttachedSegment.from_fd(fd, pages * mmap.PAGESIZE)
+    with contextlib.closing(segment), monkeypatch.context() as patch:
+        patch.setattr(shm, "_libc", OldLinux())
+        shared = Shared(segment._map)
+        patch.setattr(segment, "_map", shared)
+        segment.prefault()
+        assert shared.read == [number * mmap.PAGESIZE for number in range(pages)]
+        assert [segment.view[offset] for offset in shared.read] == [1] * pages
