@@ -48,8 +48,9 @@ class ProxySettings(Settings):
         "prefix", choice("prefix", "round_robin"), "Choose by prefixes held and load, or each in turn."
     )
     skip_prefill: str = setting(
-        "pool", choice("pool", "off"), "Leave prefill out where a decode instance can load the prompt from the pool."
-    )
+        "pool", choice("pool", "blocks", "off"),
+        "Leave prefill out where a decode instance can load the prompt from the pool, or all but a part of a block.",
+    )  # fmt: skip
     decode_start: str = setting(
         "auto", choice("auto", "with_prefill", "after_prefill"),
         "When the decode instance is asked; auto: with the prefill where both load layer by layer.",
@@ -62,13 +63,17 @@ class ProxySettings(Settings):
     attempts_max: int = setting(3, count(1, 100), "Instances that a request is tried on.")
     connect_timeout: int = setting("2s", DURATION, "How long connecting to an instance may take.")
     first_byte_timeout: int = setting("5m", DURATION, "How long a stream's first token may take, and a prefill.")
-    idle_timeout: int = setting("1m", DURATION, "How long a stream may stand still, and a client take nothing of it.")
-    request_timeout: int = setting("1h", DURATION, "How long a request may take in all.")
+    idle_timeout: int = setting(
+        "1m", DURATION, "How long a request or a stream may stand still, and a client take nothing of an answer."
+    )
+    request_timeout: int = setting("1h", DURATION, "How long a request may take in all, its arrival included.")
     drain_timeout: int = setting("30s", DURATION, "How long requests may go on once the proxy was told to end.")
     health_interval: int = setting("2s", DURATION, "How often instances are asked for their health.")
     health_timeout: int = setting("2s", DURATION, "How long such an answer may take.")
     body_size_max: int = setting("64MB", SIZE, "Largest request, and largest answer that is no stream.")
-    bodies_size_max: int = setting("1GB", SIZE, "Requests held at once, those that are still read included.")
+    bodies_size_max: int = setting(
+        "1GB", SIZE, "Memory for requests held at once, reckoned by their bytes and values, those still read included."
+    )
     prefix_tokens: int = setting(
         1 << 20, count(1, 1 << 32), "Tokens of prompts remembered for an instance that does not say what it can hold."
     )

@@ -70,13 +70,22 @@ def can_hash(namespace: Namespace, seed: str = SEED) -> bool:
 
 
 def key_slices(namespace: Namespace, tokens: Sequence[int], seed: str = SEED) -> Iterator[bytes]:
-    """Yield what ``block_keys`` returns, a piece at a time. Raises OverflowError for tokens below 0."""
+    """Yield the keys of a prompt's whole blocks, a piece at a time, and last that of the partial one behind them.
+
+    The latter is the connector's own, ``kvpool_vllm.names.Names.tail``. Raises OverflowError for tokens below 0.
+    """
     found = _hashes(namespace.hash_algorithm, seed, namespace.block_tokens, tokens)
     most = max(1, SLICE_TOKENS // namespace.block_tokens)
+    parent = b"None"  # of a prompt without a whole block: that it has no salt
     while some := list(islice(found, most)):
+        parent = some[-1]
         yield b"".join([name[:KEY_BYTES] for name in some])
+    if rest := len(tokens) % namespace.block_tokens:
+        packed = struct.pack(f"<{rest}q", *tokens[-rest:])
+        yield hashlib.sha256(b"partial block" + parent + packed).digest()[:KEY_BYTES]
 
 
 def block_keys(namespace: Namespace, tokens: Sequence[int], seed: str = SEED) -> bytes:
     """Return the keys of a prompt's whole blocks, 16 bytes each. Raises OverflowError for tokens below 0."""
-    return b"".join(key_slices(namespace, tokens, seed))
+    found = _hashes(namespace.hash_algorithm, seed, namespace.block_tokens, tokens)
+    return b"".join([name[:KEY_BYTES] for name in found])

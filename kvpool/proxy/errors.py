@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 RETRY_AFTER_S: Final = 1
 
@@ -33,7 +34,7 @@ class Plain:
     """An instance's answer that is no stream."""
 
     status: int
-    headers: dict[str, str]
+    headers: CIMultiDict[str]
     body: bytes
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from kvpool.config import ProxySettings
 from kvpool.proxy import prompts
@@ -22,6 +21,7 @@ from kvpool.proxy.errors import OUR_LIMITS, AttemptError, ClientGoneError, Plain
 from kvpool.proxy.fleet import Asking, Fleet, read_all
 from kvpool.proxy.prompts import Asked
 from kvpool.proxy.routing import LOAD_SHARE, Held, Instance, Role, Ticket
+from kvpool.proxy.streams import ABORTED, GIVEN_UP, Events
 from kvpool.proxy.watch import Phase, Watch
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,8 @@ TRY_ELSEWHERE: Final = frozenset({429, 500, 502, 503, 504})
 DONE: Final = b"[DONE]"
 """Ends every stream in OpenAI's form: one without it was cut."""
 
-ABORTED: Final = re.compile(rb'"finish_reason": ?"abort"')
-"""An instance that shuts down, or sleeps, ends requests so, with status 200. In a text its quotes would be escaped."""
-
-GIVEN_UP: Final = "the instance gave the request up"
-
-TAIL_BYTES: Final = 48
-"""Of a stream, what is kept to find such words across two chunks."""
+WRITE_BYTES: Final = 1 << 16
+"""Of an answer that is there as a whole: a client takes so much at a time."""
 
 ERROR_WRITE_S: Final = 1.0
 
@@ -49,16 +44,13 @@ _HOP_BY_HOP: Final = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
     "upgrade", "host", "content-length", "content-type", "accept-encoding", "expect", "proxy-connection",
 })  # fmt: skip
+_NOT_THEIRS: Final = _HOP_BY_HOP | {"content-encoding"}  # of the body as it came: what goes on is decoded
 _OURS: Final = _HOP_BY_HOP - {"content-type"} | {"date", "server"}
 
 
 def request_headers(request: web.Request, api_key: str | None) -> CIMultiDict[str]:
     """Return a client's headers as instances get them; with an id, the same one at all of them."""
-    named = {name.strip().lower() for name in request.headers.get("Connection", "").split(",")}
-    named.add("content-encoding")  # of the body as it came: what goes on is decoded
-    headers: CIMultiDict[str] = CIMultiDict(
-        (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP | named
-    )
+    headers = _passed_on(request.headers, _NOT_THEIRS)
     headers["Accept-Encoding"] = "identity"
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
@@ -66,9 +58,16 @@ def request_headers(request: web.Request, api_key: str | None) -> CIMultiDict[st
     return headers
 
 
-def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def answer_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """Return an instance's headers as clients get them."""
-    return {name: value for name, value in headers.items() if name.lower() not in _OURS}
+    return _passed_on(headers, _OURS)
+
+
+def _passed_on(headers: CIMultiDictProxy[str], without: Container[str]) -> CIMultiDict[str]:
+    """Return headers but for these, and for those that are said to be of the connection alone."""
+    of_connection = {name.strip().lower() for named in headers.getall("Connection", ()) for name in named.split(",")}
+    kept = (item for item in headers.items() if item[0].lower() not in without)
+    return CIMultiDict((name, value) for name, value in kept if name.lower() not in of_connection)
 
 
 @dataclass(slots=True)
@@ -105,9 +104,12 @@ class Exchange:
 
     def __init__(
         self, fleet: Fleet, settings: ProxySettings, request: web.Request, asked: Asked, raw: bytes,
-        known: Mapping[str, Held],
+        known: Mapping[str, Held], end: float,
     ) -> None:  # fmt: skip
-        """``known``: what instances hold of the prompt, by their URL, where the master has said so."""
+        """``known``: what instances hold of the prompt, by their URL, where the master has said so.
+
+        ``end``: the loop's time at which it must be over.
+        """
         self._fleet = fleet
         self._settings = settings
         self._request = request
@@ -118,7 +120,7 @@ class Exchange:
         self._model = model if len(models) > 1 and isinstance(model, str) and model in models else ""
         self._loop = asyncio.get_running_loop()
         self._start = self._loop.time()
-        self._end = self._start + settings.request_timeout / 1000
+        self._end = end
         self._headers = request_headers(request, settings.api_key)
         self._response: web.StreamResponse | None = None
 
@@ -154,9 +156,8 @@ class Exchange:
     async def _whole(self) -> web.StreamResponse:
         asking = self._asking(Role.BOTH)
         failed: AttemptError | None = None
-        raw = self._raw
-        if "kv_transfer_params" in self._asked.body:
-            raw = json.dumps(prompts.for_decode(self._asked.body, None)).encode()
+        body = prompts.for_decode(self._asked.body, None)
+        raw = self._raw if body == self._asked.body else json.dumps(body).encode()
         for _ in range(self._settings.attempts_max):
             ticket = await self._place(asking, failed)
             try:
@@ -200,7 +201,7 @@ class Exchange:
         if not self._asked.divisible:
             outcomes.labels("indivisible").inc()
             return Prefill()
-        if self._settings.skip_prefill == "pool" and decode.exact and decode.held.pool >= decode.prompt.tokens:
+        if self._skips_prefill(decode):
             outcomes.labels("skipped").inc()
             return Prefill()
         asking = self._asking(Role.PREFILL)
@@ -219,6 +220,14 @@ class Exchange:
         prefill.task = asyncio.create_task(self._prefill_beside(prefill, ticket, asking, transfer))
         prefill.task.add_done_callback(lambda _: self._fleet.end(ticket))  # it may never have begun
         return prefill
+
+    def _skips_prefill(self, decode: Ticket) -> bool:
+        """Whether the decode instance can load what a prefill would compute."""
+        how, held, left = self._settings.skip_prefill, decode.held, decode.prompt.tokens - decode.held.pool
+        if not decode.exact or how == "off":
+            return False
+        # The last token is computed in any case: its logits are wanted.
+        return left <= 1 or (how == "blocks" and held.pool > 0 and left < held.block_tokens)
 
     def _starts_at_once(self, prefill: Instance, decode: Instance) -> bool:
         """Whether the decode instance is asked while the prefill runs."""
@@ -360,25 +369,22 @@ class Exchange:
     async def _relay(self, upstream: aiohttp.ClientResponse, ticket: Ticket, watch: Watch) -> web.StreamResponse:
         """Pass a stream on, byte for byte."""
         idle_s = self._settings.idle_timeout / 1000
-        chunk = await upstream.content.readany()
-        if not chunk or chunk.lstrip().startswith(b"data: " + DONE):
+        stream = Events(upstream.content, watch, idle_s, self._settings.body_size_max)
+        events = await stream.next()
+        if not events or events.lstrip().startswith(b"data: " + DONE):
             raise AttemptError("a stream without an answer", 503)
-        if ABORTED.search(chunk):
-            raise AttemptError(GIVEN_UP, 503)
         self._count(ticket)
         response = web.StreamResponse(status=200, headers=answer_headers(upstream.headers))
         watch.expect(Phase.CLIENT, idle_s)
         await self._begin(response)
-        tail = b""
-        while chunk:
+        last = events
+        while events:
             watch.expect(Phase.CLIENT, idle_s)
-            if ABORTED.search(tail + chunk):
-                raise AttemptError(GIVEN_UP, 503)
-            await _write(response, chunk)
-            tail = (tail + chunk[-TAIL_BYTES:])[-TAIL_BYTES:]
+            await _write(response, events)
+            last = last if events.isspace() else events
             watch.expect(Phase.NEXT_BYTE, idle_s)
-            chunk = await upstream.content.readany()
-        if not tail.rstrip().endswith(DONE):
+            events = await stream.next()
+        if not last.rstrip().endswith(DONE):
             raise AttemptError("the stream ended before it was done")
         self._fleet.router.answered(ticket)
         watch.expect(Phase.CLIENT, idle_s)
@@ -404,11 +410,17 @@ class Exchange:
 
     async def _send(self, answer: Plain) -> web.StreamResponse:
         """Send an answer that is there as a whole."""
-        response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+        response = web.StreamResponse(status=answer.status, headers=answer.headers)
+        response.content_length = len(answer.body)
+        idle_s = self._settings.idle_timeout / 1000
         watch = Watch(self._end)
         async with watch:
-            watch.expect(Phase.CLIENT, self._settings.idle_timeout / 1000)
+            watch.expect(Phase.CLIENT, idle_s)
             await self._begin(response)
+            for start in range(0, len(answer.body), WRITE_BYTES):
+                watch.expect(Phase.CLIENT, idle_s)
+                await _write(response, answer.body[start : start + WRITE_BYTES])
+            watch.expect(Phase.CLIENT, idle_s)
             await _write(response, b"", last=True)
         return response
 

@@ -22,7 +22,7 @@ from kvpool.model import Namespace
 from kvpool.proxy import chains
 from kvpool.proxy.discovery import Discovery
 from kvpool.proxy.fleet import Fleet, read_all
-from kvpool.proxy.prompts import CHAT, Asked
+from kvpool.proxy.prompts import CHAT, Asked, alone
 from kvpool.proxy.routing import Held, Instance
 from kvpool.rpc.convert import namespace_from_proto
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2
@@ -154,11 +154,8 @@ class PoolIndex:
         self, answer: Any, space: Namespace, tokens: int, alike: Iterable[Instance], held: dict[str, Held]
     ) -> None:
         """Say what those instances hold whose engines use this namespace."""
-
-        def length(blocks: int) -> int:
-            size = space.block_tokens
-            return tokens if blocks > 0 and blocks >= tokens // size else blocks * size
-
+        size = space.block_tokens
+        whole, cached_max = tokens // size, (tokens - 1) // size  # of its own cache an engine uses all but a token
         own_blocks: dict[str, int] = {}
         for resident in answer.residents:
             url = self._discovery.urls.get(resident.owner, "")
@@ -167,10 +164,12 @@ class PoolIndex:
         for one in alike:
             told = self._discovery.of(one)
             if told is not None and space.digest in told.namespaces:
-                own = own_blocks.get(one.name, 0)
-                near = _near(answer, own, told.boot_ids) if told.loads else own
-                pool = max(answer.prefix, near) if told.loads else own
-                held[one.name] = Held(length(own), length(near), length(pool), told.residency)
+                near = pool = own = min(own_blocks.get(one.name, 0), cached_max)
+                if told.loads and not 0 < whole == own:  # a partial block alone it computes, wherever that lies
+                    near = _near(answer, own, told.boot_ids)
+                    pool = max(answer.prefix, near)
+                own, near, pool = (min(blocks * size, tokens) for blocks in (own, near, pool))
+                held[one.name] = Held(own, near, pool, told.residency, size)
 
     def _label(self, instance: Instance, model: Any) -> str:
         models = self._models.get(instance.name, {})
@@ -181,10 +180,13 @@ class PoolIndex:
 
         Raises aiohttp.ClientError, ValueError.
         """
-        if path != CHAT and isinstance(body["prompt"], list):
-            return list(body["prompt"])
+        prompt = None if path == CHAT else alone(body["prompt"])
+        if isinstance(prompt, list):
+            return list(prompt)
         wanted = ("messages", *_TEMPLATE) if path == CHAT else ("prompt",)
         question = {name: body[name] for name in ("model", "add_special_tokens", *wanted) if name in body}
+        if prompt is not None:
+            question["prompt"] = prompt
         raw = json.dumps(question).encode()
         name = hashlib.blake2b(raw, digest_size=16).digest()
         found = self._tokenized.get(name)

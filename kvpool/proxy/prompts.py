@@ -33,6 +33,9 @@ REMOTE_DECODE: Final[dict[str, Any]] = {
 """Asks a prefill instance to keep the prompt's KV for another one, and to say where it is."""
 
 
+TRANSFERS: Final = frozenset({"kv_transfer_params", "ec_transfer_params"})
+"""Say what engines fetch, and from where, as fields of a request or in its ``vllm_xargs``."""
+
 PARTS_MAX: Final = 4 << 20
 """Values in a body: each takes much more memory than it has bytes, and nobody else is served while they are read."""
 
@@ -65,7 +68,7 @@ def read(path: str, raw: bytes) -> Asked:
         chunks, tokens = _of_text("".join(_chat_parts(body, messages)), seed)
         single = True
     else:
-        prompt = body.get("prompt")
+        prompt = alone(body.get("prompt"))
         if prompt is None and "prompt_embeds" not in body:
             raise InvalidArgumentError("prompt", "must be given")
         single = isinstance(prompt, str) or _is_tokens(prompt)
@@ -88,7 +91,8 @@ def for_prefill(body: Mapping[str, Any], transfer: str = "") -> dict[str, Any]:
     ``transfer``: the id under which to keep it; else the instance chooses.
     """
     params = REMOTE_DECODE | ({"transfer_id": transfer} if transfer else {})
-    changed = {k: v for k, v in body.items() if k not in {"stream_options", "min_tokens", "logprobs", "top_logprobs"}}
+    left_out = {"stream_options", "min_tokens", "logprobs", "top_logprobs"}
+    changed = {k: v for k, v in for_decode(body, None).items() if k not in left_out}
     changed |= {"max_tokens": 1, "stream": False, "kv_transfer_params": params}
     if "max_completion_tokens" in changed:
         changed["max_completion_tokens"] = 1
@@ -100,8 +104,17 @@ def for_decode(body: Mapping[str, Any], params: Mapping[str, Any] | None) -> dic
 
     What the client itself says of transfers does not count: it could name any host.
     """
-    changed = {k: v for k, v in body.items() if k != "kv_transfer_params"}
+    changed = {k: v for k, v in body.items() if k not in TRANSFERS}
+    if isinstance(further := changed.get("vllm_xargs"), dict):
+        changed["vllm_xargs"] = {k: v for k, v in further.items() if k not in TRANSFERS}
     return changed if params is None else changed | {"kv_transfer_params": dict(params)}
+
+
+def alone(prompt: Any) -> Any:
+    """Return the prompt in a list of one, which is answered as the prompt itself; whatever else it is, as it is."""
+    if isinstance(prompt, list) and len(prompt) == 1 and (isinstance(prompt[0], str) or _is_tokens(prompt[0])):
+        return prompt[0]
+    return prompt
 
 
 def _seed(body: Mapping[str, Any]) -> int:

@@ -79,6 +79,8 @@ class Held:
     pool: int = 0
     reported: bool = True
     """Whether it has said itself what is in its memory."""
+    block_tokens: int = 0
+    """In which it counts; 0 where the master has not said."""
 
     def cost(self, tokens: int, compute_share: float) -> float:
         """Return what the prompt costs, in tokens computed."""

@@ -61,7 +61,7 @@ class Proxy:
         self._channel: grpc.aio.Channel | None = None
         self._discovery: Discovery | None = None
         self._index: PoolIndex | None = None
-        self._bodies = Bodies(settings.bodies_size_max, settings.body_size_max)
+        self._bodies = Bodies(settings.bodies_size_max, settings.body_size_max, settings.idle_timeout / 1000)
         self._ending = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -200,24 +200,18 @@ class Proxy:
     async def _answered(self, request: web.Request) -> tuple[web.StreamResponse, str]:
         if self._ending:
             raise RefusedRequestError(503, "the proxy is shutting down")
-        with self._bodies.room(request) as keep:
-            raw = await self._body(request)
-            keep(len(raw))
+        end = self._end()
+        async with self._bodies.read(request, end) as raw:
             asked = prompts.read(request.path, raw)
             known: Mapping[str, Held] = {}
             if self._index is not None and (found := await self._index.find(request.path, asked)) is not None:
                 known = found.held
                 asked = dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, tokens=found.tokens))
-            return await Exchange(self.fleet, self._settings, request, asked, raw, known).run()
+            return await Exchange(self.fleet, self._settings, request, asked, raw, known, end).run()
 
-    async def _body(self, request: web.Request) -> bytes:
-        try:
-            async with asyncio.timeout(self._settings.idle_timeout / 1000):
-                return await request.read()
-        except TimeoutError:
-            raise RefusedRequestError(408, "the request did not arrive in time") from None
-        except web.RequestPayloadError:
-            raise RefusedRequestError(400, "the request's body is cut, or not in the encoding that it names") from None
+    def _end(self) -> float:
+        """Return the loop's time at which a request that has come now must be over."""
+        return asyncio.get_running_loop().time() + self._settings.request_timeout / 1000
 
     # ---- other questions -----------------------------------------------------------------------------
 
@@ -302,7 +296,8 @@ class Proxy:
     async def _change(self, request: web.Request) -> web.StreamResponse:
         """Add, remove or drain: {"type": "prefill" | "decode" | "both", "instances": "HOST:PORT" or a list}."""
         change = request.match_info["change"]
-        role, urls = _read_change(await self._body(request))
+        async with self._bodies.read(request, self._end()) as raw:
+            role, urls = _read_change(raw)
         fleet = self.fleet
         divided = bool(fleet.router.of(Role.PREFILL) or fleet.router.of(Role.DECODE))
         if change == "add" and (divided if role is Role.BOTH else bool(fleet.router.of(Role.BOTH))):

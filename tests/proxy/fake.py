@@ -39,6 +39,9 @@ class FakeInstance:
     """Ends the stream in order after so many tokens, without [DONE]."""
     abort_at: int | None = None
     """Gives requests up at this token, as an engine does that is shut down."""
+    error_at: int | None = None
+    """Says ``error`` in place of this token of a stream, and ends it as always."""
+    error: Any = None
     hang_at: int | None = None
     """Waits forever before this token."""
     gate: asyncio.Event | None = None
@@ -141,6 +144,9 @@ class FakeInstance:
                 if number:  # of a stream without tokens there is no such event
                     last = {"id": "x", "choices": [{"text": "", "finish_reason": "abort"}]}
                     await response.write(b"data: " + json.dumps(last, separators=(",", ":")).encode() + b"\n\n")
+                break
+            if number == self.error_at:
+                await response.write(b"data: " + json.dumps({"error": self.error}).encode() + b"\n\n")
                 break
             if number == self.die_after:
                 return await self._cut(request, response, b"")

@@ -78,6 +78,19 @@ class TestTheTwoRequests:
 
         play(story())
 
+    @pytest.mark.parametrize("prompt", [["p"], [[1, 2, 3]]], ids=str)
+    def test_a_list_of_one_prompt_is_divided(self, prompt):
+        """Some clients send nothing else; it goes on as it came."""
+
+        async def story():
+            prefill, decode = FakeInstance("p"), FakeInstance("d")
+            async with staged(prefill, decode, prefill=1) as stage:
+                assert (await stage.ask({"prompt": prompt})).status == 200
+                assert [request["prompt"] for request in asked(prefill, decode)] == [prompt, prompt]
+                assert "kv_transfer_params" in decode.requests[0]
+
+        play(story())
+
     def test_a_client_names_no_transfer(self):
         """It could name any host."""
 

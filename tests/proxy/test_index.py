@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import pickle
 from contextlib import asynccontextmanager
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import grpc
@@ -19,6 +21,7 @@ from kvpool.proxy.chains import SEED, SLICE_TOKENS, block_keys, can_hash, key_sl
 from kvpool.proxy.routing import Held, Role
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc, master_pb2, master_pb2_grpc
+from kvpool_vllm.names import Names
 from tests.proxy.fake import CHAT, COMPLETIONS, FakeInstance, play, staged, until
 
 BLOCK = 32
@@ -73,8 +76,26 @@ class TestHashes:
         """Which make the whole."""
         tokens = [number % 70000 for number in range(5 * SLICE_TOKENS + 7)]
         slices = list(key_slices(namespace(block_tokens=size), tokens))
-        assert b"".join(slices) == block_keys(namespace(block_tokens=size), tokens)
+        whole = block_keys(namespace(block_tokens=size), tokens)
+        assert b"".join(slices[: -1 if len(tokens) % size else None]) == whole
         assert max(map(len, slices)) == 16 * max(1, SLICE_TOKENS // size)
+
+
+    @pytest.mark.parametrize("tokens", [1, 31, 33, 95])
+    def test_the_partial_block_is_the_connectors(self, tokens):
+        """Named as engines name it that keep a prompt's last block."""
+        prompt = [7 * number for number in range(tokens)]
+        form = partial(pickle.dumps, protocol=pickle.HIGHEST_PROTOCOL)
+        hashes = [hashlib.sha256(form(SEED)).digest()]
+        for number in range(tokens // BLOCK):
+            block = (hashes[-1], tuple(prompt[number * BLOCK : (number + 1) * BLOCK]), None)
+            hashes.append(hashlib.sha256(form(block)).digest())
+        request = SimpleNamespace(
+            num_prompt_tokens=tokens, block_hashes=hashes[1:], cache_salt=None, all_token_ids=[*prompt, 5, 6]
+        )
+        names = Names(SimpleNamespace(block_tokens=BLOCK, hashes_per_block=1), discard_tails=False)
+        assert list(key_slices(namespace(), prompt))[-1] == names.tail(request)[:16]
+        assert not list(key_slices(namespace(block_tokens=tokens), prompt))[1:]
 
 
 class FakeMaster(admin_pb2_grpc.AdminServicer, master_pb2_grpc.MasterServicer):
@@ -196,8 +217,8 @@ class TestRouting:
                     assert (await stage.ask(body, path)).texts == [f"{engine.name}-0 "]
                     for one in stage.proxy.fleet.router.instances.values():
                         one.memory.clear()
-                assert held(stage) == 400
-                keys = block_keys(namespace(), [4] * 100)
+                assert held(stage) == 4 * 3 * BLOCK
+                keys = b"".join(key_slices(namespace(), [4] * 100))
                 assert {request.hashes for request in master.asked} == {keys}
                 assert a.tokenized + b.tokenized == 1  # the same text four times
 
@@ -220,9 +241,9 @@ class TestRouting:
                 found = await stage.proxy._index.find(COMPLETIONS, asked)
                 assert found.tokens == 9 * BLOCK
                 assert found.held == {
-                    a.url: Held(BLOCK, BLOCK, 7 * BLOCK),
-                    b.url: Held(0, 2 * BLOCK, 7 * BLOCK),
-                    c.url: Held(0, 0, 0, reported=False),
+                    a.url: Held(BLOCK, BLOCK, 7 * BLOCK, block_tokens=BLOCK),
+                    b.url: Held(0, 2 * BLOCK, 7 * BLOCK, block_tokens=BLOCK),
+                    c.url: Held(0, 0, 0, reported=False, block_tokens=BLOCK),
                 }
 
         play(story())
@@ -300,24 +321,61 @@ class TestRouting:
 
         play(story())
 
-    def test_a_prompt_that_the_decode_side_can_load_is_not_prefilled(self):
-        """Unless that is off."""
+    @pytest.mark.parametrize("prompt", [[WORDS], [[4] * 100]], ids=["text", "tokens"])
+    def test_a_list_of_one_prompt_is_looked_up(self, prompt):
+        """As the prompt alone."""
 
-        async def story(**settings):
-            prefill, decode = Engine("p"), Engine("d")
-            async with with_master(prefill, decode, prefill=1, **settings) as (stage, master):
-                master.runs = [(2, "here")]
-                await stage.ask({"prompt": WORDS})
-                assert len(prefill.requests) == 1
-                master.runs = [(3, "here")]
-                await stage.ask({"prompt": WORDS})
-                assert len(prefill.requests) == (2 if settings else 1)
-                assert stage.counted("kvpool_proxy_prefills_total", outcome="skipped") == (0 if settings else 1)
-                assert "kv_transfer_params" in decode.requests[0]
-                assert ("kv_transfer_params" in decode.requests[1]) == bool(settings)
+        async def story():
+            engine = Engine("a")
+            async with with_master(engine) as (stage, master):
+                assert (await stage.ask({"prompt": prompt})).status == 200
+                assert [request.hashes for request in master.asked] == [b"".join(key_slices(namespace(), [4] * 100))]
+                assert engine.requests[0]["prompt"] == prompt
 
         play(story())
-        play(story(skip_prefill="off"))
+
+    @pytest.mark.parametrize(
+        ("how", "cases"),
+        [
+            (
+                "pool",  # but for a token, which is computed in any case
+                [
+                    (100, 2, 0, False),
+                    (100, 3, 0, False),
+                    (100, 4, 0, True),  # the partial block is there too
+                    (100, 4, 3, False),  # which an engine does not load alone
+                    (97, 3, 0, True),
+                    (97, 0, 3, True),
+                    (96, 3, 0, True),
+                    (96, 2, 0, False),
+                    (96, 0, 3, False),  # of a prompt that is all in its cache, an engine computes the last block again
+                ],
+            ),
+            (
+                "blocks",  # but for less than a block
+                [(100, 2, 0, False), (100, 3, 0, True), (100, 0, 3, True), (96, 2, 0, False), (20, 0, 0, False)],
+            ),
+            ("off", [(100, 4, 0, False)]),
+        ],
+        ids=["pool", "blocks", "off"],
+    )
+    def test_a_prompt_that_the_decode_side_can_load_is_not_prefilled(self, how, cases):
+        """Of so many tokens, with so many blocks in the pool, and so many in the decode engine's own cache."""
+
+        async def story():
+            prefill, decode = Engine("p"), Engine("d")
+            async with with_master(prefill, decode, prefill=1, skip_prefill=how) as (stage, master):
+                for tokens, pool, own, skipped in cases:
+                    master.runs = [(pool, "here")] * bool(pool)
+                    master.residents = {decode.port: own}
+                    await stage.ask({"prompt": list(range(tokens))})
+                    seen = not prefill.requests, "kv_transfer_params" not in decode.requests[-1]
+                    assert seen == (skipped, skipped), (tokens, pool, own)
+                    prefill.requests.clear()
+                skips = sum(skipped for *_, skipped in cases)
+                assert stage.counted("kvpool_proxy_prefills_total", outcome="skipped") == skips
+
+        play(story())
 
 
 class TestWithout:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import tracemalloc
+from pathlib import Path
 
 import aiohttp
 import pytest
+import yaml
 
+from kvpool.config import ProxySettings
 from kvpool.errors import InvalidArgumentError
-from kvpool.proxy import prompts
+from kvpool.proxy import exchange, prompts
+from kvpool.proxy.bodies import VALUE_COST, WIDE_COST, Bodies, _Arrived
+from kvpool.proxy.errors import RefusedRequestError
 from kvpool.proxy.fleet import LOST_AFTER
 from tests.proxy.fake import COMPLETIONS, FakeInstance, PoolInstance, play, staged, until
 from tests.proxy.test_discovery import pool, up  # noqa: F401 -- a fixture
 from tests.proxy.test_serving import STREAM
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_an_answer_that_is_given_up_on_the_way_is_broken():
@@ -120,27 +128,178 @@ def test_bodies_have_so_much_room_together():
 
     async def story():
         fake = FakeInstance("a", gate=asyncio.Event())
-        async with staged(fake, bodies_size_max=1 << 20) as stage:
+        async with staged(fake, bodies_size_max=4 << 20) as stage:
             large = {"prompt": "p" * 700_000}
             first = asyncio.create_task(stage.ask(large))
             await until(lambda: fake.running == 1)
             refused = await stage.ask(large)
             assert (refused.status, refused.headers["Retry-After"]) == (429, "1")
 
-            async def parts():
-                yield json.dumps({"prompt": "p"}).encode()
+            async def parts(body):
+                yield json.dumps(body).encode()
 
-            async with stage.client.post(stage.url + COMPLETIONS, data=parts()) as unsized:
+            async with stage.client.post(stage.url + COMPLETIONS, data=parts(large)) as unsized:
                 assert unsized.status == 429
             small = asyncio.create_task(stage.ask({"prompt": "p"}))
             await until(lambda: fake.running == 2)
             fake.gate.set()
             assert [(await one).status for one in (first, small)] == [200, 200]
             await until(lambda: not stage.proxy._bodies.held)
-            async with stage.client.post(stage.url + COMPLETIONS, data=parts()) as unsized:
+            async with stage.client.post(stage.url + COMPLETIONS, data=parts({"prompt": "p"})) as unsized:
                 assert unsized.status == 200
 
     play(story())
+
+
+HEAD = b"POST %s HTTP/1.1\r\nHost: h\r\n" % COMPLETIONS.encode()
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 500000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"], ids=str)
+def test_who_has_sent_nothing_takes_no_room(head):
+    """However much is to come: others are served."""
+
+    async def story():
+        async with staged(FakeInstance("a"), body_size_max=500_000, bodies_size_max=500_000) as stage:
+            port = int(stage.url.rpartition(":")[2])
+            connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+            for _, writer in connections:
+                writer.write(HEAD + head)
+            await until(lambda: stage.proxy._running == len(connections))
+            assert (await stage.ask()).status == 200
+            for _, writer in connections:
+                writer.close()
+
+    play(story())
+
+
+def test_one_that_says_that_it_is_too_large_is_not_waited_for():
+    """Its header is enough."""
+
+    async def story():
+        async with staged(FakeInstance("a"), body_size_max=1000) as stage:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(stage.url.rpartition(":")[2]))
+            writer.write(HEAD + b"Content-Length: 1001\r\n\r\n")
+            assert b" 413 " in await reader.readline()
+            writer.close()
+
+    play(story())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [100_000 + number for number in range(20_000)]},
+        {"prompt": "x" * 200_000},
+        {"prompt": "x" * 200_000 + "\N{GRINNING FACE}"},
+        {"prompt": "\u4e2d" * 100_000},
+        {"prompt": "p", "stop": [f"s{number}" for number in range(20_000)]},
+    ],
+    ids=["tokens", "text", "one wide character", "wide characters", "strings"],
+)
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_a_body_counts_for_what_it_takes(body, ascii_only):
+    """As it came, read, and written for two instances: never less than that, and not far more."""
+    raw = json.dumps(body, ensure_ascii=ascii_only, separators=(",", ":")).encode()
+    tracemalloc.start()
+    try:
+        held = [bytearray(raw), prompts.read(COMPLETIONS, raw)]
+        for write in (prompts.for_prefill, lambda body: prompts.for_decode(body, None)):
+            held.append(json.dumps(write(held[1].body)).encode())
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    half = len(raw) // 2
+    arrived = _Arrived()
+    arrived.count(raw[:half])
+    assert taken <= 1.1 * arrived.count(raw[half:]) <= 4 * taken
+
+
+class Slowly:
+    """A body whose parts take so long each, by the loop's clock, which no machine can make late."""
+
+    content_length = None
+
+    def __init__(self, parts, part_s):
+        self._parts, self._part_s, self._passed = parts, part_s, 0.0
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        loop.time = lambda: start + self._passed
+
+    @property
+    def content(self):
+        return self
+
+    async def readany(self):
+        self._passed += self._part_s
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # a timer that is due has its turn
+        self._parts -= 1
+        return b"x" if self._parts >= 0 else b""
+
+
+@pytest.mark.parametrize(
+    ("part_s", "end_s", "status"), [(0.9, 100.0, 200), (1.1, 100.0, 408), (0.9, 5.0, 408)], ids=str
+)
+def test_a_body_may_be_slow_and_not_stand_still(part_s, end_s, status):
+    """Each part begins the time anew; a request's own end stays."""
+
+    async def read():
+        bodies = Bodies(1 << 20, 1 << 20, idle_s=1.0)
+        end = asyncio.get_running_loop().time() + end_s
+        try:
+            async with bodies.read(Slowly(10, part_s), end) as raw:
+                assert raw == b"x" * 10
+                assert bodies.held > 0
+        finally:
+            assert not bodies.held
+
+    try:
+        asyncio.run(read())
+    except RefusedRequestError as exc:
+        assert exc.status == status
+    else:
+        assert status == 200
+
+
+def test_a_client_may_take_an_answer_slowly(monkeypatch):
+    """Not only a stream: whatever it takes begins the time anew."""
+    write = exchange._write
+    waits_s = 3.0
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        passed, clock = 0.0, loop.time
+        monkeypatch.setattr(loop, "time", lambda: clock() + passed)
+
+        async def slowly(response, data, *, last=False):
+            nonlocal passed
+            passed += waits_s
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # a timer that is due has its turn
+            await write(response, data, last=last)
+
+        monkeypatch.setattr(exchange, "_write", slowly)
+        fake = FakeInstance("a")
+        monkeypatch.setattr(fake, "answer", lambda number, request: {"text": "x" * 4 * exchange.WRITE_BYTES})
+        async with staged(fake, idle_timeout=4000, health_interval=60_000) as stage:
+            answer = await stage.ask()
+            assert answer.whole
+            assert len(answer.json["text"]) == 4 * exchange.WRITE_BYTES
+            assert passed >= 5 * waits_s
+
+    play(story())
+
+
+def test_the_example_for_kubernetes_has_memory_for_its_requests():
+    """Those that it lets in together, and the largest alone."""
+    files = yaml.safe_load_all((ROOT / "deploy/kubernetes/examples/pd.yaml").read_text(encoding="utf-8"))
+    (proxy,) = [one for one in files if one["kind"] == "Deployment" and one["metadata"]["name"] == "pd-proxy"]
+    (container,) = proxy["spec"]["template"]["spec"]["containers"]
+    flags = dict(word.removeprefix("--").split("=") for word in container["command"][1:])
+    settings = ProxySettings(**{name.replace("-", "_"): value for name, value in flags.items()})
+    assert container["resources"]["limits"]["memory"] == "1Gi"
+    alone = settings.body_size_max * WIDE_COST + prompts.PARTS_MAX * VALUE_COST
+    assert max(settings.bodies_size_max, alone) <= (1 << 30) // 2
 
 
 def test_a_body_of_too_many_values_is_refused_unread(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpool.errors import InvalidArgumentError
-from kvpool.proxy.prompts import CHAT, CHUNK_CHARS, COMPLETIONS, for_decode, read
+from kvpool.proxy.prompts import CHAT, CHUNK_CHARS, COMPLETIONS, alone, for_decode, for_prefill, read
 from kvpool.proxy.routing import CHUNK_TOKENS
 
 VALUES = st.recursive(
@@ -96,3 +96,24 @@ def test_the_decode_request_keeps_what_it_does_not_know():
     body = {"prompt": "p", "x": 1, "kv_transfer_params": {"a": 1}}
     assert for_decode(body, None) == {"prompt": "p", "x": 1}
     assert for_decode(body, {"b": 2}) == {"prompt": "p", "x": 1, "kv_transfer_params": {"b": 2}}
+
+
+def test_nothing_that_names_a_transfer_is_kept():
+    """Engines take it from a request's further arguments too."""
+    named = {"kv_transfer_params": "x", "ec_transfer_params": {"x": 1}}
+    body = {"prompt": "p", "vllm_xargs": {"y": 2} | named} | named
+    assert for_decode(body, None) == {"prompt": "p", "vllm_xargs": {"y": 2}}
+    assert for_prefill(body)["vllm_xargs"] == {"y": 2}
+    assert "ec_transfer_params" not in for_prefill(body)
+    assert for_decode({"vllm_xargs": "x"}, None) == {"vllm_xargs": "x"}
+    assert body["vllm_xargs"].keys() == {"y", *named}
+
+
+@pytest.mark.parametrize("prompt", ["word " * 100, list(range(100)), [7]], ids=["text", "tokens", "a token"])
+def test_a_list_of_one_prompt_is_that_prompt(prompt):
+    """As engines answer it."""
+    one, plain = (read(COMPLETIONS, json.dumps({"prompt": given}).encode()) for given in ([prompt], prompt))
+    assert (one.prompt, one.divisible) == (plain.prompt, True)
+    assert alone([prompt]) == alone(prompt) == prompt
+    for other in ([prompt, prompt], [], None, 7, [[]], [[prompt]], [None]):
+        assert alone(other) == other

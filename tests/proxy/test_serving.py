@@ -9,6 +9,7 @@ from functools import partial
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from kvpool.proxy import exchange
 from kvpool.proxy.fleet import Asking
@@ -48,6 +49,31 @@ class TestPassingOn:
                 assert fake.headers[0]["authorization"] == "Bearer theirs"
                 assert fake.headers[0]["x-request-id"]
                 assert stage.counted("kvpool_proxy_requests_total", route=path, status="200") == 1
+
+        play(story())
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_answers_headers_come_too(self, stream, monkeypatch):
+        """Each as often as it was said, but for those that are the connection's own."""
+
+        async def story():
+            fake = FakeInstance("a")
+            prepare = web.StreamResponse.prepare
+
+            async def with_headers(response, request):
+                if request.url.port == fake.port and request.path == COMPLETIONS:
+                    response.headers["Connection"] = "x-hop, keep-alive"
+                    for name, value in (("X-A", "1"), ("X-A", "2"), ("X-Hop", "3")):
+                        response.headers.add(name, value)
+                return await prepare(response, request)
+
+            monkeypatch.setattr(web.StreamResponse, "prepare", with_headers)
+            async with staged(fake) as stage:
+                ask = partial(stage.client.post, json=STREAM | {"stream": stream})
+                async with ask(fake.url + COMPLETIONS) as direct, ask(stage.url + COMPLETIONS) as through:
+                    assert direct.headers["X-Hop"] == "3"
+                    assert through.headers.getall("X-A") == direct.headers.getall("X-A") == ["1", "2"]
+                    assert "X-Hop" not in through.headers
 
         play(story())
 
@@ -415,7 +441,9 @@ class TestClients:
             fake = FakeInstance("a")
             async with staged(fake) as stage:
                 assert (await stage.ask({"prompt": "p", "kv_transfer_params": {"remote_host": "evil"}})).status == 200
-                assert fake.requests == [{"prompt": "p"}]
+                further = {"vllm_xargs": {"kv_transfer_params": "evil", "mine": 1}}
+                assert (await stage.ask({"prompt": "p"} | further)).status == 200
+                assert fake.requests == [{"prompt": "p"}, {"prompt": "p", "vllm_xargs": {"mine": 1}}]
 
         play(story())
 
