@@ -239,12 +239,27 @@ def verify(
             run.run()
 
 
+def _must_know_all(catalog: Catalog | None) -> None:
+    """Raise RemoteError unless a file that the master does not know is nobody's."""
+    if catalog is None or not catalog.settled():
+        raise RemoteError(
+            ExitCode.UNREACHABLE,
+            "remove_unknown: needs a master that knows the backend and has read its catalog: "
+            "without one every file is unknown",
+        )
+    if away := catalog.away():
+        raise RemoteError(
+            ExitCode.UNREACHABLE,
+            f"remove_unknown: the master hears nothing of {', '.join(away)}: what is written there may be unknown",
+        )
+
+
 @fs.command("scrub", context_settings=CONTEXT)
 @backend_options
 @threads_option
 @click.option(
     "--older_than", metavar="DURATION", default="1h", show_default=True,
-    help="Temporary files of others, this old, were left behind.",
+    help="Temporary files of others, this old, were left behind; younger unknown files are not removed.",
 )  # fmt: skip
 @click.option(
     "--remove_unknown", is_flag=True, help="Remove files that the catalog does not know; else they are adopted."
@@ -278,15 +293,11 @@ def scrub(
     with opened(backends, storage_options, config) as stores, shown(remote) as runs:
         for store in stores:
             catalog = find_catalog(remote, store)
-            if remove_unknown and (catalog is None or not catalog.settled()):
-                raise RemoteError(
-                    ExitCode.UNREACHABLE,
-                    "remove_unknown: needs a master that knows the backend and has read its catalog: "
-                    "without one every file is unknown",
-                )
+            if remove_unknown:
+                _must_know_all(catalog)
             run = Scrub(
                 store, catalog, threads=threads, older_than_s=older_than_s,
                 remove_unknown=remove_unknown, keep_aside=keep_aside, dry_run=dry_run,
             )  # fmt: skip
-            run.run()
             runs.append(run)
+            run.run()

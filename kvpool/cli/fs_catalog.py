@@ -12,6 +12,9 @@ from kvpool.tiers.store import FileName
 
 FILES_PER_CALL = 16384
 
+AWAY_S = 5.0
+"""A node that the master has not heard of for so long may write what the master does not hear of."""
+
 
 class Catalog:
     """One backend in a master's catalog."""
@@ -37,8 +40,17 @@ class Catalog:
         status = self._remote.call("Status", admin_pb2.StatusRequest())
         return self.status.complete and not (status.warming or self.status.scanning)
 
+    def away(self) -> list[str]:
+        """Return the nodes that serve this backend and are silent at the moment. Raises RemoteError."""
+        nodes = self._remote.call("Nodes", admin_pb2.NodesRequest()).nodes
+        heard = {node.address.node_id for node in nodes if node.last_seen_s <= AWAY_S}
+        return sorted({server.node for server in self.status.servers} - heard)
+
     def files(self) -> dict[FileName, int]:
-        """Return every file that the catalog has, with its payload bytes. Raises RemoteError."""
+        """Return every file that the catalog has, with its payload bytes: 0 if it waits to be removed.
+
+        Raises RemoteError.
+        """
         found: dict[FileName, int] = {}
         request = admin_pb2.CataloguedFilesRequest(backend=self.status.id)
         for reply in self._remote.stream("CataloguedFiles", request):

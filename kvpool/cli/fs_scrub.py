@@ -6,10 +6,10 @@ from typing import Any
 
 from kvpool.cli import fs_print, printers
 from kvpool.cli.fs_catalog import Catalog
-from kvpool.cli.fs_files import Verdict, check_files
+from kvpool.cli.fs_files import REMOVE_MAX, Verdict, check_files
 from kvpool.cli.fs_verify import Disposal
 from kvpool.model import format_size
-from kvpool.tiers.store import BlockStore, FileName, StoredFile
+from kvpool.tiers.store import BlockStore, FileName, StoredFile, StoreError
 
 
 class Scrub:
@@ -34,6 +34,7 @@ class Scrub:
         self._keep_aside = keep_aside
         self._dry_run = dry_run
         self._aside: list[tuple[str, int]] = []
+        self._aside_removed = False
         self._leftovers = 0
         self._files = 0
         self._unknown: list[StoredFile] = []
@@ -46,12 +47,19 @@ class Scrub:
     def run(self) -> None:
         """Look at everything, and tidy up unless it is a dry run. Raises StoreError, RemoteError."""
         self._compare()
+        failed: StoreError | None = None
         if not self._dry_run:
             self._agree()
-            self._leftovers = self._store.clean(self._older_than_s)
+            try:
+                self._leftovers = self._store.clean(self._older_than_s)
+            except StoreError as error:  # what was set aside takes room, too
+                failed = error
         self._aside = self._store.aside_files()
         if not (self._dry_run or self._keep_aside):
             self._store.drop_aside()
+            self._aside_removed = True
+        if failed is not None:
+            raise failed
 
     def _compare(self) -> None:
         """Find what only one side knows. The catalog is asked before the files are listed, and again after."""
@@ -62,11 +70,12 @@ class Scrub:
         files = fs_print.listed(self._store)
         self._files = len(files)
         there = {file.name for file in files}
-        self._missing = [name for name in before if name not in there]
-        self._unknown = [file for file in files if file.name not in before]
-        if self._unknown:  # those that were written meanwhile are none
+        missing = [name for name, size in before.items() if size and name not in there]
+        unknown = [file for file in files if file.name not in before]
+        if missing or unknown:  # what was written or removed meanwhile is neither
             now = self._catalog.files()
-            self._unknown = [file for file in self._unknown if file.name not in now]
+            self._missing = [name for name in missing if now.get(name)]
+            self._unknown = [file for file in unknown if file.name not in now]
 
     def _agree(self) -> None:
         if self._catalog is None:
@@ -74,10 +83,19 @@ class Scrub:
         if self._missing:
             self._forgotten = self._catalog.remove(self._missing)
         if self._remove_unknown:
-            self._store.remove([file.name for file in self._unknown])
-            self._removed = len(self._unknown)
+            self._remove(self._catalog)
         else:
             self._adopt(self._catalog)
+
+    def _remove(self, catalog: Catalog) -> None:
+        """Remove unknown files, but not young ones: of what a node has just written the master hears later."""
+        for at in range(0, len(self._unknown), REMOVE_MAX):
+            some = [file.name for file in self._unknown[at : at + REMOVE_MAX]]
+            old = self._store.older_than(some, self._older_than_s)
+            self._store.remove(old)
+            self._removed += len(old)
+            if old:
+                catalog.remove(old)  # it may have heard of one at the last moment
 
     def _adopt(self, catalog: Catalog) -> None:
         """Tell the master of unknown files that are whole; set aside those that are not."""
@@ -127,7 +145,6 @@ class Scrub:
         rows += [(name, "in the catalog, not on storage") for name in data["missing"]]
         rows += [(each["file"], each["reason"]) for each in data["broken"]]
         fs_print.print_problems(f"{self._store.url} and the catalog", ("file", "what"), rows)
-        done = "would be" if self._dry_run else "were"
         aside = sum(size for _, size in self._aside)
         words = [f"{self._files} files"]
         if self._catalog is not None:
@@ -135,7 +152,9 @@ class Scrub:
             words.append(f"{len(self._missing)} missing{', forgotten by the master' if self._forgotten else ''}")
         if not self._dry_run:
             words.append(f"{self._leftovers} leftovers of writers removed")
-        kept = "are kept" if self._keep_aside else f"{done} removed"
+        kept = "were removed" if self._aside_removed else "are kept"
+        if self._dry_run and not self._keep_aside:
+            kept = "would be removed"
         words.append(f"{len(self._aside)} files set aside ({format_size(aside)}) {kept}")
         fs_print.say(f"{self._store.url}: {'; '.join(words)}")
 
@@ -143,5 +162,6 @@ class Scrub:
         if self._dry_run or not self._unknown:
             return ""
         if self._remove_unknown:
-            return ", removed"
+            young = len(self._unknown) - self._removed
+            return f", {self._removed} removed, {young} too young for that" if young else ", removed"
         return f", {self._adopted} adopted, {len(self._broken)} broken"

@@ -8,80 +8,32 @@ of the index and is kept in the catalog, then removed by one of its nodes, and f
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from kvpool.core.effects import BackendChanged, CatalogBackend, CatalogFiles, Effect, FileChange, Send
+from kvpool.core.file_removals import FileRemovals
 from kvpool.core.holds import SOFT
 from kvpool.core.index import ROWS_PER_SLICE, Index
 from kvpool.core.keytable import Rows
-from kvpool.core.messages import BlockRun, RemoveFiles, Scan, Scanned, StorageLimits
+from kvpool.core.messages import BlockRun, FilesRemoved, Hello, Scan, Scanned, StorageLimits
 from kvpool.core.nodes import MasterLimits, Node, slices_of
 from kvpool.core.removals import Removals, Why
-from kvpool.core.slots import file_bytes
-from kvpool.model import KEY_BYTES, Backend, BackendState, NodeAddress, mask_shards
+from kvpool.core.storage import StorageBackend, named, names
+from kvpool.model import Backend, BackendState, NodeAddress, mask_shards
 
 TIER = "fs"
 
 DOOMED_MAX = 16384
 """Files that may await their removal before more are evicted to make room."""
 
-BATCH_FILES = 256
-BATCHES_AT_ONCE = 4
-REMOVE_RETRY_S = 30.0
-_FAILED_SPLIT = 16
 SCAN_RETRY_S = 60.0
 EVICTION_AGAIN_S = 5.0  # after a walk through the whole index that has not found enough
 
 _PRESENT = frozenset({"live", "warming"})
-
-
-@dataclass(slots=True)
-class Batch:
-    """A RemoveFiles that was sent and is not confirmed."""
-
-    id: int
-    blocks: tuple[BlockRun, ...]
-    sent_to: str
-    sent_at: float
-    again: bool  # of files that were not removed in time before
-
-
-@dataclass(slots=True)
-class StorageBackend:
-    """One backend. ``servers``: how each node that has it sees it, by node id."""
-
-    id: bytes
-    incarnation: int
-    url: str = ""
-    capacity_bytes: int = 0
-    complete: bool = False  # a scan of it has ended, once: what it holds is in the catalog
-    servers: dict[str, Backend] = field(default_factory=dict)
-    full: bool = False
-    live: bool = False
-    job: bool = False  # an eviction is under way
-    relieve_at: float = float("-inf")
-    turn: int = 0
-    scanner: str = ""  # the node that scans it
-    scan_heard: float = 0.0
-    scanned_files: int = 0
-    scan_expected: int = 0
-    scan_not_before: float = float("-inf")
-    scan_wanted: bool = True
-    doomed: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # file -> (batch, or 0; bytes)
-    removing_bytes: int = 0
-    waiting: deque[BlockRun] = field(default_factory=deque)  # doomed, in no batch yet
-    failed: deque[tuple[BlockRun, str]] = field(default_factory=deque)  # next batches, and who did not do them
-    batch_files: int = BATCH_FILES
-    batches: OrderedDict[int, Batch] = field(default_factory=OrderedDict)
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return self.url or self.id.hex()
 
 
 class Backends:
@@ -94,7 +46,9 @@ class Backends:
     ) -> None:  # fmt: skip
         self.by_id: dict[bytes, StorageBackend] = {}
         self.loading = False  # the catalog is still being read
-        self.next_batch = 1
+        self.earlier: dict[int, float] | None = None
+        """To which generation the catalog has what a master has acknowledged, by epoch; None: there is no catalog."""
+        self.removing = FileRemovals(index, counters)
         self._index = index
         self._nodes = nodes
         self._limits = limits
@@ -128,11 +82,23 @@ class Backends:
         """Return how many blocks it has something of."""
         return self._index.blocks_on.get(backend.incarnation, 0)
 
-    def hello(self, node: Node, seen: tuple[Backend, ...]) -> list[Effect]:
+    def hello(self, node: Node, hello: Hello) -> list[Effect]:
         """Take in the backends of a node that begins a session, and tell it which of them are full."""
         self._forget_scans(node)
-        effects = self.announce(node, seen)
-        return effects + self._limits_of(node) if seen else effects
+        self.removing.late(node.address.node_id)
+        effects = self._compare(hello.kept_by, hello.generation) + self.announce(node, hello.backends)
+        return effects + self._limits_of(node) if hello.backends else effects
+
+    def _compare(self, epoch: int, generation: int) -> list[Effect]:
+        """Have all backends scanned if a master has acknowledged what this catalog does not have.
+
+        It was put back, or has lost its end, or that master had another one.
+        """
+        if self.earlier is None or generation <= self.earlier.get(epoch, 0):
+            return []
+        self.earlier[epoch] = math.inf
+        what = "is to be scanned: the catalog lacks what a master has acknowledged"
+        return self.tell_again() + [BackendChanged(b.name, what, bad=True) for b in self.by_id.values()]
 
     def announce(self, node: Node, seen: tuple[Backend, ...]) -> list[Effect]:
         """Take in how a node sees its backends: all of them, whatever it said before."""
@@ -162,6 +128,8 @@ class Backends:
         for backend in self.by_id.values():
             if node.address.node_id in backend.servers:
                 self._judge(backend)
+        if node.state != "live":
+            self.removing.late(node.address.node_id)
         if node.session is None:
             self._forget_scans(node)
 
@@ -173,6 +141,7 @@ class Backends:
 
     def forget(self, node: Node) -> None:
         """Forget a node that is gone for long."""
+        self.removing.forget(node.address.node_id)
         for backend in self.by_id.values():
             backend.servers.pop(node.address.node_id, None)
 
@@ -202,24 +171,24 @@ class Backends:
 
     # ---- what it holds -------------------------------------------------------------------------
 
-    def add(self, piece: BlockRun) -> list[Effect]:
-        """Files were written, or found: of a known namespace, with shards that it has.
+    def add(self, piece: BlockRun, node_id: str) -> list[Effect]:
+        """Files were written, or seen, by a node: of a known namespace, with shards that it has.
 
         That is no use of a block: blocks whose files still wait to be written must not be colder than the others.
         """
         backend = self.of(piece.backend)
-        effects: list[Effect] = []
-        if backend.doomed:
-            written = self._undoom(backend, self._doomed_of(backend, piece))
-            effects += self._told(backend, FileChange.REMOVED, written)
-        self._counters["files_added"] += len(piece)
-        return [*effects, CatalogFiles(backend.id, FileChange.ADDED, (piece,)), *self._enter(backend, piece)]
+        self._note_told(backend, piece, node_id)
+        runs, effects = self.removing.there(backend, piece, node_id)
+        for run in runs:
+            self._counters["files_added"] += len(run)
+            effects += self._enter(backend, run)
+        return effects
 
     def _enter(self, backend: StorageBackend, piece: BlockRun) -> list[Effect]:
         """Put files into the index; those that find no room there are of no use, and are removed."""
         refused = self._index.add(piece, backend.incarnation, TIER, touch=False)
         run = BlockRun(piece.namespace, piece.shards, piece.shard_bytes, refused)
-        return self._await_removal_of(backend, run) if refused else []
+        return self.removing.doom(backend, run) if refused else []
 
     def remove(self, piece: BlockRun, now: float) -> list[Effect]:
         """Files are missing or broken, as somebody says.
@@ -228,13 +197,14 @@ class Backends:
         no more must not be in the storage either, so they are removed like evicted ones.
         """
         backend = self.of(piece.backend)
+        self._note_told(backend, piece, None)
         rows, broken = self._index.remove(piece, backend.incarnation, TIER)
         self._counters["files_lost"] += len(rows)
         effects: list[Effect] = []
         if len(rows):
             keys = self._index.keys.take(rows, axis=0).tobytes()
             size = int(self._index.shard_bytes.take(rows).max())
-            effects = self._await_removal_of(backend, BlockRun(piece.namespace, piece.shards, size, keys))
+            effects = self.removing.doom(backend, BlockRun(piece.namespace, piece.shards, size, keys))
         self._note(backend, piece.namespace, rows, Why.FILE_LOST, now)
         return [*effects, CatalogFiles(backend.id, FileChange.LOST, (piece,)), *self._drop_rest(broken)]
 
@@ -250,13 +220,34 @@ class Backends:
     def _load(
         self, files: Iterator[tuple[BlockRun, ...]], doomed: Iterator[tuple[BlockRun, ...]]
     ) -> Iterator[list[Effect]]:
+        """Take in what was so when the catalog was opened, unless somebody has told better since."""
         for runs in doomed:
-            for run in runs:
-                self._await_removal(self.of(run.backend), run)
-            yield []
+            yield [effect for run in runs for effect in self._load_doomed(self.of(run.backend), run)]
         for runs in files:
-            yield [effect for run in runs for effect in self._enter(self.of(run.backend), run)]
+            effects: list[Effect] = []
+            for run in runs:
+                backend = self.of(run.backend)
+                news = named(run, (name for name in names(run) if name not in backend.told))
+                effects += self._enter(backend, news) if len(news) else []
+            yield effects
+        for backend in self.by_id.values():
+            backend.told.clear()
         self.loading = False
+
+    def _load_doomed(self, backend: StorageBackend, run: BlockRun) -> list[Effect]:
+        """What was written again meanwhile is to be removed no more; but somebody may be removing it."""
+        again = [name for name in names(run) if backend.told.get(name) is not None]
+        self.removing.load(backend, run, again)
+        effects: list[Effect] = []
+        for name in again:
+            if name not in backend.doomed:
+                effects += self.removing.doubt(backend, named(run, [name]), backend.told[name] or "")
+        return effects
+
+    def _note_told(self, backend: StorageBackend, piece: BlockRun, node_id: str | None) -> None:
+        if self.loading:
+            for shard in mask_shards(piece.shards):
+                backend.told.update(dict.fromkeys(names(replace(piece, shards=1 << shard)), node_id))
 
     def load_backend(self, known: Backend, *, complete: bool) -> None:
         """Take in what the catalog knows of a backend."""
@@ -270,142 +261,31 @@ class Backends:
         backend = self._by_incarnation[incarnation]
         effects: list[Effect] = []
         for run in self._index.files_on(rows, incarnation):
-            effects += self._await_removal_of(backend, run)
+            effects += self.removing.doom(backend, run)
             gone, broken = self._index.remove(run, incarnation, TIER)
             self._note(backend, run.namespace, gone, why, now)
             self._counters["files_doomed"] += len(gone)
             effects += self._drop_rest(broken)
         return effects
 
-    def _await_removal_of(self, backend: StorageBackend, run: BlockRun) -> list[Effect]:
-        for shard in mask_shards(run.shards):
-            self._await_removal(backend, BlockRun(run.namespace, 1 << shard, run.shard_bytes, run.keys))
-        return [CatalogFiles(backend.id, FileChange.DOOMED, (run,))]
-
-    def _await_removal(self, backend: StorageBackend, run: BlockRun) -> None:
-        size = self._size(run)
-        for name in _names(run):
-            backend.removing_bytes += size - backend.doomed.get(name, (0, 0))[1]
-            backend.doomed[name] = (0, size)
-        backend.waiting.append(run)
-
-    def _size(self, run: BlockRun) -> int:
-        space = self._index.spaces.get(run.namespace)
-        layers = space.descriptor.shard_layers if space is not None and space.descriptor is not None else 1
-        return file_bytes(run.shard_bytes, layers)
-
-    def _doomed_of(self, backend: StorageBackend, piece: BlockRun) -> list[tuple[BlockRun, list[bytes]]]:
-        """Return the doomed files among those of a run, by shard."""
-        singles = [replace(piece, shards=1 << shard) for shard in mask_shards(piece.shards)]
-        return [(single, [name for name in _names(single) if name in backend.doomed]) for single in singles]
-
-    def _undoom(self, backend: StorageBackend, found: list[tuple[BlockRun, list[bytes]]]) -> tuple[BlockRun, ...]:
-        """Await the removal of these files no more; returns them as runs."""
-        runs = []
-        for run, names in found:
-            for name in names:
-                backend.removing_bytes -= backend.doomed.pop(name)[1]
-            if names:
-                keys = b"".join(name[-KEY_BYTES:] for name in names)
-                runs.append(BlockRun(run.namespace, run.shards, run.shard_bytes, keys))
-        return tuple(runs)
-
-    @staticmethod
-    def _told(backend: StorageBackend, change: FileChange, runs: tuple[BlockRun, ...]) -> list[Effect]:
-        return [CatalogFiles(backend.id, change, runs)] if runs else []
-
-    def confirm(self, batch_id: int) -> list[Effect]:
-        """A node has removed the files of a batch; those that were written again meanwhile stay in the index."""
+    def confirm(self, message: FilesRemoved, now: float) -> list[Effect]:
+        """A node has removed the files of a batch, or looked for them; those that are there again count from now on."""
+        effects = [effect for piece in slices_of(message.gone) for effect in self.remove(piece, now)]
         for backend in self.by_id.values():
-            batch = backend.batches.pop(batch_id, None)
-            if batch is not None:
-                left = [self._still(backend, run, batch_id) for run in batch.blocks]
-                removed = self._undoom(backend, [(run, _names(run)) for run in left])
-                self._counters["files_removed"] += sum(len(run) for run in removed)
-                backend.batch_files = min(BATCH_FILES, 2 * backend.batch_files)
-                return self._told(backend, FileChange.REMOVED, removed)
-        return []
-
-    def _send_removals(self, backend: StorageBackend, up: float) -> list[Effect]:
-        """Keep a few batches under way, at most half of them of files that were tried before."""
-        effects: list[Effect] = []
-        nodes = self.serving(backend)
-        able = [n for n in nodes if backend.servers[n.address.node_id].state is BackendState.UP] or nodes
-        if not able:
-            return []
-        for batch in list(backend.batches.values()):
-            late = up - batch.sent_at >= REMOVE_RETRY_S
-            if not late and any(node.address.node_id == batch.sent_to for node in able):
-                continue
-            blocks = tuple(r for run in batch.blocks if len(r := self._still(backend, run, batch.id)))
-            del backend.batches[batch.id]
-            if late:
-                self._put_back(backend, batch, blocks)
-            elif blocks:
-                effects.append(self._remove_by(backend, replace(batch, blocks=blocks, sent_at=up), able))
-        again = sum(batch.again for batch in backend.batches.values())
-        while len(backend.batches) < BATCHES_AT_ONCE:
-            tried = bool(backend.failed) and again < BATCHES_AT_ONCE // 2
-            if not tried and not backend.waiting:
-                break
-            number, self.next_batch = self.next_batch, self.next_batch + 1
-            again += tried
-            run, node_id = backend.failed.popleft() if tried else (None, "")
-            blocks = (self._claim(backend, run, number),) if run is not None else self._next_blocks(backend, number)
-            if any(map(len, blocks)):
-                others = [node for node in able if node.address.node_id != node_id] or able
-                effects.append(self._remove_by(backend, Batch(number, blocks, "", up, tried), others))
+            removed, again = self.removing.confirm(backend, message.id)
+            effects += removed
+            for node_id, run in again:
+                effects += self.add(run, node_id)
         return effects
-
-    def _put_back(self, backend: StorageBackend, batch: Batch, blocks: tuple[BlockRun, ...]) -> None:
-        """Try these again in smaller batches: in the end, a file that cannot be removed keeps back only itself."""
-        if blocks and not batch.again:
-            backend.batch_files = max(1, backend.batch_files // 4)  # or a slow storage would be asked for ever more
-        step = max(1, sum(map(len, blocks)) // _FAILED_SPLIT) * KEY_BYTES
-        for run in blocks:
-            for name in _names(run):
-                backend.doomed[name] = (0, backend.doomed[name][1])
-            for at in range(0, len(run.keys), step):
-                backend.failed.append((replace(run, keys=run.keys[at : at + step]), batch.sent_to))
-
-    def _still(self, backend: StorageBackend, run: BlockRun, batch: int) -> BlockRun:
-        keys = b"".join(n[-KEY_BYTES:] for n in _names(run) if backend.doomed.get(n, (-1, 0))[0] == batch)
-        return BlockRun(run.namespace, run.shards, run.shard_bytes, keys)
-
-    def _next_blocks(self, backend: StorageBackend, number: int) -> tuple[BlockRun, ...]:
-        blocks: list[BlockRun] = []
-        room = min(BATCH_FILES, backend.batch_files)
-        while backend.waiting and room > 0:
-            run = backend.waiting.popleft()
-            if len(run) > room:
-                cut = room * KEY_BYTES
-                backend.waiting.appendleft(BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[cut:]))
-                run = BlockRun(run.namespace, run.shards, run.shard_bytes, run.keys[:cut])
-            run = self._claim(backend, run, number)
-            if len(run):
-                blocks.append(run)
-                room -= len(run)
-        return tuple(blocks)
-
-    def _claim(self, backend: StorageBackend, run: BlockRun, number: int) -> BlockRun:
-        run = self._still(backend, run, 0)
-        for name in _names(run):
-            backend.doomed[name] = (number, backend.doomed[name][1])
-        return run
-
-    def _remove_by(self, backend: StorageBackend, batch: Batch, nodes: list[Node]) -> Effect:
-        backend.turn += 1
-        node = nodes[backend.turn % len(nodes)]
-        backend.batches[batch.id] = replace(batch, sent_to=node.address.node_id)
-        return Send(node.session or 0, RemoveFiles(batch.id, backend.id, batch.blocks))
 
     # ---- capacity ------------------------------------------------------------------------------
 
     def tick(self, up: float, now: float) -> list[Effect]:
         """Send what is due: removals, limits, scans; start evictions where too much is stored."""
         effects: list[Effect] = []
+        self.removing.up = up
         for backend in self.by_id.values():
-            effects += self._send_removals(backend, up)
+            effects += self.removing.tick(backend, self.serving(backend), up, loading=self.loading)
             effects += self._judge_room(backend)
             if not self.loading:
                 self._relieve(backend, up, now)
@@ -510,7 +390,7 @@ class Backends:
             backend.scanned_files, backend.scan_expected = message.files, message.files_expected
         for piece in slices_of(message.added):
             if known(piece):
-                yield self.found(replace(piece, backend=backend.id))
+                yield self.found(replace(piece, backend=backend.id), node.address.node_id)
         if not message.last or not ours:
             return
         backend.scanner = ""
@@ -521,19 +401,19 @@ class Backends:
         backend.complete = True
         yield [self._keep(backend), BackendChanged(backend.name, f"is scanned: {message.files} files")]
 
-    def found(self, piece: BlockRun) -> list[Effect]:
+    def found(self, piece: BlockRun, node_id: str = "") -> list[Effect]:
         """Take in files that somebody has seen, less those that are about to be removed."""
         backend = self.of(piece.backend)
         effects: list[Effect] = []
         for shard in mask_shards(piece.shards):
-            run = BlockRun(piece.namespace, 1 << shard, piece.shard_bytes, piece.keys, backend=backend.id)
+            run = replace(piece, shards=1 << shard)
             if backend.doomed:
-                run = replace(run, keys=b"".join(n[-KEY_BYTES:] for n in _names(run) if n not in backend.doomed))
-            effects += self.add(run) if len(run) else []
+                run = named(run, (name for name in names(run) if name not in backend.doomed))
+            effects += self.add(run, node_id) if len(run) else []
         return effects
 
     def tell_again(self) -> list[Effect]:
-        """Say everything of backends again, to a catalog that has lost it; their files come from new scans."""
+        """Say everything of backends again, to a catalog that has lost some of it; their files come from new scans."""
         for backend in self.by_id.values():
             backend.complete, backend.scan_wanted = False, True
         return [self._keep(backend) for backend in self.by_id.values()]
@@ -541,9 +421,3 @@ class Backends:
     @staticmethod
     def _keep(backend: StorageBackend) -> Effect:
         return CatalogBackend(Backend(backend.id, backend.url, backend.capacity_bytes), backend.complete)
-
-
-def _names(run: BlockRun) -> list[bytes]:
-    """Name each file of a run of one shard: namespace, shard, key."""
-    head = run.namespace + bytes([run.shards.bit_length() - 1])
-    return [head + run.keys[at : at + KEY_BYTES] for at in range(0, len(run.keys), KEY_BYTES)]

@@ -65,6 +65,7 @@ class FileChange(Enum):
 
     ADDED = "added"
     LOST = "lost"  # found to be missing or broken
+    DOUBTED = "doubted"  # there, as it seems; until that is seen to, and ADDED, they are kept as doomed
     DOOMED = "doomed"  # no hits any more; to be removed
     REMOVED = "removed"  # doomed ones that are gone, or were written again
 

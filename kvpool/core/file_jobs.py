@@ -155,12 +155,16 @@ class ReadQueue:
 
 @dataclass(slots=True, eq=False)
 class Remove:
-    """Remove files; part of the master's command ``id``. After ``until`` it must not be begun."""
+    """Remove files, or only ``look`` which are gone; part of the master's command ``id``.
+
+    After ``until`` it must not be begun.
+    """
 
     backend: int
     id: int
     files: list[File]
     until: float = math.inf
+    look: bool = False
 
 
 @dataclass(slots=True, eq=False)

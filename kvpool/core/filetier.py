@@ -31,11 +31,11 @@ from kvpool.core.file_jobs import (
     ranked,
 )
 from kvpool.core.file_reads import BATCH_FILES, FileReads
-from kvpool.core.messages import RemoveFiles, Storage
+from kvpool.core.messages import BlockRun, FilesRemoved, LookForFiles, RemoveFiles, Storage
 from kvpool.core.segment import SegmentState, Slot
 from kvpool.core.slots import block_keys
 from kvpool.errors import OverloadedError
-from kvpool.model import Backend, BackendState, Namespace, mask_shards
+from kvpool.model import DIGEST_BYTES, Backend, BackendState, Namespace, mask_shards
 
 BATCH_BYTES: Final = 1 << 20
 """What a thread is given at a time at most: small files must not cost a turn of the loop each."""
@@ -81,7 +81,8 @@ class FileTierState:
         self._write_through = write_through
         self._numbers: dict[bytes, int] = {}
         self._removals: dict[int, list[Remove]] = {}  # command -> jobs that have not ended
-        self._removed: list[int] = []
+        self._gone_of: dict[int, list[File]] = {}  # command -> files that were looked for and are not there
+        self._removed: list[FilesRemoved] = []
         self._moving: deque[tuple[BackendWork, OrderedDict[File, int]]] = deque()  # writes that go elsewhere
         self._unfiling: deque[Iterator[bool]] = deque()  # see ``_unfile``
         for backend in backends:
@@ -111,14 +112,15 @@ class FileTierState:
         self.storage_changed = False
         return Storage(tuple(backend.described() for backend in self.backends))
 
-    def take_removed(self) -> list[int]:
-        """Return the commands that were carried out since the last call."""
+    def take_removed(self) -> list[FilesRemoved]:
+        """Return what to say of the commands that were carried out since the last call."""
         removed, self._removed = self._removed, []
         return removed
 
     def forget_commands(self) -> None:
         """Drop what a master that is gone has asked for."""
         self._removals.clear()
+        self._gone_of.clear()
         self._removed.clear()
         for backend in self.backends:
             backend.removes.clear()
@@ -285,8 +287,8 @@ class FileTierState:
             backend.learn_asked |= failure.trouble is Trouble.GIVEN_BACK
             self._error(backend, failure, now)
 
-    def removed(self, job: Remove, failure: Failure | None, now: float) -> None:
-        """Take the end of a removal; the command it belongs to is confirmed with its last job."""
+    def removed(self, job: Remove, gone: Iterable[File], failure: Failure | None, now: float) -> None:
+        """Take the end of a removal, or which files are ``gone``; its command is confirmed with its last job."""
         backend = self.backends[job.backend]
         if failure is not None:
             self._forget_removal(backend, job.id)
@@ -295,26 +297,34 @@ class FileTierState:
             else:
                 self._error(backend, failure, now)
             return
-        backend.counters["removed_files"] += len(job.files)
-        for file in job.files:
-            slot = self._segment.slot(*file)
-            if slot is not None:
-                slot.filed = False
+        if job.look:
+            self._gone_of.setdefault(job.id, []).extend(gone)
+            for file in gone:
+                self._unfiled(file)
+        else:
+            backend.counters["removed_files"] += len(job.files)
+            for file in job.files:
+                self._unfiled(file)
         jobs = self._removals.get(job.id, [])
         if job in jobs:
             jobs.remove(job)
             if not jobs:
                 del self._removals[job.id]
-                self._removed.append(job.id)
+                lost = _runs(backend.id, self._gone_of.pop(job.id, []))
+                self._removed.append(FilesRemoved(job.id, lost))
 
     def _forget_removal(self, backend: BackendWork, command: int) -> None:
         """Drop what is left of a command that will not be confirmed: the master asks somebody else."""
         self._removals.pop(command, None)
+        self._gone_of.pop(command, None)
         backend.removes = deque(waiting for waiting in backend.removes if waiting.id != command)
 
     def _gone(self, backend: BackendWork, file: File, shard_bytes: int) -> None:
         """Tell that a file is not there; its block, if it is in memory, is to be written when it is used."""
         self.changes.note(backend.id, *file, shard_bytes, added=False)
+        self._unfiled(file)
+
+    def _unfiled(self, file: File) -> None:
         slot = self._segment.slot(*file)
         if slot is not None:
             slot.filed = False
@@ -376,16 +386,17 @@ class FileTierState:
 
     # ---- the master's wishes -------------------------------------------------------------------------
 
-    def remove(self, command: RemoveFiles) -> None:
-        """Queue the removal of files; one that is under way already is not queued again."""
+    def remove(self, command: RemoveFiles | LookForFiles) -> None:
+        """Queue the removal of files, or the look for them; what is under way already is not queued again."""
         number = self._numbers.get(command.backend)
         if number is None or command.id in self._removals or not self.backends[number].readable:
             return
         files = [(key, shard) for run in command.blocks for key in block_keys(run) for shard in mask_shards(run.shards)]
         starts = range(0, len(files), REMOVE_FILES)
-        jobs = [Remove(number, command.id, files[at : at + REMOVE_FILES]) for at in starts]
+        look = isinstance(command, LookForFiles)
+        jobs = [Remove(number, command.id, files[at : at + REMOVE_FILES], look=look) for at in starts]
         if not jobs:
-            self._removed.append(command.id)
+            self._removed.append(FilesRemoved(command.id))
             return
         self._removals[command.id] = jobs
         self.backends[number].removes.extend(jobs)
@@ -401,6 +412,7 @@ class FileTierState:
     def only_write(self) -> None:
         """Forget what need not be done before the end."""
         self._removals.clear()
+        self._gone_of.clear()
         for backend in self.backends:
             backend.removes.clear()
             self.reads.drop_ahead(backend)
@@ -482,6 +494,7 @@ class FileTierState:
             self.reads.lost(backend)
             for job in backend.removes:
                 self._removals.pop(job.id, None)
+                self._gone_of.pop(job.id, None)
             backend.removes.clear()
             self._move()
 
@@ -491,3 +504,11 @@ class FileTierState:
             self._moving.append((backend, backend.writes))
             backend.writes = OrderedDict()
         self._move()
+
+
+def _runs(backend: bytes, files: Iterable[File]) -> tuple[BlockRun, ...]:
+    """Return files as runs of one shard, without sizes."""
+    keys: dict[tuple[bytes, int], list[bytes]] = {}
+    for block_key, shard in files:
+        keys.setdefault((block_key[:DIGEST_BYTES], shard), []).append(block_key[DIGEST_BYTES:])
+    return tuple(BlockRun(n, 1 << shard, 0, b"".join(some), backend=backend) for (n, shard), some in keys.items())

@@ -105,7 +105,7 @@ class MasterState:
         self.transfers = Transfers(
             self.index, self.nodes, limits.lease_ttl_s, self.counters, self._jobs, self._evict, self._unlist, now
         )
-        self.backends.next_batch = (epoch & 0x7FFFFFFF) << 32 | 1  # never one that an earlier master has sent
+        self.backends.removing.begin(now, (epoch & 0x7FFFFFFF) << 32 | 1)  # no batch that an earlier master has sent
 
     # ---- time ----------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class MasterState:
         elif isinstance(message, Storage):
             yield effects + self.backends.announce(node, message.backends)
         elif isinstance(message, FilesRemoved):
-            yield effects + self.backends.confirm(message.id)
+            yield effects + self.backends.confirm(message, self._last_now)
         elif isinstance(message, Scanned):
             yield effects + self._learn(message.namespaces)
             yield from self.backends.scanned(node, message, up, self.usable)
@@ -220,7 +220,8 @@ class MasterState:
             self._await_inventory(node, up)
         effects.append(Send(session, Welcome(self.epoch, node.sequence if resume else 0, inventory=not resume)))
         effects += self._judge(node, up, "resumed" if resume else "says hello")
-        return effects + self.backends.hello(node, hello.backends) + self.pins.greet(node)
+        self._jobs.extend(self.pins.greet(node))
+        return effects + self.backends.hello(node, hello)
 
     def _await_inventory(self, node: Node, up: float) -> None:
         node.awaiting, node.asked_at, node.next_chunk = True, up, 0
@@ -318,7 +319,7 @@ class MasterState:
             told = (space is not None and space.descriptor is not None) or len(self.index.spaces) >= NAMESPACES_MAX
             return [] if told else None  # if it is full, nothing could make it known
         if piece.backend:
-            return self.backends.add(piece)
+            return self.backends.add(piece, self._incarnations[incarnation].address.node_id)
         self.index.add(piece, incarnation, TIER)
         self.counters["blocks_added"] += len(piece)
         return []
@@ -564,7 +565,8 @@ class MasterState:
         """Say again what a catalog should keep, because it has lost it."""
         spaces = self.index.spaces.values()
         effects: list[Effect] = [Remember(space.descriptor) for space in spaces if space.descriptor is not None]
-        return effects + self.backends.tell_again() + self.pins.tell_again()
+        self._jobs.extend(self.pins.tell_again())
+        return effects + self.backends.tell_again()
 
     def announce(self, namespace: Namespace, now: float) -> tuple[str, list[Effect]]:
         """Make an engine's namespace known; returns a warning if others hash differently. Raises OverloadedError."""

@@ -36,7 +36,7 @@ class BlockRun:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of a session."""
+    """First message of a session. ``kept_by``: the master whose Ack was the last one, with its ``generation``."""
 
     address: NodeAddress
     epoch: int
@@ -46,6 +46,8 @@ class Hello:
     master_epoch: int = 0
     namespaces: tuple[Namespace, ...] = ()
     backends: tuple[Backend, ...] = ()
+    kept_by: int = 0
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,10 @@ class Scanned:
 
 @dataclass(frozen=True, slots=True)
 class FilesRemoved:
-    """A RemoveFiles is carried out."""
+    """A RemoveFiles is carried out, or a LookForFiles: ``gone`` was not there."""
 
     id: int
+    gone: tuple[BlockRun, ...] = ()
 
 
 NodeMessage = Hello | Inventory | Delta | Heartbeat | Probed | Storage | Scanned | FilesRemoved
@@ -157,9 +160,13 @@ class SendInventory:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Deltas up to ``sequence`` are applied and may be forgotten."""
+    """Deltas up to ``sequence`` are applied and may be forgotten.
+
+    ``generation``: the catalog's that has what they say of files; 1 where there is no catalog.
+    """
 
     sequence: int
+    generation: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +188,17 @@ class RemoveFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class LookForFiles:
+    """Somebody may have removed these files: see whether they are there, and say FilesRemoved."""
+
+    id: int
+    backend: bytes
+    blocks: tuple[BlockRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Scan:
-    """The catalog knows nothing of this backend: say what it holds."""
+    """The catalog does not know all of this backend: say what it holds."""
 
     backend: bytes
 
@@ -203,5 +219,6 @@ class Keep:
 
 
 MasterMessage = (
-    Welcome | Victims | Evict | Superseded | SendInventory | Ack | Probe | RemoveFiles | Scan | StorageLimits | Keep
-)
+    Welcome | Victims | Evict | Superseded | SendInventory | Ack | Probe | RemoveFiles | LookForFiles | Scan
+    | StorageLimits | Keep
+)  # fmt: skip

@@ -6,8 +6,8 @@ that they spare them on their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from kvpool.model import DIGEST_BYTES, KEY_BYTES
 KEYS_MAX = 1 << 20
 """Keys of all pins together."""
 
-GREETING_KEYS_MAX = 1 << 14
-"""Keys in one message to a node that says hello: however many pins there are, the messages are few."""
+GREETING_KEYS_MAX = ROWS_PER_SLICE
+"""Keys in one message to a node that says hello: however many pins there are, the messages are few, and short."""
 
 LABEL_CHARS_MAX = 256
 
@@ -33,12 +33,13 @@ _SLICE_BYTES = ROWS_PER_SLICE * KEY_BYTES
 
 @dataclass(slots=True)
 class OperatorPin:
-    """One pin: hard if ``until`` is None. ``keys`` grows while it is being taken."""
+    """One pin: hard if ``until`` is None. ``keys`` grows to ``blocks`` of them while it is being taken."""
 
     id: int
     label: str
     namespace: bytes
     until: float | None
+    blocks: int
     keys: bytearray = field(default_factory=bytearray)
     present: int = 0  # blocks that were there when it was taken
     ended: bool = False
@@ -49,7 +50,7 @@ class OperatorPin:
         return HARD if self.until is None else SOFT
 
     def __len__(self) -> int:
-        """Return the number of blocks."""
+        """Return the number of blocks taken so far."""
         return len(self.keys) // KEY_BYTES
 
 
@@ -77,22 +78,22 @@ class Pins:
             raise InvalidArgumentError("label", f"must have at most {LABEL_CHARS_MAX} characters")
         if len(namespace) != DIGEST_BYTES or namespace not in self._index.spaces:
             raise UnknownNamespaceError(f"namespace {namespace.hex()} is not known to the master")
-        if sum(map(len, self.by_id.values())) + len(keys) // KEY_BYTES > KEYS_MAX:
+        blocks = len(keys) // KEY_BYTES
+        if sum(pin.blocks for pin in self.by_id.values()) + blocks > KEYS_MAX:
             raise OverloadedError(f"at most {KEYS_MAX} blocks can be pinned")
-        pin = OperatorPin(self._next, label, namespace, now + ttl_s if ttl_s else None)
+        pin = self.by_id[self._next] = OperatorPin(self._next, label, namespace, now + ttl_s if ttl_s else None, blocks)
         self._next += 1
         return pin, self._take(pin, keys, remember=True)
 
     def load(self, pin_id: int, label: str, namespace: bytes, until: float | None, keys: bytes) -> None:
         """Take a pin that the catalog has."""
         self._index.space(namespace)
-        pin = OperatorPin(pin_id, label, namespace, until)
+        pin = self.by_id[pin_id] = OperatorPin(pin_id, label, namespace, until, len(keys) // KEY_BYTES)
         self._next = max(self._next, pin_id + 1)
         for _ in self._take(pin, keys, remember=False):
             pass
 
     def _take(self, pin: OperatorPin, keys: bytes, *, remember: bool) -> Iterator[list[Effect]]:
-        self.by_id[pin.id] = pin
         for start in range(0, len(keys), _SLICE_BYTES):
             if pin.ended:
                 return
@@ -105,9 +106,7 @@ class Pins:
 
     def chosen(self, ids: set[int], label: str, *, every: bool) -> list[OperatorPin]:
         """Return the pins that a wish to end some is about."""
-        return [
-            pin for pin in self.by_id.values() if every or pin.id in ids or (label and pin.label == label)
-        ]
+        return [pin for pin in self.by_id.values() if every or pin.id in ids or (label and pin.label == label)]
 
     def end(self, pin: OperatorPin) -> Iterator[list[Effect]]:
         """End a pin; returns the slices that do."""
@@ -140,20 +139,42 @@ class Pins:
             return []
         return [Send(node.session, message) for node in self._nodes.values() if node.session is not None]
 
-    def greet(self, node: Node) -> list[Effect]:
-        """Tell a node that has just said hello what it must keep; it remembers nothing of earlier sessions."""
-        if node.session is None:
-            return []
-        kept: dict[bytes, list[bytearray]] = {}
-        for pin in self.by_id.values():
-            if pin.level == HARD:
-                kept.setdefault(pin.namespace, []).append(pin.keys)
-        runs = (self._run(namespace, b"".join(parts)) for namespace, parts in kept.items())
-        return [Send(node.session, Keep(keep=batch)) for batch in _batches(runs)]
+    def greet(self, node: Node) -> list[Iterator[list[Effect]]]:
+        """Return the slices that tell a node that says hello what it must keep: it has forgotten earlier sessions.
 
-    def tell_again(self) -> list[Effect]:
-        """Say every pin again, to a catalog that has lost it."""
-        return [_catalog(pin) for pin in self.by_id.values()]
+        What is pinned, or ends, from now on it is told like every other node.
+        """
+        return [self._greet(node, node.session)] if self.by_id else []
+
+    def _greet(self, node: Node, session: int | None) -> Iterator[list[Effect]]:
+        kept: dict[bytes, bytearray] = {}
+        room = GREETING_KEYS_MAX
+        for pin in [pin for pin in self.by_id.values() if pin.level == HARD]:
+            at = 0
+            # A pin may end while the node is being greeted, and so may the session.
+            while at < len(pin.keys) and not pin.ended and node.session == session:
+                part = pin.keys[at : at + room * KEY_BYTES]
+                kept.setdefault(pin.namespace, bytearray()).extend(part)
+                at += len(part)
+                room -= len(part) // KEY_BYTES
+                if not room:
+                    yield self._keep(session, kept)
+                    kept, room = {}, GREETING_KEYS_MAX
+        if kept and node.session == session:
+            yield self._keep(session, kept)
+
+    def _keep(self, session: int | None, kept: dict[bytes, bytearray]) -> list[Effect]:
+        runs = tuple(self._run(namespace, bytes(keys)) for namespace, keys in kept.items())
+        return [Send(session, Keep(keep=runs))] if session is not None else []
+
+    def tell_again(self) -> list[Iterator[list[Effect]]]:
+        """Return the slices that say every pin again, to a catalog that has lost it."""
+        return [self._tell_again()] if self.by_id else []
+
+    def _tell_again(self) -> Iterator[list[Effect]]:
+        for pin in list(self.by_id.values()):
+            if len(pin) == pin.blocks and not pin.ended:  # one that is being taken is said at its end
+                yield [_catalog(pin)]
 
     def present(self, pin: OperatorPin) -> Iterator[int]:
         """Count, slice by slice, how many of a pin's blocks are there now."""
@@ -164,21 +185,3 @@ class Pins:
 
 def _catalog(pin: OperatorPin) -> Effect:
     return CatalogPin(pin.id, pin.label, pin.namespace, pin.until, bytes(pin.keys))
-
-
-def _batches(runs: Iterable[BlockRun]) -> Iterator[tuple[BlockRun, ...]]:
-    """Group runs, split where needed, into messages of a bounded size."""
-    batch: list[BlockRun] = []
-    room = GREETING_KEYS_MAX
-    for run in runs:
-        at = 0
-        while at < len(run.keys):
-            keys = run.keys[at : at + room * KEY_BYTES]
-            batch.append(replace(run, keys=keys))
-            at += len(keys)
-            room -= len(keys) // KEY_BYTES
-            if not room:
-                yield tuple(batch)
-                batch, room = [], GREETING_KEYS_MAX
-    if batch:
-        yield tuple(batch)

@@ -19,11 +19,11 @@ from kvpool.core.messages import (
     BlockRun,
     Delta,
     Evict,
-    FilesRemoved,
     Heartbeat,
     Hello,
     Inventory,
     Keep,
+    LookForFiles,
     MasterMessage,
     NodeMessage,
     Probe,
@@ -94,6 +94,7 @@ class Reporter:
         self._chunks: Iterator[tuple[BlockRun, ...]] | None = None  # what an inventory has still to tell
         self._chunk = 0
         self._inventory_sequence = 0
+        self._kept = 0, 0  # who has acknowledged last, and the generation of its catalog
 
     def __repr__(self) -> str:
         return f"<Reporter {self._address.node_id} at {self.sequence}, {len(self._journal)} not acknowledged>"
@@ -113,6 +114,7 @@ class Reporter:
                 self.master_epoch,
                 namespaces,
                 self._tier.storage().backends if self._tier is not None else (),
+                *self._kept,
             )
         ]
 
@@ -157,7 +159,7 @@ class Reporter:
             self.welcomed = self._connected  # the Welcome may be lost; this says as much
             return self._inventory() if self.welcomed else []
         elif isinstance(message, Ack):
-            self._acknowledged(message.sequence)
+            self._acknowledged(message)
         elif isinstance(message, Probe):
             return [Probed(message.id, self._segment.states(message.namespace, message.keys))]
         elif isinstance(message, Keep):
@@ -167,7 +169,7 @@ class Reporter:
             self.superseded = True
             self.disconnected()
         elif self._tier is not None:
-            if isinstance(message, RemoveFiles):
+            if isinstance(message, RemoveFiles | LookForFiles):
                 self._tier.remove(message)
             elif isinstance(message, StorageLimits):
                 self._tier.set_full(message.full)
@@ -186,7 +188,7 @@ class Reporter:
         messages: list[NodeMessage] = []
         tier = self._tier
         if tier is not None:
-            messages += [FilesRemoved(command) for command in tier.take_removed()]
+            messages += tier.take_removed()
             if tier.storage_changed:
                 messages.append(tier.storage())
         untold = self._namespaces_told < len(self._segment.namespaces) or self._evictions_told < self._evictions_done
@@ -290,13 +292,14 @@ class Reporter:
             self._journal_keys -= _keys_in(self._journal.popleft())
         return delta
 
-    def _acknowledged(self, sequence: int) -> None:
-        if sequence > self.sequence:
+    def _acknowledged(self, message: Ack) -> None:
+        if message.sequence > self.sequence:
             return  # of another process with this node id
-        while self._journal and self._journal[0].sequence <= sequence:
+        self._kept = self.master_epoch, message.generation
+        while self._journal and self._journal[0].sequence <= message.sequence:
             self._journal_keys -= _keys_in(self._journal.popleft())
         if self._tier is not None:
-            self._tier.changes.acknowledged(sequence)
+            self._tier.changes.acknowledged(message.sequence)
 
 
 _Runs = tuple[BlockRun, ...]

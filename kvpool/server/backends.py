@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvpool.core.backends import StorageBackend
 from kvpool.core.index import ROWS_PER_SLICE
 from kvpool.core.messages import BlockRun
 from kvpool.core.nodes import slices_of
+from kvpool.core.storage import StorageBackend
 from kvpool.errors import InvalidArgumentError, UnavailableError
-from kvpool.model import Backend, BackendState, mask_shards
+from kvpool.model import KEY_BYTES, Backend, BackendState, mask_shards
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.server import wire
@@ -70,7 +70,7 @@ def _known(pool: Pool, backend_id: bytes) -> StorageBackend:
 
 
 async def files(pool: Pool, backend_id: bytes) -> AsyncIterator[admin_pb2.CataloguedFilesResponse]:
-    """Yield what a backend holds, in runs of one shard. Raises InvalidArgumentError."""
+    """Yield what a backend holds, in runs of one shard, then what is to be removed. Raises InvalidArgumentError."""
     backend = _known(pool, backend_id)
     index = pool.state.index
     start = 0
@@ -85,6 +85,20 @@ async def files(pool: Pool, backend_id: bytes) -> AsyncIterator[admin_pb2.Catalo
         for at in range(0, len(runs), RUNS_MAX):
             yield admin_pb2.CataloguedFilesResponse(blocks=wire.runs_to_proto(runs[at : at + RUNS_MAX]))
         await asyncio.sleep(0)
+    doomed = list(backend.doomed)
+    for start in range(0, len(doomed), ROWS_PER_SLICE):
+        yield admin_pb2.CataloguedFilesResponse(
+            blocks=wire.runs_to_proto(_doomed_runs(backend, doomed[start : start + ROWS_PER_SLICE]))
+        )
+        await asyncio.sleep(0)
+
+
+def _doomed_runs(backend: StorageBackend, names: list[bytes]) -> list[BlockRun]:
+    """Return files that are to be removed as runs without a size."""
+    groups: dict[bytes, list[bytes]] = {}
+    for name in names:
+        groups.setdefault(name[:-KEY_BYTES], []).append(name[-KEY_BYTES:])
+    return [BlockRun(head[:-1], 1 << head[-1], 0, b"".join(keys), backend=backend.id) for head, keys in groups.items()]
 
 
 async def correct(pool: Pool, request: admin_pb2.CorrectCatalogRequest) -> admin_pb2.CorrectCatalogResponse:

@@ -25,7 +25,7 @@ from kvpool.processes import start_thread
 from kvpool.server.filehelper import Opening
 from kvpool.server.filemarks import FileMark
 from kvpool.server.filescan import FileScan
-from kvpool.server.filework import failure_of
+from kvpool.server.filework import Gone, failure_of
 from kvpool.server.fileworker import Batch, Desk, Result, Worker
 from kvpool.tiers.dram import Segment
 from kvpool.tiers.store import BlockStore, StoreError
@@ -291,7 +291,7 @@ class FileTier:
                         log.warning("set aside: %s", failure.text)
                     state.read_failed(job, failure, now)
             elif isinstance(job, Remove):
-                state.removed(job, failure, now)
+                state.removed(job, value.files if isinstance(value, Gone) else (), failure, now)
             else:
                 state.learned(job.backend, value if isinstance(value, list) else [], failure, now)
         if results:

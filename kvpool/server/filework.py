@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kvpool.core.file_jobs import Failure, File, Job, Learn, Read, Remove, Trouble, Write
@@ -33,11 +35,22 @@ _TROUBLES: Final = (
     (StoreReadOnlyError, Trouble.READ_ONLY),
 )
 
-Brought = tuple[int, bytes] | list[Namespace] | None
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Files that were looked for and are not there."""
+
+    files: list[File]
+
+
+Brought = tuple[int, bytes] | list[Namespace] | Gone | None
 
 
 def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | None, Brought]:
-    """Do a job; returns what went wrong, and what it brought: a block's (shard_bytes, checksums), namespaces."""
+    """Do a job; returns what went wrong, and what it brought.
+
+    That is a block's (shard_bytes, checksums), or namespaces, or the files that are not there.
+    """
     try:
         if isinstance(job, Read):
             return None, _read(store, view, job)
@@ -48,6 +61,8 @@ def perform(store: BlockStore, view: memoryview, job: Job) -> tuple[Failure | No
         elif isinstance(job, Remove):
             if time.monotonic() > job.until:
                 return Failure(Trouble.GIVEN_BACK, "too late"), None
+            if job.look:
+                return None, _look(store, job)
             store.remove([_name(file) for file in job.files])
         elif isinstance(job, Learn):
             return None, store.namespaces()
@@ -97,6 +112,15 @@ def failure_of(exc: Exception) -> Failure:
 
 def _name(file: File) -> FileName:
     return FileName(file[0][:DIGEST_BYTES], file[0][DIGEST_BYTES:], file[1])
+
+
+def _look(store: BlockStore, job: Remove) -> Gone:
+    """See which files are not there, if that is where they should be. Raises StoreError."""
+    there = set(store.older_than([_name(file) for file in job.files], -math.inf))
+    gone = [file for file in job.files if _name(file) not in there]
+    if gone:
+        store.probe()
+    return Gone(gone)
 
 
 def _read(store: BlockStore, view: memoryview, read: Read) -> tuple[int, bytes]:

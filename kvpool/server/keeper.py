@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 
+from kvpool.config import boot_id
 from kvpool.core.effects import (
     CatalogBackend,
     CatalogFiles,
@@ -22,13 +24,16 @@ from kvpool.core.index import ROWS_PER_SLICE
 from kvpool.core.master import MasterState
 from kvpool.core.messages import BlockRun
 from kvpool.core.nodes import FORGET_DEAD_S
-from kvpool.tiers.catalog import Catalog, FileList, Files, KnownBackend, KnownPin
+from kvpool.tiers.catalog import Catalog, FileList, Files, KnownBackend, KnownPin, KnownRun
 
 log = logging.getLogger(__name__)
 
 
 KEPT_S = 5.0
 """How long an operator waits for the disk at most."""
+
+RUNS_MAX = 64
+"""Masters that the catalog remembers. Who has heard of none later has backends scanned."""
 
 
 class Keeper:
@@ -44,12 +49,32 @@ class Keeper:
         """Nodes of an earlier master that have not been heard of yet."""
         for namespace in catalog.namespaces:
             state.register(namespace)
-        for known in catalog.backends:
-            state.backends.load_backend(known.backend, complete=known.complete)
+        self._begin(catalog, state)
         for pin in catalog.pins:
             until = now + pin.until - time.time() if pin.until else None
             state.pins.load(pin.id, pin.label, pin.namespace, until, pin.keys)
         state.backends.loading = True
+
+    def _begin(self, catalog: Catalog, state: MasterState) -> None:
+        """Take in the backends, and what can be told of how up to date the catalog is."""
+        runs = catalog.runs
+        cut = bool(runs) and runs[-1].boot not in {"", boot_id()}
+        if cut:
+            log.warning("the machine went down with the catalog in use: it may lack changes, and backends are scanned")
+        for known in catalog.backends:
+            if cut:
+                catalog.keep_backend(KnownBackend(known.backend, complete=False))
+            state.backends.load_backend(known.backend, complete=known.complete and not cut)
+        ends = [*(run.generation for run in runs[1:]), catalog.generation]
+        state.backends.earlier = {run.epoch: end for run, end in zip(runs, ends, strict=False)}
+        state.backends.earlier[state.epoch] = math.inf
+        self._runs = [*runs[1 - RUNS_MAX :], KnownRun(state.epoch, catalog.generation, boot_id())]
+        catalog.keep_runs(self._runs)
+
+    @property
+    def generation(self) -> int:
+        """The generation of what is kept."""
+        return self._catalog.generation
 
     @property
     def problem(self) -> str:
@@ -77,14 +102,17 @@ class Keeper:
                 catalog.keep_node(effect.node_id)
 
     def _perform_files(self, effect: CatalogFiles) -> None:
-        change = {
-            FileChange.ADDED: self._catalog.files_added,
-            FileChange.LOST: self._catalog.files_lost,
-            FileChange.DOOMED: self._catalog.files_doomed,
-            FileChange.REMOVED: self._catalog.files_removed,
+        catalog = self._catalog
+        changes = {
+            FileChange.ADDED: (catalog.files_added,),
+            FileChange.DOUBTED: (catalog.files_added, catalog.files_doomed),
+            FileChange.LOST: (catalog.files_lost,),
+            FileChange.DOOMED: (catalog.files_doomed,),
+            FileChange.REMOVED: (catalog.files_removed,),
         }[effect.change]
         for run in effect.blocks:
-            change(Files(effect.backend, run.namespace, run.shards, run.shard_bytes, run.keys))
+            for change in changes:
+                change(Files(effect.backend, run.namespace, run.shards, run.shard_bytes, run.keys))
 
     def after(self, call: Callable[[], None]) -> None:
         """Call when everything handed over so far is kept or given up; at once if it is."""
@@ -126,10 +154,12 @@ class Keeper:
         log.warning("the catalog has lost something: it is told everything again, and backends are scanned")
         for node_id in self._nodes:
             self._catalog.keep_node(node_id)
+        self._catalog.keep_runs(self._runs)
         return self._state.tell_catalog()
 
     def close(self) -> None:
-        """Write what was handed over."""
+        """Write what was handed over, and that this is an end in order."""
+        self._catalog.keep_runs([*self._runs[:-1], self._runs[-1]._replace(boot="")])
         self._catalog.close()
 
 

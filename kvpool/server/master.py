@@ -15,6 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -51,6 +52,7 @@ from kvpool.rpc.v1 import (
 from kvpool.server import engines, metrics, transfers, wire
 from kvpool.server.admin import AdminService
 from kvpool.server.daemon import run_daemon
+from kvpool.server.datadir import held
 from kvpool.server.keeper import Keeper
 from kvpool.server.peers import Guard, grpc_peer_host, rpc
 from kvpool.tiers.catalog import Catalog
@@ -62,8 +64,11 @@ log = logging.getLogger(__name__)
 PROTOCOL = 1
 TICK_S = 0.1
 MESSAGE_BYTES_MAX = 32 << 20
-SESSION_QUEUE_MAX = 1024
+SESSION_QUEUE_MAX = 2048
+"""Messages to a node that wait to be sent: all that it is told of pins fits in, and as much again."""
+
 SHUTDOWN_GRACE_S = 1.0
+
 
 class Pool:
     """The state with what its effects need: sessions to send on, the catalog, the clock."""
@@ -85,7 +90,7 @@ class Pool:
         self.data_port = 0
         self.closing = False
         self._queues: dict[int, asyncio.Queue[MasterMessage | None]] = {}
-        self._acks: dict[int, MasterMessage] = {}  # the last one of each session, for when the catalog has it
+        self._acks: dict[int, Ack] = {}  # the last one of each session, for when the catalog has it
         self._acks_asked = False
         self._numbers = itertools.count(1)
         self._work = asyncio.Event()
@@ -130,7 +135,7 @@ class Pool:
         def kept() -> None:
             self._acks_asked = False
             for session, message in acks.items():
-                self._put(session, message)
+                self._put(session, replace(message, generation=keeper.generation))
             if self._acks:
                 self._acknowledge(keeper)
 
@@ -315,9 +320,7 @@ class MasterService(master_pb2_grpc.MasterServicer):
         return master_pb2.PlaceResponse(node=convert.address_to_proto(node.address))
 
     @rpc
-    async def ReportResidency(
-        self, request: master_pb2.ResidencyRequest, context: Any
-    ) -> master_pb2.ResidencyResponse:
+    async def ReportResidency(self, request: master_pb2.ResidencyRequest, context: Any) -> master_pb2.ResidencyResponse:
         """Take in what an engine holds, as the frames do."""
         return self.pool.report(request, request.keys)
 
@@ -452,9 +455,7 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
     healths = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     names = _services(master_pb2, node_pb2, admin_pb2)
-    reflection.enable_server_reflection(
-        (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         port = server.add_insecure_port(f"{host}:{settings.port}")
@@ -486,7 +487,6 @@ async def serve(settings: MasterSettings, stop: asyncio.Event) -> int:
 
 
 def run(settings: MasterSettings, notes: list[str]) -> int:
-    """Run the master until SIGTERM or SIGINT; returns the exit code."""
-    return run_daemon(functools.partial(serve, settings), settings.log_level, notes)
-
-
+    """Run the master until it is told to stop; returns the exit code. Raises InvalidArgumentError."""
+    with held(settings.data_dir):
+        return run_daemon(functools.partial(serve, settings), settings.log_level, notes)

@@ -84,6 +84,8 @@ def node_message_to_proto(message: core.NodeMessage) -> node_pb2.NodeMessage:
                 master_epoch=message.master_epoch,
                 namespaces=[namespace_to_proto(n) for n in message.namespaces],
                 backends=[backend_to_proto(b) for b in message.backends],
+                kept_by=message.kept_by,
+                generation=message.generation,
             )
         )
     if isinstance(message, core.Inventory):
@@ -124,7 +126,8 @@ def node_message_to_proto(message: core.NodeMessage) -> node_pb2.NodeMessage:
             )
         )
     if isinstance(message, core.FilesRemoved):
-        return node_pb2.NodeMessage(files_removed=node_pb2.FilesRemoved(id=message.id))
+        removed = node_pb2.FilesRemoved(id=message.id, gone=runs_to_proto(message.gone))
+        return node_pb2.NodeMessage(files_removed=removed)
     return node_pb2.NodeMessage(
         heartbeat=node_pb2.Heartbeat(used_bytes=message.used_bytes, sequence=message.sequence)
     )
@@ -144,6 +147,8 @@ def node_message_from_proto(message: node_pb2.NodeMessage) -> core.NodeMessage:
             hello.master_epoch,
             tuple(namespace_from_proto(n) for n in hello.namespaces),
             tuple(backend_from_proto(b) for b in hello.backends),
+            hello.kept_by,
+            hello.generation,
         )
     if body == "inventory":
         inventory = message.inventory
@@ -178,7 +183,7 @@ def node_message_from_proto(message: node_pb2.NodeMessage) -> core.NodeMessage:
             scanned.error[:1024],
         )
     if body == "files_removed":
-        return core.FilesRemoved(message.files_removed.id)
+        return core.FilesRemoved(message.files_removed.id, runs_from_proto(message.files_removed.gone))
     raise FrameError("a node message without a body")
 
 
@@ -204,6 +209,9 @@ def master_message_to_proto(message: core.MasterMessage) -> node_pb2.MasterMessa
     if isinstance(message, core.RemoveFiles):
         remove = node_pb2.RemoveFiles(id=message.id, backend=message.backend, blocks=runs_to_proto(message.blocks))
         return node_pb2.MasterMessage(remove_files=remove)
+    if isinstance(message, core.LookForFiles):
+        look = node_pb2.LookForFiles(id=message.id, backend=message.backend, blocks=runs_to_proto(message.blocks))
+        return node_pb2.MasterMessage(look_for_files=look)
     if isinstance(message, core.Scan):
         return node_pb2.MasterMessage(scan=node_pb2.Scan(backend=message.backend))
     if isinstance(message, core.StorageLimits):
@@ -212,7 +220,7 @@ def master_message_to_proto(message: core.MasterMessage) -> node_pb2.MasterMessa
     if isinstance(message, core.Keep):
         keep = node_pb2.Keep(keep=runs_to_proto(message.keep), release=runs_to_proto(message.release))
         return node_pb2.MasterMessage(keep=keep)
-    return node_pb2.MasterMessage(ack=node_pb2.Ack(sequence=message.sequence))
+    return node_pb2.MasterMessage(ack=node_pb2.Ack(sequence=message.sequence, generation=message.generation))
 
 
 def master_message_from_proto(message: node_pb2.MasterMessage) -> core.MasterMessage:
@@ -230,12 +238,15 @@ def master_message_from_proto(message: node_pb2.MasterMessage) -> core.MasterMes
     if body == "send_inventory":
         return core.SendInventory()
     if body == "ack":
-        return core.Ack(message.ack.sequence)
+        return core.Ack(message.ack.sequence, message.ack.generation)
     if body == "probe":
         return core.Probe(message.probe.id, message.probe.namespace, message.probe.keys)
     if body == "remove_files":
         remove = message.remove_files
         return core.RemoveFiles(remove.id, backend_id(remove.backend), runs_from_proto(remove.blocks))
+    if body == "look_for_files":
+        look = message.look_for_files
+        return core.LookForFiles(look.id, backend_id(look.backend), runs_from_proto(look.blocks))
     if body == "scan":
         return core.Scan(backend_id(message.scan.backend))
     if body == "storage_limits":

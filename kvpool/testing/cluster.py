@@ -173,14 +173,20 @@ class Cluster:
         self.after(TICK_S, master, self._tick, master)
         return master
 
-    def restart_master(self, down_s: float) -> None:
-        """Kill the master; a new one, which knows what the catalog has, if that, starts a little later."""
+    def restart_master(self, down_s: float, catalog: SimulatedCatalog | None = None) -> None:
+        """Kill the master; a new one, which knows what ``catalog`` has, starts a little later.
+
+        Without one that is the old master's, if it is not lost.
+        """
         old = self.master
         self.catalog.waiting.clear()
-        if self.random.random() < 0.2:
+        if catalog is not None:
+            self.catalog = catalog
+        elif self.random.random() < 0.2:
             self.note("the catalog is lost")
             self.catalog = SimulatedCatalog()
         old.gone = True
+        self.storage.master_died(old.state)
         self.note("master dies")
         for session in old.sessions.values():
             self._end_at_node_soon(session)
@@ -231,7 +237,7 @@ class Cluster:
             if isinstance(effect, Send) and isinstance(effect.message, Ack) and self.catalog.waiting:
                 self.catalog.waiting.append(effect)
             elif isinstance(effect, Send):
-                self._send_to_node(master.sessions.get(effect.session), effect.message)
+                self._send_to_node(master.sessions.get(effect.session), self.storage.sent(effect.message))
             elif isinstance(effect, Close):
                 session = master.sessions.get(effect.session)
                 if session is not None and session.open_at_master:
@@ -254,7 +260,7 @@ class Cluster:
         waiting, self.catalog.waiting = self.catalog.waiting, deque()
         for effect in waiting:
             if isinstance(effect, Send):
-                self._send_to_node(master.sessions.get(effect.session), effect.message)
+                self._send_to_node(master.sessions.get(effect.session), self.storage.sent(effect.message))
             else:
                 self.catalog.write(effect)
 

@@ -7,14 +7,17 @@ before; what a node is told to be acknowledged waits for it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kvpool.core import file_removals
 from kvpool.core.effects import CatalogBackend, CatalogFiles, CatalogPin, Effect, FileChange, PinEnded, Remember
-from kvpool.core.file_jobs import File, Job, Learn, Remove, Write
+from kvpool.core.file_jobs import Failure, File, Job, Learn, Remove, Trouble, Write
 from kvpool.core.master import MasterState
-from kvpool.core.messages import BlockRun, Scanned
+from kvpool.core.messages import Ack, BlockRun, MasterMessage, RemoveFiles, Scanned
 from kvpool.core.slots import file_bytes
 from kvpool.model import Backend, Namespace, mask_shards, split_keys
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 BACKEND = b"simulated backen"
 CAPACITY_FILES = 40
 IO_S = 0.05
+TOO_LATE = Failure(Trouble.GIVEN_BACK, "too late")
 SCAN_FILES = 3
 """Files in one piece of a scan."""
 
@@ -46,8 +50,11 @@ class SharedFiles:
         self.namespaces: dict[bytes, Namespace] = {}
         self.acknowledged: set[File] = set()
         """Files that a node was told the master will not forget; those found missing since are not among them."""
+        self.stolen: set[File] = set()
+        """Files that may be gone without the master's knowledge, until somebody reads them or writes them again."""
         self._gone: Counter[File] = Counter()
         """How often each was removed, or got lost: what is acknowledged late may be there again, by another's write."""
+        self._asked: dict[int, float] = {}
         self._written: dict[tuple[str, File], int] = {}
         self._noted: dict[tuple[str, File], int] = {}
         """How often a file had gone when a node wrote it; of the write that it tells of."""
@@ -65,30 +72,40 @@ class SharedFiles:
         if jobs:
             node.storing = True
             early = self._random.random() < 0.5  # is the file there when its node dies now?
-            for job in jobs if early else ():
-                self._perform(node, job)
-            self._cluster.after(2 * IO_S * self._random.random(), node, self._done, node, jobs, early)
+            done = [self._perform(node, job) for job in jobs] if early else []
+            self._cluster.after(2 * IO_S * self._random.random(), node, self._done, node, jobs, done)
         for backend in tier.scans_asked:
             if backend == BACKEND:
                 self._cluster.after(IO_S, node, self._scan, node, node.session, list(self.files.items()))
         tier.scans_asked.clear()
 
-    def _perform(self, node: NodeProcess, job: Job) -> None:
+    def sent(self, message: MasterMessage) -> MasterMessage:
+        """Note when a removal is asked for, and say what the catalog has that keeps what is acknowledged."""
+        if isinstance(message, RemoveFiles):
+            self._asked[message.id] = self._cluster.clock()
+        return replace(message, generation=self._cluster.catalog.generation) if isinstance(message, Ack) else message
+
+    def _perform(self, node: NodeProcess, job: Job) -> list[File] | None:
+        """Do a job, unless it is a removal of long ago; returns the files that were looked for and are not there."""
         if isinstance(job, Write):
             self.files[job.file] = job.shard_bytes
+            self.stolen.discard(job.file)
             self._written[node.name, job.file] = self._gone[job.file]
             if job.namespace is not None:
                 self.namespaces[job.namespace.digest] = job.namespace
+        elif isinstance(job, Remove) and job.look:
+            return [file for file in job.files if file not in self.files]
         elif isinstance(job, Remove):
+            if self._cluster.clock() - self._asked[job.id] > file_removals.REMOVE_RETRY_S:
+                return None
             for file in job.files:
                 self._lose(file)
+        return []
 
-    def _done(self, node: NodeProcess, jobs: list[Job], early: bool) -> None:
+    def _done(self, node: NodeProcess, jobs: list[Job], early: list[list[File] | None]) -> None:
         node.storing = False
         now = self._cluster.clock()
-        for job in jobs:
-            if not early:
-                self._perform(node, job)
+        for job, gone in zip(jobs, early or [self._perform(node, job) for job in jobs], strict=True):
             if isinstance(job, Write):
                 self._noted[node.name, job.file] = self._written[node.name, job.file]
                 slot = node.segment.slot(*job.file)
@@ -96,7 +113,7 @@ class SharedFiles:
                 assert slot.start == job.start, "what is being written stays where it is"
                 node.tier.write_ended(job, None, now)
             elif isinstance(job, Remove):
-                node.tier.removed(job, None, now)
+                node.tier.removed(job, gone or (), None if gone is not None else TOO_LATE, now)
             elif isinstance(job, Learn):
                 node.tier.learned(job.backend, list(self.namespaces.values()), None, now)
         self._cluster.changed(node)
@@ -132,6 +149,7 @@ class SharedFiles:
         if self.files and readers:
             file = self._random.choice(list(self.files))
             size = self._lose(file)
+            self.stolen.add(file)
             node = self._random.choice(readers)
             node.tier.changes.note(BACKEND, *file, size, added=False)
             self._cluster.changed(node)
@@ -154,6 +172,11 @@ class SharedFiles:
             elif not added:
                 self.acknowledged.discard(file)
 
+    def master_died(self, state: MasterState) -> None:
+        """Take in that it had files looked for: whether they are there, its successor does not ask."""
+        backend = state.backends.by_id.get(BACKEND)
+        self.stolen |= {_file(name) for name in backend.doubtful} if backend is not None else set()
+
     # ---- what must hold ------------------------------------------------------------------------
 
     def problems(self, state: MasterState) -> list[str]:
@@ -166,14 +189,18 @@ class SharedFiles:
         problems += ["the catalog is being read"] if state.backends.loading else []
         untold = [node.name for node in self._cluster.nodes if node.tier.changes.untold]
         problems += [f"{name} has told nobody of files" for name in untold]
-        known = self.known(state)
-        forgotten = self.acknowledged & self.files.keys() - known
-        return problems + [f"file {key.hex()[32:40]}.{shard} is forgotten" for key, shard in sorted(forgotten)]
+        problems += ["files are looked for"] if backend.doubtful or backend.looks else []
+        indexed = self.indexed(state)
+        doomed = set(map(_file, backend.doomed))
+        forgotten = self.acknowledged & self.files.keys() - indexed - doomed
+        imagined = indexed - self.files.keys() - self.stolen
+        problems += [f"file {key.hex()[32:40]}.{shard} is forgotten" for key, shard in sorted(forgotten)]
+        return problems + [f"file {key.hex()[32:40]}.{shard} is not there" for key, shard in sorted(imagined)]
 
-    def known(self, state: MasterState) -> set[File]:
-        """Return the files in the index, and those that wait for their removal."""
+    def indexed(self, state: MasterState) -> set[File]:
+        """Return the files in the index."""
         backend = state.backends.by_id[BACKEND]
-        found: set[File] = {(name[:16] + name[17:], name[16]) for name in backend.doomed}
+        found: set[File] = set()
         for space in state.index.spaces.values():
             for row in range(state.index.rows_used):
                 if state.index.space_of[row] == space.number:
@@ -181,6 +208,10 @@ class SharedFiles:
                     key = space.digest + state.index.keys[row].tobytes()
                     found |= {(key, shard) for shard in mask_shards(mask)}
         return found
+
+
+def _file(name: bytes) -> File:
+    return name[:16] + name[17:], name[16]
 
 
 def told(node: NodeProcess) -> dict[File, bool]:
@@ -201,10 +232,21 @@ class SimulatedCatalog:
         self.pins: dict[int, CatalogPin] = {}
         self.files: dict[File, int] = {}
         self.doomed: dict[File, int] = {}
+        self.generation = 1
+        self.runs: list[tuple[int, int]] = []  # masters that have used it, and the generation at which each began
         self.waiting: deque[Effect] = deque()
+
+    def copied(self) -> SimulatedCatalog:
+        """Return what there is now."""
+        copy = SimulatedCatalog()
+        for name, value in vars(self).items():
+            setattr(copy, name, value if isinstance(value, int) else type(value)(value))
+        copy.waiting.clear()
+        return copy
 
     def write(self, effect: Effect) -> None:
         """Keep one effect."""
+        self.generation += 1
         if isinstance(effect, Remember):
             self.namespaces[effect.namespace.digest] = effect.namespace
         elif isinstance(effect, CatalogBackend):
@@ -221,6 +263,9 @@ class SimulatedCatalog:
     def _write_file(self, file: File, size: int, change: FileChange) -> None:
         if change is FileChange.ADDED:
             self.files[file] = size
+        elif change is FileChange.DOUBTED:
+            self.files.pop(file, None)
+            self.doomed[file] = size
         elif change is FileChange.LOST:
             self.files.pop(file, None)
         elif change is FileChange.DOOMED:
@@ -233,6 +278,11 @@ class SimulatedCatalog:
         """Give a new master what there is."""
         for namespace in self.namespaces.values():
             state.register(namespace)
+        self.generation += 1
+        ends = [*(begun for _, begun in self.runs[1:]), self.generation]
+        state.backends.earlier = {epoch: end for (epoch, _), end in zip(self.runs, ends, strict=False)}
+        state.backends.earlier[state.epoch] = math.inf
+        self.runs.append((state.epoch, self.generation))
         for known in self.backends.values():
             state.backends.load_backend(known.backend, complete=known.complete)
         for pin in self.pins.values():

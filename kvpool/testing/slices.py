@@ -8,6 +8,7 @@ from types import ModuleType
 
 from kvpool.core import (
     backends,
+    file_removals,
     index,
     keytable,
     nodes,
@@ -25,8 +26,8 @@ _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (operators, "ROWS_PER_SLICE", 2),
     (backends, "ROWS_PER_SLICE", 2),
     (rows, "ROWS_PER_SLICE", 2),
-    (backends, "BATCH_FILES", 3),
-    (backends, "REMOVE_RETRY_S", 1.0),
+    (file_removals, "BATCH_FILES", 3),
+    (file_removals, "REMOVE_RETRY_S", 1.0),
     (backends, "SCAN_RETRY_S", 1.0),
     (nodes, "ROWS_PER_SLICE", 2),
     (transfers, "SLICE_BLOCKS", 2),

@@ -237,6 +237,13 @@ class StoreConformance(ABC):
         assert {file.name for file in store.files()} == set(names)
         assert store.namespaces() == [SPACES[0]]
 
+    def test_the_age_of_files_is_known(self, store: BlockStore) -> None:
+        """Nothing is old that was just written; what is not there has no age."""
+        names = write_many(store, range(3))
+        assert store.older_than(names, 3600) == []
+        assert store.older_than([*names[:2], name_of(99)], -3600) == names[:2]
+        assert store.older_than([], 0) == []
+
     def test_what_is_free_is_a_number_or_nothing(self, store: BlockStore) -> None:
         """And never negative."""
         free = store.free_bytes()

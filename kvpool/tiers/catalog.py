@@ -8,13 +8,14 @@ not written, nothing else: the catalog says so, and is told everything again whe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,9 @@ from kvpool.model import (
     Namespace,
     mask_shards,
 )
+from kvpool.tiers import lmdb_file
 
 log = logging.getLogger(__name__)
-
-MAP_BYTES = 1 << 36
-"""Address space, not disk: what the file may grow to."""
 
 HELD_KEYS_MAX = 1 << 20
 """Keys of changes that are kept in memory while the file cannot be written."""
@@ -50,10 +49,8 @@ CLOSE_S = 10.0
 _BATCH_CHANGES = 256
 _ENTRY_BYTES = 4 + KEY_BYTES
 _NO_TIME = bytes(4)
+_RUNS, _GENERATION = b"runs", b"generation"
 _GROUP = struct.Struct(f">{BACKEND_BYTES}s{DIGEST_BYTES}sHQ")  # backend, namespace, shard, shard_bytes
-_META = struct.Struct("<16xI20xI92xQ")  # the head of an LMDB file's first two pages: magic, page size, last page
-_META_PAGES = (0, 4096)
-_MAGIC = 0xBEEFC0DE
 
 # What says that the file is not ours, or broken; everything else is trouble with the disk or with rights.
 _BROKEN = (
@@ -90,6 +87,14 @@ class KnownPin(NamedTuple):
     namespace: bytes
     until: float
     keys: bytes
+
+
+class KnownRun(NamedTuple):
+    """A master that has used the catalog: at which generation it began, on which boot, "" if it ended in order."""
+
+    epoch: int
+    generation: int
+    boot: str
 
 
 class FileList:
@@ -136,11 +141,14 @@ class Catalog:
 
     def __init__(self, data_dir: str) -> None:
         self._path = Path(data_dir) / "catalog.lmdb"
+        self._reading = Path(data_dir) / "catalog.lmdb.reading"  # there until all of the file was read once
         self.problem = ""  # why nothing is kept at the moment
         self.namespaces: list[Namespace] = []
         self.backends: list[KnownBackend] = []
         self.pins: list[KnownPin] = []
         self.nodes: list[str] = []
+        self.runs: list[KnownRun] = []
+        self.generation = 0  # how often something was kept: a file that was put back, or has lost its end, has less
         self._lost = False  # changes were given up; the writer's
         self._shut = False  # there is no environment, or one that LMDB has given up; the writer's
         self._submitted = 0
@@ -153,6 +161,7 @@ class Catalog:
         self._env: lmdb.Environment
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._check()
             self._open()
             self._read_small()
         except _BROKEN as exc:
@@ -193,6 +202,11 @@ class Catalog:
         """Forget a node."""
         self._submit(1, lambda txn: _delete(txn, node_id.encode()[:256], self._nodes))
 
+    def keep_runs(self, runs: Sequence[KnownRun]) -> None:
+        """Keep who has used the catalog, oldest first."""
+        text = json.dumps(runs).encode()
+        self._submit(1, lambda txn: _put(txn, _RUNS, text, self._runs))
+
     def files_added(self, files: Files) -> None:
         """Keep files that were written or found."""
         now = struct.pack(">I", int(time.time()))
@@ -212,7 +226,7 @@ class Catalog:
 
     def read_files(self, take: Callable[[FileList, FileList], None]) -> None:
         """Call ``take``, in the catalog's thread, with the files and the doomed ones that it has now."""
-        self._submit(0, lambda txn: take(self._list(txn, self._files), self._list(txn, self._doomed)))
+        self._submit(0, lambda txn: self._read_all(txn, take))
 
     def when_kept(self, call: Callable[[], None]) -> bool:
         """Call ``call``, in the catalog's thread, when all that was handed over is kept or given up.
@@ -232,10 +246,12 @@ class Catalog:
         return False
 
     def close(self) -> None:
-        """Write what was handed over and close the file."""
+        """Write what was handed over, all of it to the disk, and close the file."""
         self._queue.put((0, None, None))
         self._thread.join(CLOSE_S)
         if not self._thread.is_alive():
+            with contextlib.suppress(lmdb.Error):
+                self._env.sync(True)
             self._env.close()
 
     def _submit(self, keys: int, change: _Change) -> None:
@@ -316,10 +332,13 @@ class Catalog:
 
     def _transact(self, changes: list[_Change]) -> None:
         known = dict(self._groups), {name: list(numbers) for name, numbers in self._numbers.items()}
+        generation = self.generation + 1
         try:
             with self._env.begin(write=True) as txn:
                 for change in changes:
                     change(txn)
+                _put(txn, _GENERATION, struct.pack(">Q", generation), self._runs)
+            self.generation = generation
         except Exception:
             self._groups, self._numbers = known  # those of the transaction are gone with it
             raise
@@ -372,21 +391,28 @@ class Catalog:
 
     # ---- the file ------------------------------------------------------------------------------
 
+    def _check(self) -> None:
+        """See whether who read the file last was killed by it, rather than by somebody; mark that we read it.
+
+        Raises lmdb.CorruptedError, OSError.
+        """
+        why = lmdb_file.deadly(self._path) if self._reading.exists() and self._path.exists() else ""
+        self._reading.touch()
+        if why:
+            raise lmdb.CorruptedError(why)
+
     def _open(self) -> None:
         self._groups, self._numbers = {}, {}
-        _fill_up(self._path)
-        self._env = lmdb.open(
-            str(self._path), map_size=MAP_BYTES, max_dbs=16, subdir=False, sync=False, metasync=False
-        )
+        self._env = lmdb_file.open_file(self._path)
         try:
             self._env.reader_check()  # readers that were killed
-            names = (b"namespaces", b"backends", b"groups", b"files", b"doomed", b"pins", b"nodes")
+            names = (b"namespaces", b"backends", b"groups", b"files", b"doomed", b"pins", b"nodes", b"runs")
             opened = [self._env.open_db(name) for name in names]
         except lmdb.Error:
             self._env.close()
             raise
         (self._namespaces, self._backends, self._group_db, self._files,
-         self._doomed, self._pins, self._nodes) = opened  # fmt: skip
+         self._doomed, self._pins, self._nodes, self._runs) = opened  # fmt: skip
 
     def _start_anew(self, why: Exception) -> None:
         """Set a file that cannot be read aside, and go on with an empty one."""
@@ -401,7 +427,7 @@ class Catalog:
             self._open()
         except (OSError, lmdb.Error) as exc:
             raise ConfigError("data_dir", f"cannot keep the catalog in {self._path.parent}: {exc}") from exc
-        self.namespaces, self.backends, self.pins, self.nodes = [], [], [], []
+        self.namespaces, self.backends, self.pins, self.nodes, self.runs = [], [], [], [], []
 
     def _read_small(self) -> None:
         try:
@@ -415,12 +441,20 @@ class Catalog:
                 self.backends = list(_backends(txn.cursor(self._backends)))
                 self.pins = list(_pins(txn.cursor(self._pins)))
                 self.nodes = [bytes(key).decode(errors="replace") for key, _ in txn.cursor(self._nodes)]
+                self.runs = list(_runs(txn.get(_RUNS, b"[]", db=self._runs)))
+                (self.generation,) = struct.unpack(">Q", txn.get(_GENERATION, bytes(8), db=self._runs))
         except struct.error as exc:
             self._env.close()
             raise lmdb.CorruptedError(str(exc)) from exc
         except lmdb.Error:
             self._env.close()
             raise
+
+    def _read_all(self, txn: lmdb.Transaction, take: Callable[[FileList, FileList], None]) -> None:
+        files, doomed = self._list(txn, self._files), self._list(txn, self._doomed)
+        with contextlib.suppress(OSError):  # then the next start looks once more
+            self._reading.unlink()
+        take(files, doomed)
 
     def _list(self, txn: lmdb.Transaction, db: Any) -> FileList:
         entries, times = [], []
@@ -432,27 +466,6 @@ class Catalog:
             return FileList(dict(self._groups), b"".join(entries), b"".join(times))
         except ValueError as exc:
             raise lmdb.CorruptedError(str(exc)) from exc
-
-
-def _fill_up(path: Path) -> None:
-    """Make a file that was cut off as long as it says it is: what is missing is then an error, no crash.
-
-    LMDB maps the file, and reading behind its end would end the process.
-    """
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        size = path.stat().st_size
-        needed = 0
-        for start in _META_PAGES:
-            file.seek(start)
-            head = file.read(_META.size)
-            if len(head) == _META.size:
-                magic, page_bytes, last_page = _META.unpack(head)
-                if magic == _MAGIC and page_bytes == _META_PAGES[1]:
-                    needed = max(needed, (last_page + 1) * page_bytes)
-        if size < needed <= MAP_BYTES:
-            file.truncate(needed)
 
 
 def _put(txn: lmdb.Transaction, key: bytes, value: bytes, db: Any) -> None:
@@ -496,6 +509,14 @@ def _backends(records: Any) -> Iterator[KnownBackend]:
             log.warning("the catalog has a backend that cannot be read (%s): %s", bytes(backend_id).hex(), exc)
 
 
+def _runs(text: bytes) -> Iterator[KnownRun]:
+    try:
+        for epoch, generation, boot in json.loads(text):
+            yield KnownRun(int(epoch), int(generation), str(boot))
+    except (ValueError, TypeError) as exc:
+        log.warning("the catalog does not say who has used it (%s)", exc)
+
+
 def _pins(records: Any) -> Iterator[KnownPin]:
     for number, value in records:
         try:
@@ -504,8 +525,6 @@ def _pins(records: Any) -> Iterator[KnownPin]:
             namespace, keys = value[end : end + DIGEST_BYTES], value[end + DIGEST_BYTES :]
             if len(namespace) != DIGEST_BYTES or len(keys) % KEY_BYTES:
                 raise ValueError("its keys are cut")
-            yield KnownPin(
-                struct.unpack(">Q", number)[0], str(about["label"]), namespace, float(about["until"]), keys
-            )
+            yield KnownPin(struct.unpack(">Q", number)[0], str(about["label"]), namespace, float(about["until"]), keys)
         except (ValueError, TypeError, KeyError, struct.error) as exc:
             log.warning("the catalog has a pin that cannot be read (%s): %s", bytes(number).hex(), exc)

@@ -33,6 +33,9 @@ CAPACITY_RATIO: Final = 0.9
 TEMPORARY: Final = re.compile(r"\..+\.([A-Za-z0-9_-]+)\.\d+\.tmp")
 """Names of files that are being written, and in them who writes."""
 
+CAPACITY_MAX: Final = 1 << 62
+"""As in settings."""
+
 _FORMAT: Final = 1
 _NOT_IN_OWNERS = re.compile(r"[^A-Za-z0-9_-]")
 _OWNER_MAX = 64
@@ -48,7 +51,7 @@ class Identity:
     @classmethod
     def make(cls, capacity_bytes: int) -> Identity:
         """Return a new one."""
-        return cls(uuid.uuid4().bytes, max(1, capacity_bytes))
+        return cls(uuid.uuid4().bytes, min(max(1, capacity_bytes), CAPACITY_MAX))
 
     def pack(self) -> bytes:
         """Return the text of ``kvpool.json``."""
@@ -63,8 +66,10 @@ class Identity:
             number, text, capacity = fields["format"], fields["id"], fields["capacity_bytes"]
             if number != _FORMAT:
                 raise StoreBrokenError(f"{IDENTITY_FILE} has format {number}, this version knows {_FORMAT}")
-            if not isinstance(capacity, int) or capacity < 1:
-                raise StoreBrokenError(f"{IDENTITY_FILE} has capacity_bytes {capacity!r}")
+            if isinstance(capacity, bool) or not isinstance(capacity, int) or not 1 <= capacity <= CAPACITY_MAX:
+                raise StoreBrokenError(
+                    f"{IDENTITY_FILE} has capacity_bytes {capacity!r}; allowed: a whole number of bytes from 1 to 2**62"
+                )
             return cls(uuid.UUID(text).bytes, capacity)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise StoreBrokenError(f"{IDENTITY_FILE} cannot be understood: {type(exc).__name__}: {exc}") from exc

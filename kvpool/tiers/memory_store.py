@@ -74,6 +74,11 @@ class MemoryStore:
             found = [StoredFile(name, len(data)) for name, data in self._files.items()]
         yield from found
 
+    def older_than(self, names: Sequence[FileName], age_s: float) -> list[FileName]:
+        """Return those of these files that are there; none of them is older than now."""
+        there = {file.name for file in self.files()}
+        return [name for name in names if name in there and age_s < 0]
+
     def namespaces(self, *, strict: bool = False) -> list[Namespace]:
         """Return the descriptors."""
         del strict

@@ -87,6 +87,8 @@ _SECRET = re.compile(r"secret|token|password|passwd|key|credential|sas|connectio
 _FAN = re.compile(r".*/[0-9a-f]{3}")
 _NAMESPACE = re.compile(r".*/[0-9a-f]{32}")
 
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # as filesystems call it
+
 _counter = itertools.count(1)
 
 
@@ -283,6 +285,13 @@ class ObjectStore:
             name = FileName.parse(entry["name"])
             if name is not None and entry["type"] == "file":
                 yield StoredFile(name, entry["size"])
+
+    def older_than(self, names: Sequence[FileName], age_s: float) -> list[FileName]:
+        """Return those of these objects that are there, and were put that long ago. Raises StoreError."""
+        with self._errors(BLOCKS):
+            entries = self._checked(self._each("info", [self._path(f"{BLOCKS}/{name}") for name in names]))
+        old = [FileName.parse(entry["name"]) for entry in entries if _modified(entry) < time.time() - age_s]
+        return [name for name in old if name is not None]
 
     def _block_entries(self) -> Iterator[dict[str, Any]]:
         with self._errors(BLOCKS):
@@ -519,8 +528,9 @@ def _code(exc: BaseException) -> str:
 
 def _modified(entry: Mapping[str, Any]) -> float:
     """Return when an object was written, by its listing; one that does not say may have been just now."""
-    value = entry.get("mtime", math.inf)
-    return float(value.timestamp() if hasattr(value, "timestamp") else value)
+    value = next((entry[name] for name in _TIMES if name in entry), math.inf)
+    value = value.timestamp() if hasattr(value, "timestamp") else value
+    return float(value) if isinstance(value, (int, float)) else math.inf
 
 
 def _batches(items: Sequence[str], size: int) -> Iterator[list[str]]:

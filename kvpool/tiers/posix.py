@@ -185,6 +185,19 @@ class PosixStore:
                 if stat.S_ISREG(status.st_mode) and max(status.st_mtime, status.st_ctime) >= since:
                     yield StoredFile(name, status.st_size)
 
+    def older_than(self, names: Sequence[FileName], age_s: float) -> list[FileName]:
+        """Return those of these files that are there, and came to their place that long ago. Raises StoreError."""
+        if not names:
+            return []
+        youngest = self._now() - age_s
+        found = []
+        for name in names:
+            with contextlib.suppress(OSError):  # gone, or not ours to look at
+                status = _status(f"{self._blocks}/{name}")
+                if max(status.st_mtime, status.st_ctime) < youngest:
+                    found.append(name)
+        return found
+
     # ---- beside the blocks -------------------------------------------------------------------------
 
     def namespaces(self, *, strict: bool = False) -> list[Namespace]:
@@ -395,13 +408,22 @@ class PosixStore:
             raise StoreError(f"{path}: {self._root.identity_path}: {exc.strerror}") from exc
 
     def _now(self) -> float:
-        """Return the time by the clock that stamps this filesystem's files. Raises StoreError."""
+        """Return the time by the clock that stamps this filesystem's files, also where there is no room for one.
+
+        Raises StoreError.
+        """
         path = ""
         try:
-            with self._temporary(f"{self.url}/clock") as path:
-                posix_io.create(path, memoryview(b"?"), unit=0, sync=False)
-                now = os.stat(path).st_mtime
-                _unlink(path)
+            try:
+                with self._temporary(f"{self.url}/clock") as path:
+                    posix_io.create(path, memoryview(b""), unit=0, sync=False)
+                    now = os.stat(path).st_mtime
+                    _unlink(path)
+            except OSError as exc:
+                if exc.errno not in _FULL:
+                    raise
+                os.utime(self.url)
+                now = os.stat(self.url).st_mtime
         except OSError as exc:
             raise self._error(exc, path, writing=True) from exc
         return now
@@ -443,14 +465,18 @@ def _changed(directory: str, since: float) -> bool:
 
 def _has_length(path: str, length: int) -> bool:
     try:
-        # By opening, as only that asks a server what is there now.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-        try:
-            return os.fstat(fd).st_size == length
-        finally:
-            os.close(fd)
+        return _status(path).st_size == length
     except OSError:  # somebody may have removed it since it was opened, too
         return False
+
+
+def _status(path: str) -> os.stat_result:
+    """Return what is there now: by opening it, as only that asks a server."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(path: str) -> None:

@@ -117,6 +117,12 @@ class BlockStore(Protocol):
         Those that were last written before ``since``, by the storage's own clock, may be left out.
         """
 
+    def older_than(self, names: Sequence[FileName], age_s: float) -> list[FileName]:
+        """Return those of these files that are there, and were last written longer ago. Raises StoreError.
+
+        By the storage's own clock where it tells; what says nothing of its age is young.
+        """
+
     def namespaces(self, *, strict: bool = False) -> list[Namespace]:
         """Return the descriptors kept beside the files; those that cannot be read are left out. Raises StoreError.
 

@@ -87,6 +87,10 @@ class StoreWrapper:
             yield first
             yield from found
 
+    def older_than(self, names: Sequence[FileName], age_s: float) -> list[FileName]:
+        """See BlockStore; it counts as a step of ``files``."""
+        return self.around("files", 0, lambda: self.store.older_than(names, age_s))
+
     def namespaces(self, *, strict: bool = False) -> list[Namespace]:
         """See BlockStore."""
         return self.around("namespaces", 0, lambda: self.store.namespaces(strict=strict))

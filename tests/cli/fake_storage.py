@@ -29,6 +29,7 @@ class FakeStorageMaster(admin_pb2_grpc.AdminServicer):
         self.pins: dict[int, admin_pb2.PinStatus] = {}
         self.present = 1
         self.warming = False
+        self.silent_s = 0.0
         self.asked: list[object] = []
         self.on_correct = lambda request: None
         self.on_list = lambda: None
@@ -39,6 +40,14 @@ class FakeStorageMaster(admin_pb2_grpc.AdminServicer):
 
     def Backends(self, request, context):  # noqa: N802
         return admin_pb2.BackendsResponse(backends=self.backends.values())
+
+    def Nodes(self, request, context):  # noqa: N802
+        names = {server.node for backend in self.backends.values() for server in backend.servers}
+        nodes = [
+            admin_pb2.NodeStatus(address=types_pb2.NodeAddress(node_id=name), last_seen_s=self.silent_s)
+            for name in sorted(names)
+        ]
+        return admin_pb2.NodesResponse(nodes=nodes)
 
     def Namespaces(self, request, context):  # noqa: N802
         return admin_pb2.NamespacesResponse()

@@ -161,7 +161,6 @@ class TestOpening:
         monkeypatch.setenv("KVPOOL_STORAGE_BACKENDS", store.url)
         assert "demo" in ctl("fs", "ls").stdout
 
-
     def test_the_master_comes_from_the_file_too(self, ctl, master, store, tmp_path):
         """The node's own; --master wins."""
         config = tmp_path / "node.yaml"
@@ -327,14 +326,62 @@ class TestScrub:
         assert {each.model for each in master.namespaces} == {"demo", "wide"}
         assert not path(broken).exists()
 
-    def test_unknown_files_are_removed_when_asked(self, ctl, store, master, path):
-        """Only those: what the catalog has stays."""
+    def test_unknown_files_are_removed_when_asked(self, ctl, store, master, path, monkeypatch):
+        """Only those: what the catalog has stays. The master is told afterwards: it may have heard of one just now."""
         del master.files[name_of(1)]
+        there = []
+        master.on_correct = lambda request: there.append(path(name_of(1)).exists())
+        monkeypatch.setattr(PosixStore, "_now", lambda store: time.time() + 2 * 3600)
         result = ctl("fs", "scrub", store.url, "--remove_unknown")
         assert result.exit_code == 1, result.output
         assert "1 unknown to the catalog, removed" in result.stdout
         assert not path(name_of(1)).exists()
         assert sorted(file.name for file in store.files()) == sorted(master.files)
+        (asked,) = master.asked
+        assert [name for run in asked.removed for name in names(run)] == [name_of(1)]
+        assert there == [False]
+
+    def test_what_was_just_written_is_not_removed_as_unknown(self, ctl, store, master, path):
+        """Its node may not have told yet; how young that is, is said by --older_than."""
+        del master.files[name_of(1)]
+        result = ctl("fs", "scrub", store.url, "--remove_unknown")
+        assert result.exit_code == 1, result.output
+        assert "1 unknown to the catalog, 0 removed, 1 too young for that" in result.stdout
+        assert path(name_of(1)).exists()
+        assert master.asked == []
+        changed = path(name_of(1)).stat().st_ctime
+        while time.time() <= changed + 0.1:
+            time.sleep(0.01)
+        result = ctl("--json", "fs", "scrub", store.url, "--remove_unknown", "--older_than", "1ms")
+        assert data_of(result)["removed"] == 1
+
+    def test_nothing_is_removed_as_unknown_while_a_node_is_silent(self, ctl, store, master, monkeypatch):
+        """It may go on writing what the master hears of later."""
+        del master.files[name_of(1)]
+        master.silent_s = 30
+        monkeypatch.setattr(PosixStore, "_now", lambda store: time.time() + 2 * 3600)
+        result = ctl("fs", "scrub", store.url, "--remove_unknown")
+        assert result.exit_code == 3
+        assert "hears nothing of a, b" in result.stderr
+        assert len(list(store.files())) == 8
+
+    def test_files_that_wait_for_their_removal_are_known(self, ctl, store, master, path):
+        """Whether they are still there or not: a backend that is being evicted agrees with the catalog."""
+        for number in range(2):
+            master.files[name_of(number)] = 0
+        path(name_of(0)).unlink()
+        result = ctl("fs", "scrub", store.url)
+        assert result.exit_code == 0, result.output
+        assert "0 unknown to the catalog; 0 missing" in result.stdout
+        assert path(name_of(1)).exists()
+
+    def test_a_file_that_is_evicted_meanwhile_is_not_missing(self, ctl, store, master, path):
+        """It was in the catalog before the files were listed."""
+        path(name_of(0)).unlink()
+        master.late = {name_of(0): 0}
+        result = ctl("fs", "scrub", store.url)
+        assert result.exit_code == 0, result.output
+        assert master.asked == []
 
     def test_a_file_that_is_reported_meanwhile_is_not_unknown(self, ctl, store, master, path):
         """Listing takes a while, and nodes go on writing."""
@@ -411,6 +458,23 @@ class TestScrub:
         release.set()
         assert result.exit_code == 3
         assert "did not answer within 0.2 s" in result.stderr
+
+    def test_what_is_set_aside_goes_though_the_cleaning_fails(self, ctl, store, path, monkeypatch):
+        """Its room may be what is missing. What was done is shown, and the exit code is the error's."""
+        store.set_aside(name_of(0))
+
+        def refuse(store, older_than_s):
+            raise StoreReadOnlyError("disk quota exceeded")
+
+        monkeypatch.setattr(PosixStore, "clean", refuse)
+        result = ctl("--json", "fs", "scrub", store.url)
+        assert result.exit_code == 3, result.output
+        assert "disk quota exceeded" in result.stderr
+        assert (data_of(result)["forgotten"], len(data_of(result)["aside"])) == (1, 1)
+        assert store.aside_files() == []
+        store.set_aside(name_of(1))
+        monkeypatch.setattr(PosixStore, "drop_aside", lambda store: refuse(store, 0))
+        assert "1 files set aside (3.5 KiB) are kept" in ctl("fs", "scrub", store.url).stdout
 
     def test_empty_directories_go(self, ctl, store, path):
         """What was removed leaves none behind; a directory with files stays."""

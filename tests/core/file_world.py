@@ -68,10 +68,10 @@ class World:
             failure = Failure(trouble, "trouble") if trouble is Trouble.ERROR else None
             tier.learned(job.backend, [] if failure else self.kept[job.backend].values(), failure, now)
         else:
-            if trouble is None:
-                for gone in job.files:
-                    files.pop(gone, None)
-            tier.removed(job, Failure(trouble, "trouble") if trouble else None, now)
+            gone = [file for file in job.files if file not in files]
+            for file in job.files if trouble is None and not job.look else ():
+                files.pop(file, None)
+            tier.removed(job, gone, Failure(trouble, "trouble") if trouble else None, now)
 
     def _end_read(self, job: Read, trouble: Trouble | None, files: dict[File, int | None]) -> None:
         payload = files.get(job.file, 0)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from kvpool.core import backends as backends_module
+from kvpool.core import file_removals as file_removals_module
 from kvpool.core import operators as operators_module
-from kvpool.core.backends import EVICTION_AGAIN_S, REMOVE_RETRY_S, SCAN_RETRY_S
-from kvpool.core.effects import CatalogBackend, CatalogFiles, FileChange
+from kvpool.core.backends import EVICTION_AGAIN_S, SCAN_RETRY_S
+from kvpool.core.effects import CatalogBackend, CatalogFiles, FileChange, Received
 from kvpool.core.explain import Holder, Verdict, explain
+from kvpool.core.file_removals import LATE_S, REMOVE_RETRY_S
 from kvpool.core.messages import (
     Ack,
     BlockRun,
     Delta,
     Evict,
     FilesRemoved,
+    LookForFiles,
     RemoveFiles,
     Scan,
     Scanned,
@@ -78,6 +81,18 @@ class Shared(Pool):
 
     def removing(self, session: int) -> list[bytes]:
         return [k for m in self.told(session, RemoveFiles) for r in m.blocks for k in split_keys(r.keys)]
+
+    def looking(self, session: int) -> list[bytes]:
+        return [k for m in self.told(session, LookForFiles) for r in m.blocks for k in split_keys(r.keys)]
+
+    def in_time(self, session: int, sequence: int = 0) -> None:
+        """Take node a for one that tells at once what it has written, and forget what was said before."""
+        self.master.backends.removing.forget("a")
+        self.pass_time(0.1, session, sequence=sequence)
+        for message in self.told(session, LookForFiles):
+            self.say(session, FilesRemoved(message.id))
+        self.sent.clear()
+        self.kept.clear()
 
     def reach(self, *numbers: int, namespace: Namespace = ONE) -> list[tuple[str, bytes] | None]:
         (found,) = self.lookup(*numbers, namespace=namespace).runs
@@ -250,7 +265,7 @@ def test_a_removal_that_went_to_another_node_has_its_whole_time_there(pool):
 
 def test_files_that_cannot_be_removed_hold_up_only_themselves(pool, monkeypatch):
     """Those of their batch go in smaller ones, others beside them; they themselves go when they can be removed."""
-    monkeypatch.setattr(backends_module, "BATCH_FILES", 32)
+    monkeypatch.setattr(file_removals_module, "BATCH_FILES", 32)
     pool.serve(1, "a", backends=(seen(files=10_000),))
     pool.scanned()
     fixed = {key(n) for n in range(0, 200, 25)}
@@ -291,21 +306,103 @@ def test_a_slow_storage_is_asked_for_less_at_a_time(pool):
         pool.sent.clear()
         pool.pass_time(0.1, 1, sequence=1)
     assert not pool.backend().doomed
-    assert pool.backend().batch_files == backends_module.BATCH_FILES
+    assert pool.backend().batch_files == file_removals_module.BATCH_FILES
 
 
-def test_a_file_written_again_is_not_waited_for(pool):
-    """What is written anew before its removal is confirmed is a hit, and is asked for no more."""
+def test_a_file_written_again_before_anybody_was_asked_to_remove_it_is_not_removed(pool):
+    """It is a hit at once, as nobody can have removed it since."""
     pool.serve(1, "a")
     pool.scanned()
     pool.say(1, Delta(1, (files(1, 2),), (), 0))
+    pool.in_time(1)
     pool.perform(pool.master.evictions.keys(ONE.digest, keys(1, 2))[2])
     pool.say(1, Delta(2, (files(1),), (), 0))
     assert pool.cataloged(FileChange.REMOVED) == [key(1)]
     pool.pass_time(0.1, 1, sequence=2)
     assert pool.removing(1) == [key(2)]
-    pool.say(1, Delta(3, (files(2),), (), 0), FilesRemoved(pool.told(1, RemoveFiles)[0].id))
-    assert (pool.prefix(1, 2), pool.used(), pool.backend().removing_bytes) == (2, 2 * FILE, 0)
+    assert (pool.prefix(1), pool.used(), pool.backend().removing_bytes) == (1, FILE, FILE)
+    pool.pass_time(1, 1, sequence=2)
+    assert pool.looking(1) == []
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_written_while_its_removal_is_under_way_is_looked_for(pool, gone):
+    """Which of the two came first is not known: no hit before the removal is confirmed, and seen to after that."""
+    first = asked_to_remove(pool)
+    second = 3 - first
+    pool.sent.clear(), pool.kept.clear()
+    pool.say(second, Delta(2 if second == 1 else 1, (files(1),), (), 0))
+    assert [m.sequence for m in pool.told(second, Ack)] == [2 if second == 1 else 1]
+    assert (pool.prefix(1), pool.kept) == (0, [])
+    pool.pass_time(0.2, first, second, sequence=1)
+    (batch,) = pool.backend().batches
+    pool.say(first, FilesRemoved(batch))
+    assert (pool.prefix(1), pool.used(), pool.backend().removing_bytes) == (1, FILE, 0)
+    assert [e.change for e in pool.kept if isinstance(e, CatalogFiles)] == [FileChange.REMOVED, FileChange.DOUBTED]
+    pool.kept.clear()
+    pool.pass_time(0.1, first, second, sequence=1)
+    (look,) = pool.told(second, LookForFiles)
+    assert look.blocks == (replace(files(1), backend=b""),)
+    pool.say(second, FilesRemoved(look.id, (files(1),) if gone else ()))
+    pool.sent.clear()
+    pool.pass_time(1, first, second, sequence=1)
+    assert pool.prefix(1) == (not gone)
+    assert pool.removing(first) + pool.removing(second) == [key(1)] * gone
+    assert pool.cataloged(FileChange.ADDED) == [key(1)] * (not gone)
+    assert pool.looking(first) + pool.looking(second) == []
+
+
+def test_what_somebody_else_may_still_remove_is_looked_for_later(pool):
+    """A node that was asked first and has gone does nothing more after its time; so long the doubt lasts."""
+    first = asked_to_remove(pool)
+    second = 3 - first
+    pool.close(first)
+    pool.pass_time(0.1, second, sequence=1)
+    (message,) = pool.told(second, RemoveFiles)
+    pool.say(second, FilesRemoved(message.id))
+    pool.say(second, Delta(2 if second == 1 else 1, (files(1),), (), 0))
+    assert pool.prefix(1) == 1
+    pool.pass_time(REMOVE_RETRY_S - 1, second, sequence=2)
+    assert pool.looking(second) == []
+    pool.pass_time(1.2, second, sequence=2)
+    assert pool.looking(second) == [key(1)]
+
+
+def test_a_look_that_nobody_confirms_is_asked_of_another_node(pool):
+    """The node that wrote the file is asked first."""
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.serve(2, "b")
+    pool.in_time(1)
+    pool.backend().lately[b"".join((ONE.digest, b"\0", key(2)))] = pool.master.backends.removing.up
+    pool.say(1, Delta(1, (files(2),), (), 0))
+    pool.pass_time(0.1, 1, 2, sequence=1)
+    assert (pool.looking(1), pool.looking(2)) == ([key(2)], [])
+    pool.close(1)
+    pool.pass_time(0.1, 2)
+    assert pool.looking(2) == [key(2)]
+    pool.pass_time(REMOVE_RETRY_S + 0.2, 2)
+    assert pool.looking(2) == [key(2)] * 2
+
+
+def test_what_a_node_tells_after_a_silence_is_looked_for(pool):
+    """It may have been written long ago, and removed since; what it tells later is not."""
+    pool.serve(1, "a")
+    pool.scanned()
+    pool.in_time(1)
+    pool.say(1, Delta(1, (files(1),), (), 0))
+    pool.pass_time(1, 1, sequence=1)
+    assert pool.looking(1) == []
+    pool.close(1)
+    pool.serve(2, "a", sequence=1)
+    pool.say(2, Delta(2, (files(2),), (), 0))
+    assert pool.cataloged(FileChange.ADDED) == [key(1), key(2)]
+    pool.pass_time(0.1, 2, sequence=2)
+    assert (pool.looking(2), pool.prefix(2)) == ([key(2)], 1)
+    pool.pass_time(LATE_S, 2, sequence=2)
+    pool.say(2, Delta(3, (files(3),), (), 0))
+    pool.pass_time(1, 2, sequence=3)
+    assert pool.looking(2) == [key(2)]
 
 
 def test_files_are_doomed_by_kind(pool):
@@ -356,8 +453,8 @@ def test_many_files_are_doomed_a_slice_at_a_time(pool, monkeypatch):
 
 def test_removals_come_in_bounded_messages(pool, monkeypatch):
     """Some files a message and some messages at once; the next ones follow confirmations."""
-    monkeypatch.setattr(backends_module, "BATCH_FILES", 3)
-    monkeypatch.setattr(backends_module, "BATCHES_AT_ONCE", 2)
+    monkeypatch.setattr(file_removals_module, "BATCH_FILES", 3)
+    monkeypatch.setattr(file_removals_module, "BATCHES_AT_ONCE", 2)
     pool.serve(1, "a")
     pool.scanned()
     pool.say(1, Delta(1, (files(*range(10)),), (), 0))
@@ -597,3 +694,50 @@ def test_doomed_files_of_an_earlier_master_are_removed(pool):
     pool.pass_time(0.1, 1)
     assert pool.removing(1) == [key(5)]
     assert pool.backend().removing_bytes == FILE
+
+
+def test_what_is_told_while_the_catalog_is_read_counts_more(pool):
+    """What it has is older: a file that is gone is no hit again, one that is there again is not removed."""
+    backends = pool.master.backends
+    pool.master.register(ONE)
+    backends.load_backend(seen(), complete=True)
+    backends.load(iter([(files(1, 2, 3),)]), iter([(files(5, 6),)]))
+    pool.serve(1, "a")
+    effects: list[object] = []
+    for message in Delta(1, (files(5),), (files(2),), 0), Delta(2, (files(3),), (), 0):
+        effects += pool.master.handle(Received(1, message), pool.clock())
+    pool.perform(effects)
+    pool.work()
+    assert [pool.prefix(n) for n in (1, 2, 3, 5, 6)] == [1, 0, 1, 1, 0]
+    pool.pass_time(0.1, 1, sequence=2)
+    assert pool.removing(1) == [key(6)]
+    assert pool.backend().told == {}
+    pool.pass_time(REMOVE_RETRY_S - 1, 1, sequence=2)
+    assert key(5) not in pool.looking(1)  # an earlier master's word may still be carried out
+    pool.pass_time(1, 1, sequence=2)
+    (look,) = [m for m in pool.told(1, LookForFiles) if key(5) in m.blocks[0].keys]
+    pool.say(1, FilesRemoved(look.id))
+    assert pool.cataloged(FileChange.REMOVED)[-1:] == pool.cataloged(FileChange.ADDED)[-1:] == [key(5)]
+
+
+# ---- catalogs that are older than they should be -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kept_by", "generation", "scans"), [(5, 10, 0), (5, 11, 1), (6, 1, 1), (77, 1000, 0), (0, 0, 0)]
+)
+def test_what_a_node_was_told_is_kept_shows_whether_it_is(kept_by, generation, scans):
+    """A catalog that was put back, lost its end, or is another one, lacks it: the backends are scanned, once."""
+    pool = Shared(epoch=77)
+    backends = pool.master.backends
+    backends.earlier = {5: 10, 77: math.inf}
+    pool.master.register(ONE)
+    backends.load_backend(seen(), complete=True)
+    backends.load(iter([(files(1),)]), iter(()))
+    pool.work()
+    pool.serve(1, "a", kept_by=kept_by, generation=generation)
+    pool.serve(2, "b", kept_by=kept_by, generation=generation + scans)
+    assert [e.complete for e in pool.kept if isinstance(e, CatalogBackend)][:1] == [False] * scans
+    assert pool.prefix(1) == 1
+    pool.pass_time(0.3, 1, 2)
+    assert len(pool.told(1, Scan) + pool.told(2, Scan)) == scans

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from kvpool.core.backends import REMOVE_RETRY_S
 from kvpool.core.file_jobs import (
     FILES_OWNER,
     LOOKS_MAX,
@@ -20,8 +19,9 @@ from kvpool.core.file_jobs import (
     Write,
 )
 from kvpool.core.file_reads import AHEAD_MAX
+from kvpool.core.file_removals import REMOVE_RETRY_S
 from kvpool.core.filetier import ERRORS_MAX, LEARN_AGAIN_S, REMOVE_FILES, REMOVE_TURN, WRITE_TURN
-from kvpool.core.messages import BlockRun, RemoveFiles
+from kvpool.core.messages import BlockRun, FilesRemoved, LookForFiles, RemoveFiles
 from kvpool.model import BackendState, Namespace
 from tests.core.file_world import BACKENDS, CLIENT, PAYLOAD, SLOT, SPACE, World, file
 
@@ -610,7 +610,7 @@ def test_removals_that_a_read_only_disk_refuses_do_not_take_it_down():
     world.tier.take(0)
     world.tier.remove(RemoveFiles(1, A, (BlockRun(file(1)[0][:16], 1, 100, keys),)))
     (job,) = world.tier.take(0)
-    world.tier.removed(job, Failure(Trouble.READ_ONLY, "read-only"), world.now)
+    world.tier.removed(job, (), Failure(Trouble.READ_ONLY, "read-only"), world.now)
     assert (backend.state, backend.errors, len(backend.removes)) == (BackendState.READ_ONLY, 0, 0)
     assert world.tier.take_removed() == []
 
@@ -680,7 +680,7 @@ def test_removed_files_are_confirmed_when_all_are_gone():
     world.end(first)
     assert world.tier.take_removed() == []
     world.work()
-    assert world.tier.take_removed() == [7]
+    assert world.tier.take_removed() == [FilesRemoved(7)]
     assert world.files[0] == {}
     world.tier.used([world.segment.slot(*file(3))])
     assert len(world.work()) == 1
@@ -700,7 +700,24 @@ def test_a_removal_that_fails_is_not_confirmed():
     world.work()
     world.tier.remove(command(7, 1))
     world.work()
-    assert world.tier.take_removed() == [7]
+    assert world.tier.take_removed() == [FilesRemoved(7)]
+
+
+def test_files_that_are_looked_for_stay_and_those_that_are_gone_are_told():
+    """A block whose file is gone is written again when it is used."""
+    world = World(slots=1024)
+    numbers = range(REMOVE_FILES + 2)
+    world.put(*numbers)
+    world.work()
+    del world.files[0][file(3)]
+    there = dict(world.files[0])
+    asked = command(7, *numbers)
+    world.tier.remove(LookForFiles(asked.id, asked.backend, asked.blocks))
+    world.work()
+    gone = BlockRun(SPACE.digest, 1, 0, file(3)[0][16:], backend=A)
+    assert (world.tier.take_removed(), world.files[0]) == ([FilesRemoved(7, (gone,))], there)
+    world.tier.used([world.segment.slot(*file(number)) for number in numbers])
+    assert [job.file for job in world.work()] == [file(3)]
 
 
 def test_a_removal_that_waited_for_long_is_dropped():
@@ -724,11 +741,11 @@ def test_a_removal_that_waited_for_long_is_dropped():
     world.tier.remove(command(8, 1))
     world.work()
     world.end(second)
-    assert world.tier.take_removed() == [8]
+    assert world.tier.take_removed() == [FilesRemoved(8)]
     assert len(world.files[0]) == 2 * REMOVE_FILES
     world.tier.remove(command(7, *numbers))
     world.work()
-    assert world.tier.take_removed() == [7]
+    assert world.tier.take_removed() == [FilesRemoved(7)]
 
 
 def test_commands_for_unknown_backends_and_of_dead_masters_are_dropped():
@@ -737,7 +754,7 @@ def test_commands_for_unknown_backends_and_of_dead_masters_are_dropped():
     world.tier.remove(command(1, 1, backend=B))
     world.tier.remove(RemoveFiles(2, A, ()))
     world.tier.remove(command(3, 1))
-    assert world.tier.take_removed() == [2]
+    assert world.tier.take_removed() == [FilesRemoved(2)]
     world.tier.forget_commands()
     assert world.work() == []
     assert world.tier.take_removed() == []

@@ -173,7 +173,7 @@ class TierDays(RuleBasedStateMachine):
                 )
             )
         world.work()
-        assert sorted(world.tier.take_removed()) == [0, 1]
+        assert sorted(done.id for done in world.tier.take_removed()) == [0, 1]
         assert len(world.tier.reads) == 0
         assert world.segment.pinned == world.segment.reserved == 0
         assert all(backend.readable for backend in world.tier.backends)

@@ -119,10 +119,36 @@ def test_a_node_that_says_hello_is_told_what_to_keep(pool, monkeypatch):
     pool.join(1, "a", run(*range(40)))
     pool.pin(*range(40))
     pool.join(2, "b")
+    pool.work()
     kinds = [type(message) for to, message in pool.sent if to == 2]
     assert kinds.index(Welcome) < kinds.index(Keep)
     assert [sum(map(len, m.keep)) for m in pool.told(2, Keep)] == [16, 16, 8]
     assert pool.kept_by(2) == pool.kept_by(1) == {key(n) for n in range(40)}
+
+
+def test_a_node_is_greeted_a_message_at_a_time(pool, monkeypatch):
+    """Lookups go between two of them. What is pinned or ends meanwhile is told, too; it ends with the session."""
+    monkeypatch.setattr(pins_module, "GREETING_KEYS_MAX", 4)
+    pool.join(1, "a")
+    first, second, third = pool.pin(*range(8)), pool.pin(*range(6, 12)), pool.pin(*range(20, 30))
+    pool.hello(2, "b")
+    assert pool.told(2, Keep) == []
+    pool.perform(pool.master.work())
+    assert [sum(map(len, m.keep)) for m in pool.told(2, Keep)] == [4]
+    pool.end(first)
+    pool.pin(40)
+    pool.perform(pool.master.work())
+    pool.end(third)
+    pool.work()
+    assert pool.kept_by(2) == pool.kept_by(1) == {key(n) for n in (*range(6, 12), 40)}
+    assert len(second) == 6
+    pool.hello(3, "c")
+    pool.perform(pool.master.work())
+    pool.close(3)
+    pool.hello(4, "c")
+    pool.work()
+    assert len(pool.told(3, Keep)) == 1
+    assert pool.kept_by(4) == pool.kept_by(1)
 
 
 def test_thousands_of_pins_are_told_in_few_messages(pool):
@@ -135,8 +161,10 @@ def test_thousands_of_pins_are_told_in_few_messages(pool):
     for effects in slices:
         pool.perform(effects)
     pool.join(2, "b")
-    (message,) = pool.told(2, Keep)
-    assert {(r.namespace, r.shards, len(r)) for r in message.keep} == {(ONE.digest, 1, 1500), (TWO.digest, 3, 1)}
+    pool.work()
+    first, last = pool.told(2, Keep)
+    assert [(r.namespace, r.shards, len(r)) for r in first.keep] == [(ONE.digest, 1, 1024)]
+    assert {(r.namespace, r.shards, len(r)) for r in last.keep} == {(ONE.digest, 1, 476), (TWO.digest, 3, 1)}
     assert pool.kept_by(2) == {key(n) for n in range(1500)}
     assert pin.present == 0
 
@@ -189,10 +217,20 @@ def test_pins_are_kept_and_come_back(pool):
     successor = Pinning(epoch=99)
     successor.master.pins.load(kept.id, kept.label, kept.namespace, kept.until, kept.keys)
     successor.join(1, "a", run(1, 2))
+    successor.work()
     assert successor.kept_by(1) == {key(1)}
     assert successor.evict_all() == [key(2)]
     assert successor.pin(2).id != kept.id
-    assert [e.keys for e in successor.master.tell_catalog() if isinstance(e, CatalogPin)] == [key(1), key(2)]
+    ended, unfinished = successor.pin(3), successor.master.pins.begin(ONE.digest, keys(4, 5), 0, "", 0)[1]
+    successor.kept.clear()
+    assert not [e for e in successor.master.tell_catalog() if isinstance(e, CatalogPin)], "each is work of its own"
+    successor.end(ended)
+    successor.work()
+    assert [e.keys for e in successor.kept if isinstance(e, CatalogPin)] == [key(1), key(2)]
+    successor.kept.clear()
+    for effects in unfinished:
+        successor.perform(effects)
+    assert [e.keys for e in successor.kept if isinstance(e, CatalogPin)] == [keys(4, 5)]
 
 
 def test_pins_are_chosen_by_number_label_or_all(pool):
@@ -214,6 +252,13 @@ def test_pins_are_bounded_and_well_formed(pool, monkeypatch):
     pool.pin(1, 2)
     with pytest.raises(OverloadedError):
         begin(ONE.digest, key(3), 0, "", 0)
+    monkeypatch.setattr(pins_module, "KEYS_MAX", 5)
+    _, slices = begin(ONE.digest, keys(3, 4), 0, "", 0)
+    with pytest.raises(OverloadedError):  # what is begun counts
+        begin(ONE.digest, keys(5, 6), 0, "", 0)
+    pool.end(pool.master.pins.chosen(set(), "", every=True)[1])
+    assert list(slices) == []
+    pool.pin(5, 6)
     with pytest.raises(InvalidArgumentError, match="keys"):
         begin(ONE.digest, b"short", 0, "", 0)
     with pytest.raises(InvalidArgumentError, match="keys"):

@@ -86,6 +86,21 @@ def test_hello_says_who_and_how_much():
     assert reporter.connected() == [Hello(ADDRESS, 77, 64 * 1024, 1024, reporter.sequence, 5, (SPACE,))]
 
 
+def test_hello_says_who_has_acknowledged_last():
+    """Also after another master's Welcome, until that acknowledges something itself."""
+    segment, reporter = live()
+    put(segment, 1)
+    reporter.flush()
+    reporter.handle(Ack(reporter.sequence, generation=40))
+    reporter.disconnected()
+    (hello,) = reporter.connected()
+    assert (hello.kept_by, hello.generation) == (5, 40)
+    reporter.handle(Welcome(6, 0, inventory=True))
+    reporter.disconnected()
+    (hello,) = reporter.connected()
+    assert (hello.master_epoch, hello.kept_by, hello.generation) == (6, 5, 40)
+
+
 def test_nothing_is_sent_before_the_welcome():
     """Changes wait until the master has answered Hello."""
     segment, reporter = new()

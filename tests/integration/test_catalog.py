@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import grpc
@@ -93,6 +94,29 @@ def test_a_lost_catalog_is_made_anew_by_a_scan(shared, tmp_path, loss):
     # What is new is found even before the master asks for everything, as the node did not end in order.
     wait_for(lambda: shared.status().counters["scans_asked"] == 1 and not backend(shared).scanning, "the scan ends")
     assert loss == "gone" or "set aside" in shared.master.words()
+
+
+def test_a_catalog_that_was_put_back_is_noticed(shared, tmp_path):
+    """The node that was told otherwise says so: what is missing is found by a scan, while the rest is served."""
+    catalog, older = tmp_path / "data" / "catalog.lmdb", tmp_path / "older"
+    first = store(shared)
+    shared.master.kill()
+    shutil.copyfile(catalog, older)
+    shared.start_master()
+    wait_for(lambda: found(shared, first)[0] == BLOCKS, "the catalog is read")
+    second = store(shared, chain=2)
+    shared.client("a").close()
+    shared.master.kill()
+    shutil.copyfile(older, catalog)
+    shared.start_master()
+    wait_for(lambda: backend(shared).blocks == 2 * BLOCKS, "all files are found")
+    assert (found(shared, first)[0], found(shared, second)[0]) == (BLOCKS, BLOCKS)
+    assert shared.status().counters["scans_asked"] == 1
+    assert "lacks what a master has acknowledged" in shared.master.words()
+    shared.master.kill()
+    shared.start_master()
+    wait_for(lambda: backend(shared).blocks == 2 * BLOCKS, "the catalog is read")
+    assert shared.status().counters["scans_asked"] == 0
 
 
 def test_operators_correct_what_the_catalog_says(shared, tmp_path):

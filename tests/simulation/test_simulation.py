@@ -51,6 +51,26 @@ def test_accounts_come_down_to_zero(seed):
     assert not cluster.storage.acknowledged
 
 
+@pytest.mark.parametrize("seed", range(300_000, 300_012))
+def test_a_catalog_that_was_put_back_is_noticed(seed, monkeypatch):
+    """A master with an older catalog hears of that from its nodes, and has the files of which it lacks some scanned."""
+    monkeypatch.setattr(Cluster, "_fault", lambda self: self._cut())  # who has heard of it must be there
+    with small_slices():
+        cluster = Cluster(seed)
+        cluster.run(40)
+        cluster.settle()
+        older = cluster.catalog.copied()
+        before = set(cluster.storage.acknowledged)
+        cluster.run(150)
+        cluster.settle()
+        cluster.storage.stolen |= older.files.keys() - cluster.storage.files.keys()
+        cluster.restart_master(0.5, older)
+        cluster.advance(1)
+        cluster.settle()
+        assert cluster.storage.acknowledged - before
+        assert cluster.master.state.counters["scans_asked"] == 1
+
+
 def test_a_seed_replays_exactly():
     """The same seed gives the same events at the same times, so that a failure can be looked at again."""
     first, second = simulate(7, 150), simulate(7, 150)

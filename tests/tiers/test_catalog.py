@@ -19,6 +19,7 @@ import pytest
 from kvpool.errors import ConfigError
 from kvpool.model import Backend, Namespace
 from kvpool.tiers import catalog as catalog_module
+from kvpool.tiers import lmdb_file
 from kvpool.tiers.catalog import Catalog, Files, KnownBackend, KnownPin
 
 ONE = Namespace(model="one")
@@ -299,6 +300,66 @@ def test_a_broken_file_is_set_aside(tmp_path, opened, caplog, damage):
     assert len(list(tmp_path.glob("catalog.lmdb.broken-*"))) == 1
     catalog.files_added(files(1))
     assert names(read(opened())[0]) == expected(files(1))
+
+
+READER = """
+import sys, threading
+from kvpool.tiers.catalog import Catalog
+read = threading.Event()
+catalog = Catalog(sys.argv[1])
+catalog.read_files(lambda files, doomed: read.set())
+read.wait(30)
+"""
+
+
+def _zero_page(path: Path, content: bytes) -> None:
+    """Zero the leaf pages that hold this, as after a power loss."""
+    data = bytearray(path.read_bytes())
+    for at in range(2 * 4096, len(data), 4096):
+        is_leaf = struct.unpack_from("<H", data, at + 10)[0] & 2
+        if is_leaf and content in data[at : at + 4096]:
+            data[at : at + 4096] = bytes(4096)
+    path.write_bytes(data)
+
+
+def test_a_file_that_kills_its_reader_is_set_aside_at_the_next_start(tmp_path, opened, caplog):
+    """LMDB ends the process where it walks onto a page that is none: once, and not at every start."""
+    catalog = opened()
+    catalog.keep_backend(KnownBackend(BACKEND, complete=True))
+    for start in range(0, 20_000, 1000):
+        catalog.files_added(files(*range(start, start + 1000)))
+    read(catalog)
+    catalog.close()
+    _zero_page(tmp_path / "catalog.lmdb", b"\0\0\0\1" + key(10_000))
+    reader = subprocess.run([sys.executable, "-c", READER, str(tmp_path)], capture_output=True, timeout=60, check=False)
+    assert reader.returncode == -signal.SIGABRT, reader.stderr
+    catalog = opened()
+    assert (names(read(catalog)[0]), catalog.backends) == (expected(), [])
+    assert "SIGABRT when it is read" in caplog.text
+    assert len(list(tmp_path.glob("catalog.lmdb.broken-*"))) == 1
+    catalog.files_added(files(1))
+    assert names(read(opened())[0]) == expected(files(1))
+
+
+def test_a_reader_that_somebody_killed_loses_nothing(tmp_path, opened, monkeypatch):
+    """The next start looks whether it was the file, in a process of its own; the one after that does not."""
+    catalog = opened()
+    catalog.files_added(files(1, 2))
+    read(catalog)
+    mark = tmp_path / "catalog.lmdb.reading"
+    assert not mark.exists()
+    looks: list[Path] = []
+    deadly = lmdb_file.deadly
+    monkeypatch.setattr(lmdb_file, "deadly", lambda path: looks.append(path) or deadly(path))
+    catalog.close()
+    mark.touch()
+    catalog = opened()
+    assert mark.exists(), "until it has read the files"
+    assert names(read(catalog)[0]) == expected(files(1, 2))
+    assert not mark.exists()
+    opened()
+    assert len(looks) == 1
+    assert not list(tmp_path.glob("catalog.lmdb.broken-*"))
 
 
 def test_a_full_disk_costs_only_the_memory_of_it(opened, monkeypatch):

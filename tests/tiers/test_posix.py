@@ -194,6 +194,40 @@ def test_leftovers_go_by_owner_and_age(store, root):
     assert read(store, NAME) == extent_of(NAME)
 
 
+@pytest.mark.parametrize("room", ["for names", "for nothing"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_leftovers_go_from_a_full_disk(store, root, monkeypatch, room, code):
+    """They are what takes the room: nothing that has to be written comes before their removal."""
+    old = root / ".kvpool.json.other.7.tmp"
+    old.touch()
+    os.utime(old, (0, 0))
+    real = os.open
+
+    def full(path, flags, *more, **how):
+        if flags & os.O_CREAT and room == "for nothing":
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *more, **how)
+
+    monkeypatch.setattr(os, "open", full)
+    Disturbed(monkeypatch, "pwrite", code)
+    assert store.clean(1000) == 1
+    assert temporaries(root) == []
+
+
+def test_the_age_of_a_file_is_that_by_the_filesystems_clock(store, monkeypatch):
+    """Since it came to its place, whatever its bytes say; what cannot be looked at has none."""
+    for number in range(3):
+        store.write(name_of(number), extent_of(name_of(number)))
+    os.utime(f"{store.url}/blocks/{name_of(0)}", (0, 0))
+    Path(store.url, "blocks", str(name_of(2))).unlink()
+    names = [name_of(number) for number in range(3)]
+    assert store.older_than(names, 1000) == []
+    now = store._now()
+    monkeypatch.setattr(store, "_now", lambda: now + 2000)
+    assert store.older_than(names, 1000) == names[:2]
+    assert store.older_than(names, 3000) == []
+
+
 def test_what_is_being_written_is_no_leftover(store, monkeypatch):
     """Cleaning beside a running write of ours takes nothing from under it."""
     cleaned = []
@@ -233,6 +267,16 @@ def test_the_recorded_capacity_counts(store, root, caplog):
     open_store(str(root), owner="you")
     open_store(str(root), owner="you", capacity_bytes=GIB)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("capacity", [True, 0, -1, (1 << 62) + 1, 1 << 64, 1e9, "1GB", None])
+def test_a_capacity_that_cannot_be_is_refused(capacity):
+    """It is edited by hand: the field is named, and what may stand there."""
+    said = json.loads(Identity.make(5).pack())
+    with pytest.raises(StoreBrokenError, match=r"capacity_bytes.*from 1 to 2\*\*62"):
+        Identity.parse(json.dumps({**said, "capacity_bytes": capacity}).encode())
+    assert Identity.parse(json.dumps({**said, "capacity_bytes": 1 << 62}).encode()).capacity_bytes == 1 << 62
+    assert Identity.make(1 << 70).capacity_bytes == 1 << 62
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])

@@ -27,7 +27,7 @@ class NodeMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ..., scanned: _Optional[_Union[Scanned, _Mapping]] = ..., files_removed: _Optional[_Union[FilesRemoved, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("address", "epoch", "capacity_bytes", "used_bytes", "sequence", "master_epoch", "namespaces", "backends")
+    __slots__ = ("address", "epoch", "capacity_bytes", "used_bytes", "sequence", "master_epoch", "namespaces", "backends", "kept_by", "generation")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,8 @@ class Hello(_message.Message):
     MASTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     address: _types_pb2.NodeAddress
     epoch: int
     capacity_bytes: int
@@ -44,7 +46,9 @@ class Hello(_message.Message):
     master_epoch: int
     namespaces: _containers.RepeatedCompositeFieldContainer[_types_pb2.NamespaceDescriptor]
     backends: _containers.RepeatedCompositeFieldContainer[_types_pb2.Backend]
-    def __init__(self, address: _Optional[_Union[_types_pb2.NodeAddress, _Mapping]] = ..., epoch: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., master_epoch: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[_types_pb2.Backend, _Mapping]]] = ...) -> None: ...
+    kept_by: int
+    generation: int
+    def __init__(self, address: _Optional[_Union[_types_pb2.NodeAddress, _Mapping]] = ..., epoch: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., master_epoch: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[_types_pb2.Backend, _Mapping]]] = ..., kept_by: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Inventory(_message.Message):
     __slots__ = ("sequence", "chunk", "last", "added")
@@ -115,13 +119,15 @@ class Scanned(_message.Message):
     def __init__(self, backend: _Optional[bytes] = ..., last: bool = ..., files: _Optional[int] = ..., files_expected: _Optional[int] = ..., added: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[_types_pb2.NamespaceDescriptor, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class FilesRemoved(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "gone")
     ID_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
     id: int
-    def __init__(self, id: _Optional[int] = ...) -> None: ...
+    gone: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    def __init__(self, id: _Optional[int] = ..., gone: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
 
 class MasterMessage(_message.Message):
-    __slots__ = ("welcome", "victims", "evict", "superseded", "send_inventory", "ack", "probe", "remove_files", "scan", "storage_limits", "keep")
+    __slots__ = ("welcome", "victims", "evict", "superseded", "send_inventory", "ack", "probe", "remove_files", "scan", "storage_limits", "keep", "look_for_files")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     VICTIMS_FIELD_NUMBER: _ClassVar[int]
     EVICT_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +139,7 @@ class MasterMessage(_message.Message):
     SCAN_FIELD_NUMBER: _ClassVar[int]
     STORAGE_LIMITS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    LOOK_FOR_FILES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     victims: Victims
     evict: Evict
@@ -144,7 +151,8 @@ class MasterMessage(_message.Message):
     scan: Scan
     storage_limits: StorageLimits
     keep: Keep
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., victims: _Optional[_Union[Victims, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., send_inventory: _Optional[_Union[SendInventory, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., remove_files: _Optional[_Union[RemoveFiles, _Mapping]] = ..., scan: _Optional[_Union[Scan, _Mapping]] = ..., storage_limits: _Optional[_Union[StorageLimits, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
+    look_for_files: LookForFiles
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., victims: _Optional[_Union[Victims, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., send_inventory: _Optional[_Union[SendInventory, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., remove_files: _Optional[_Union[RemoveFiles, _Mapping]] = ..., scan: _Optional[_Union[Scan, _Mapping]] = ..., storage_limits: _Optional[_Union[StorageLimits, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., look_for_files: _Optional[_Union[LookForFiles, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("master_epoch", "resume_after", "inventory")
@@ -179,10 +187,12 @@ class SendInventory(_message.Message):
     def __init__(self) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("sequence",)
+    __slots__ = ("sequence", "generation")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     sequence: int
-    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+    generation: int
+    def __init__(self, sequence: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Probe(_message.Message):
     __slots__ = ("id", "namespace", "keys")
@@ -195,6 +205,16 @@ class Probe(_message.Message):
     def __init__(self, id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class RemoveFiles(_message.Message):
+    __slots__ = ("id", "backend", "blocks")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    backend: bytes
+    blocks: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlockRun]
+    def __init__(self, id: _Optional[int] = ..., backend: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[_types_pb2.BlockRun, _Mapping]]] = ...) -> None: ...
+
+class LookForFiles(_message.Message):
     __slots__ = ("id", "backend", "blocks")
     ID_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
