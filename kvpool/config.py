@@ -17,10 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-import yaml
-
 from kvpool.config_base import Settings, parsed_value, setting
+from kvpool.config_files import read_file
 from kvpool.config_foreign import (
+    KVPOOL_TO_MOONCAKE,
     MOONCAKE_IGNORED,
     MOONCAKE_SIGNS,
     MOONCAKE_TO_KVPOOL,
@@ -60,13 +60,12 @@ __all__ = [
     "MOONCAKE_TO_KVPOOL", "TEXT",
     "ClientSettings", "ConnectorSettings", "Kind", "Loaded", "MasterSettings", "NodeSettings", "ProxySettings",
     "Settings", "boot_id", "child_environment", "default_socket_path", "foreign_environment", "from_mooncake",
-    "load", "no_such_setting", "read_file", "runtime_dir", "setting", "split_address",
+    "load", "no_such_setting", "plain_environment", "read_file", "runtime_dir", "setting", "split_address",
 ]  # fmt: skip
 
 ENV_PREFIX = "KVPOOL_"
 CONFIG_ENV = "KVPOOL_CONFIG"
 MOONCAKE_ENV = "MOONCAKE_CONFIG_PATH"
-CONFIG_BYTES_MAX = 1 << 20
 
 # Variables for our own tests and tools; no component reads them as a setting.
 _RESERVED_PREFIXES = ("KVPOOL_TEST_", "KVPOOL_BENCH_")
@@ -355,16 +354,20 @@ def load(
     if config_path and mooncake_path:
         notes.append(f"{config_path} is used; {MOONCAKE_ENV}={mooncake_path} is not, because --config wins")
     path = config_path or mooncake_path
-    if path:
-        values.update(_file_values(cls, path, notes, mooncake=not config_path))
-    values.update({name: value for name, value in foreign.items() if value[0] is not None})
-    values.update(_environment_values(known, _all_names(cls), environ))
+    given: dict[str, tuple[Any, str]] = {}
     for name, value in flags.items():
         if value is None:
             continue
         if name not in known:
             raise ConfigError(name, no_such_setting(name, known) + (f" (from {flags_from})" if flags_from else ""))
-        values[name] = (value, origins.get(name) or flags_from or f"flag --{name}")
+        given[name] = (value, origins.get(name) or flags_from or f"flag --{name}")
+    for layer in (  # each wins over those before
+        _file_values(cls, path, notes, mooncake=not config_path) if path else {},
+        {name: value for name, value in foreign.items() if value[0] is not None},
+        _environment_values(known, _all_names(cls), environ),
+        given,
+    ):
+        _put_over(values, layer)
 
     parsed: dict[str, Any] = {}
     for name, (value, source) in values.items():
@@ -377,6 +380,20 @@ def load(
         return Loaded(cls(**parsed), sources, notes)
     except ConfigError as error:  # of several fields at once
         raise ConfigError(error.field, f"{error.problem} (from {sources.get(error.field, 'default')})") from None
+
+
+SIZE_NAMES = ("segment_size", "cache_buffer_capacity_gb")
+"""Two names for one thing: who gives one of them means neither of what was said before."""
+
+
+def _put_over(values: dict[str, tuple[Any, str]], layer: Mapping[str, tuple[Any, str]]) -> None:
+    sizes = layer.keys() & set(SIZE_NAMES)
+    if len(sizes) > 1:
+        name, other = SIZE_NAMES
+        raise ConfigError(other, f"means the same as {name}: give one of the two (from {layer[other][1]})")
+    for name in SIZE_NAMES if sizes else ():
+        values.pop(name, None)
+    values.update(layer)
 
 
 def _all_names(cls: type[Settings]) -> set[str]:
@@ -408,41 +425,28 @@ def child_environment(values: Mapping[str, str], environ: Mapping[str, str] = os
     return {**environ, **{f"{ENV_PREFIX}{name.upper()}": value for name, value in values.items()}}
 
 
+def plain_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a program whose settings are all on its command line: none of those around us."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name != MOONCAKE_ENV and (not name.startswith(ENV_PREFIX) or name.startswith(_RESERVED_PREFIXES))
+    }
+
+
 def foreign_environment(names: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return those of other systems' variables that are set and not empty."""
     return {name: environ[name] for name in names if environ.get(name)}
 
 
-def read_file(path: str) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file (JSON is YAML); raise ConfigError where it holds none."""
-    try:
-        with Path(path).expanduser().open("rb") as stream:
-            data = stream.read(CONFIG_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
-    except (RuntimeError, ValueError) as error:  # no such user's home, or no path at all
-        raise ConfigError("config", f"cannot read {path!r}: {error}") from None
-    if len(data) > CONFIG_BYTES_MAX:
-        raise ConfigError("config", f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
-    try:
-        content = yaml.safe_load(data.decode())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError("config", f"{path} is neither YAML nor JSON{where}") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError("config", f"{path} must hold one mapping of names to values")
-    return content
-
-
 def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: bool) -> dict[str, tuple[Any, str]]:
     content = read_file(path)
     everyone = _all_names(cls)
+    theirs: Mapping[str, str] = {}  # keys of other systems, by our names
     if mooncake or MOONCAKE_SIGNS & content.keys():
-        content = from_mooncake(content, path, notes)
+        content, theirs = from_mooncake(content, path, notes), KVPOOL_TO_MOONCAKE
     elif UCM_SIGNS & content.keys():
-        content = from_ucm(content, path, notes)
+        content, theirs = from_ucm(content, path, notes)
     known = {item.name: item for item in dataclasses.fields(cls)}
     values: dict[str, tuple[Any, str]] = {}
     elsewhere = []
@@ -455,7 +459,7 @@ def _file_values(cls: type[Settings], path: str, notes: list[str], *, mooncake: 
             # YAML reads 0660 as 432, and 440 as what stands there: nobody can tell which of the two was meant.
             raise ConfigError(name, f'{value} is not allowed; write it in quotes, for example "0660" (from {path})')
         elif value is not None:
-            values[name] = (value, path)
+            values[name] = (value, f"{path}: {theirs[name]}" if name in theirs else path)
     if elsewhere:
         notes.append(f"{path}: meant for other parts of kvpool, not used here: {', '.join(sorted(elsewhere))}")
     return values

@@ -6,6 +6,7 @@ Both functions raise ConfigError for a key that neither that system nor kvpool h
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ MOONCAKE_TO_KVPOOL = {
     "global_segment_size": "segment_size",
     "local_hostname": "advertise_host",
 }
+KVPOOL_TO_MOONCAKE = {ours: theirs for theirs, ours in MOONCAKE_TO_KVPOOL.items()}
 # Its other keys: transports, a metadata server and a second storage stack, none of which exist here.
 MOONCAKE_IGNORED = frozenset({
     "check_server", "client_server_address", "cluster_id", "decode_url", "device_name", "enable_offload",
@@ -140,17 +142,21 @@ class FromUCM:
 UCM_KEYS = frozenset((*UCM_TO_KVPOOL, *UCM_IGNORED, UCM_STORES, UCM_STORE))
 
 
-def from_ucm(content: Mapping[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
-    """Return our settings for those of a UCM file; settings of ours may stand beside its keys."""
+def from_ucm(content: Mapping[str, Any], path: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return our settings for those of a UCM file, and their keys there; ours may stand beside them, and win."""
     found = FromUCM()
     found.take(content, path)
     if found.ignored:
         notes.append(f"{path}: these UCM keys mean nothing here: {', '.join(sorted(found.ignored))}")
-    return {name: value for name, (value, _) in found.taken.items()} | found.rest
+    taken = {name: each for name, each in found.taken.items() if name not in found.rest}
+    values = {name: value for name, (value, _) in taken.items()} | found.rest
+    return values, {name: key for name, (_, key) in taken.items()}
 
 
 def _ucm_value(key: str, value: Any) -> Any:
     if key == "posix_capacity_gb" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            return value  # refused with the other values that are no size
         return round(value * (1 << 30)) or None  # 0: no limit was asked for
     if key in {"io_direct", "use_direct"} and isinstance(value, bool):
         return "auto" if value else "off"

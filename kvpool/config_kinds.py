@@ -50,11 +50,16 @@ def _parse_int(low: int, high: int) -> Callable[[Any, str], int]:
 def _parse_ratio(value: Any, name: str) -> float:
     try:
         ratio = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
-    except ValueError:
+    except (OverflowError, ValueError):
         ratio = 0.0
     if not 0.0 < ratio <= 1.0:  # refuses nan too
         raise _refuse(name, value, "a ratio above 0 and up to 1, for example 0.95")
     return ratio
+
+
+def _parse_size(value: Any, name: str) -> int:
+    whole = isinstance(value, float) and value.is_integer()  # as programs write a large number into JSON
+    return parse_size(int(value) if whole else value, name)
 
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
@@ -110,9 +115,13 @@ def _parse_path(value: Any, name: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not str(value).strip() or "\0" in str(value):
         raise _refuse(name, value, "a path")
     try:
-        return str(Path(value).expanduser().absolute())
+        path = str(Path(value).expanduser().absolute())
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise _refuse(name, value, "a path of characters that a file's name can have") from None
     except RuntimeError:
         raise _refuse(name, value, "a path, with ~ for the home of a user that there is") from None
+    return path
 
 
 def _parse_socket_path(value: Any, name: str) -> str:
@@ -148,7 +157,7 @@ def choice(*words: str, metavar: str = "") -> Kind:
 def _parse_gigabytes(value: Any, name: str) -> float:
     try:
         number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
-    except ValueError:
+    except (OverflowError, ValueError):
         number = 0.0
     if not 0.0 < number <= 1 << 20:  # refuses nan too
         raise _refuse(name, value, "a number of GiB, for example 64 or 0.5")
@@ -213,7 +222,7 @@ def many(kind: Kind) -> Kind:
 BOOL = Kind("", _parse_bool)
 PORT = Kind("PORT", _parse_int(0, 65535))
 RATIO = Kind("RATIO", _parse_ratio)
-SIZE = Kind("SIZE", parse_size)
+SIZE = Kind("SIZE", _parse_size)
 DURATION = Kind("DURATION", parse_duration_ms)
 TEXT = Kind("TEXT", _parse_text)
 GIGABYTES = Kind("GIB", _parse_gigabytes)

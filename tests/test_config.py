@@ -16,6 +16,7 @@ from kvpool.config import (
     MasterSettings,
     NodeSettings,
     load,
+    plain_environment,
     runtime_dir,
     setting,
     split_address,
@@ -94,6 +95,34 @@ class TestPrecedence:
     def test_an_empty_file_is_no_error(self, write):
         """A file of comments only is a file without settings."""
         assert load(MasterSettings, flags={}, config_path=write("# nothing\n"), environ={}).settings.port == 50088
+
+    def test_a_size_under_another_name_obeys_the_same_order(self, write):
+        """Whoever says one of the two names means neither of what was said before."""
+        path = write("cache_buffer_capacity_gb: 64\n")
+        environ = {"KVPOOL_CACHE_BUFFER_CAPACITY_GB": "32"}
+        by_flag = load(NodeSettings, flags={"segment_size": "128MB"}, config_path=path, environ=environ)
+        assert by_flag.settings.segment_size == 128 << 20
+        assert by_flag.sources["cache_buffer_capacity_gb"] == "default"
+        by_environment = load(NodeSettings, flags={}, config_path=path, environ={"KVPOOL_SEGMENT_SIZE": "256MB"})
+        assert by_environment.settings.segment_size == 256 << 20
+        environ = {"KVPOOL_SEGMENT_SIZE": "256MB"}
+        by_other = load(NodeSettings, flags={"cache_buffer_capacity_gb": 2}, config_path=path, environ=environ)
+        assert by_other.settings.segment_size == 2 << 30
+
+    def test_both_names_of_a_size_at_once_are_refused(self, write):
+        """Nobody can tell which of them was meant."""
+        path = write("cache_buffer_capacity_gb: 64\nsegment_size: 1GB\n")
+        environ = {"KVPOOL_CACHE_BUFFER_CAPACITY_GB": "32", "KVPOOL_SEGMENT_SIZE": "1GB"}
+        for config_path, around, source in ((path, {}, path), (None, environ, "KVPOOL_CACHE_BUFFER_CAPACITY_GB")):
+            with pytest.raises(ConfigError, match="cache_buffer_capacity_gb: means the same as segment_size") as caught:
+                load(NodeSettings, flags={}, config_path=config_path, environ=around)
+            assert f"(from {source})" in str(caught.value)
+
+    def test_a_plain_environment_has_no_settings(self):
+        """For programs whose settings are on their command line; what tests and tools pass on stays."""
+        around = {"PATH": "/bin", "KVPOOL_TEST_X": "1", "KVPOOL_BENCH_Y": "2"}
+        settings = {"KVPOOL_DATA_DIR": "/x", "KVPOOL_CONFIG": "/y", "MOONCAKE_CONFIG_PATH": "/z"}
+        assert plain_environment({**settings, **around}) == around
 
 
 class TestUnknown:
@@ -313,6 +342,61 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"config: cannot read .*: No such file"):
             load(MasterSettings, flags={}, config_path=str(tmp_path / "none.yaml"), environ={})
 
+    @pytest.mark.parametrize(
+        ("content", "field"),
+        [
+            ("port: 2026-13-45", "port"),
+            ("port: !!timestamp abc", "port"),
+            ("port: !!int abc", "port"),
+            ('port: !!int ""', "port"),
+            ("port: !!float abc", "port"),
+            ("port: 0x_", "port"),
+            ("insecure: !!bool abc", "insecure"),
+            (f"port: {'1' * 5000}", "port"),
+            (f"port: 0x{'f' * 5000}", "port"),
+            (f'{{"port": {"1" * 5000}}}', "port"),
+            (f"eviction_ratio: {'1' * 400}", "eviction_ratio"),
+            ('{"data_dir": "/tmp/\\ud800"}', "data_dir"),
+            ("port: 1\nport: 2", "port"),
+            ('{"port": 1, "port": 2}', "port"),
+            ("{port: 1, port: 2}", "port"),
+        ],
+    )
+    def test_a_value_that_cannot_be_is_refused_with_its_name(self, write, content, field):
+        """Whatever the parsers make of it; a key that stands twice is no answer to which value was meant."""
+        path = write(content)
+        with pytest.raises(ConfigError) as caught:
+            load(MasterSettings, flags={}, config_path=path, environ={})
+        assert caught.value.field == field
+        assert path in str(caught.value)
+        str(caught.value).encode()
+
+    def test_so_it_is_for_a_nodes_values(self, write):
+        """A capacity without end, a socket whose name no file can have."""
+        for content, field in (
+            (f"cache_buffer_capacity_gb: {'1' * 400}", "cache_buffer_capacity_gb"),
+            ('{"socket_path": "/tmp/\\ud800"}', "socket_path"),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                load(NodeSettings, flags={}, config_path=write(content), environ={})
+            assert caught.value.field == field
+
+    def test_text_that_looks_like_a_date_is_text(self, write):
+        """There is no such day; as a name it is as good as any."""
+        path = write("data_dir: /srv/2026-13-45\nhost: 2026-13-45\n")
+        assert load(MasterSettings, flags={}, config_path=path, environ={}).settings.host == "2026-13-45"
+
+    @pytest.mark.parametrize("content", ['{\n\t"port": 7\n}', '\ufeff{\t"port": 7}', "\ufeffport: 7", "{port: 7}"])
+    def test_json_is_json(self, write, content):
+        """With tabs, which YAML refuses; what begins with a brace may be YAML all the same."""
+        assert load(MasterSettings, flags={}, config_path=write(content), environ={}).settings.port == 7
+
+    def test_a_merged_key_may_be_overridden(self, write):
+        """That is what YAML has merging for."""
+        path = write("storage_backends: s3://b/p\nstorage_options: {<<: {key: a, secret: s}, key: b}\n")
+        options = load(NodeSettings, flags={}, config_path=path, environ={}).settings.storage_options
+        assert options == {"key": "b", "secret": "s"}
+
     @pytest.mark.parametrize("path", ["~nobody-here/x.yaml", "a\0b"])
     def test_a_path_that_cannot_be_is_named(self, path):
         """It is no traceback."""
@@ -397,6 +481,8 @@ hit_ratio: 0.8
             ("ucm_connectors: []\nuse_layerwyse: true", r"use_layerwyse: .*did you mean use_layerwise\?"),
             ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Fake}}]", "pipeline: 'Fake' is not allowed"),
             ("ucm_connectors: [{ucm_connector_config: {store_pipeline: Posix}}]", "needs storage_backends"),
+            ("ucm_connectors: [{ucm_connector_config: {posix_capacity_gb: .inf}}]", "storage_capacity: inf .*posix_c"),
+            ("ucm_connectors: [{ucm_connector_config: {posix_capacity_gb: .nan}}]", "storage_capacity: nan .*posix_c"),
         ],
     )
     def test_what_is_wrong_is_said(self, write, text, error):
@@ -446,7 +532,7 @@ class TestMooncake:
         assert loaded.settings.master == "10.0.0.7:50088"
         assert loaded.settings.segment_size == 2 << 30
         assert loaded.settings.advertise_host == "10.0.0.8"
-        assert loaded.sources["master"] == path
+        assert loaded.sources["master"] == f"{path}: master_server_address"
         (note,) = loaded.notes
         for key in ("metadata_server", "protocol", "device_name", "use_ascend_direct"):
             assert key in note
@@ -456,11 +542,13 @@ class TestMooncake:
         path = write({**MOONCAKE, "transfer_timeout": 5}, "pool.json")
         assert load(NodeSettings, flags={}, config_path=path, environ={}).settings.segment_size == 2 << 30
 
-    @pytest.mark.parametrize("size", [107374182400, "1GB", "1024MB", "1048576KB", "1073741824B", "1073741824"])
+    @pytest.mark.parametrize(
+        "size", [107374182400, 107374182400.0, "1GB", "1024MB", "1048576KB", "1073741824B", "1073741824"]
+    )
     def test_every_way_to_write_a_segment_size(self, write, size):
         """A number or a string, with or without a unit."""
         path = write({**MOONCAKE, "global_segment_size": size})
-        expected = 100 << 30 if isinstance(size, int) else 1 << 30
+        expected = 1 << 30 if isinstance(size, str) else 100 << 30
         assert load(NodeSettings, flags={}, config_path=path, environ={}).settings.segment_size == expected
 
     def test_an_unknown_key_is_refused_with_the_nearest(self, write):
@@ -497,11 +585,11 @@ class TestMooncake:
         assert load(NodeSettings, flags={}, config_path=path, environ={}).settings.advertise_host == advertised
 
     def test_a_bad_value_names_the_setting_and_the_file(self, write):
-        """The name is ours, the file theirs."""
+        """The name is ours, the file and the key in it are theirs."""
         path = write({**MOONCAKE, "global_segment_size": "lots"})
         with pytest.raises(ConfigError, match="segment_size: 'lots'") as caught:
             load(NodeSettings, flags={}, config_path=path, environ={})
-        assert path in str(caught.value)
+        assert f"(from {path}: global_segment_size)" in str(caught.value)
 
     def test_ignored_keys_are_told_apart_from_ours(self):
         """A key is translated or ignored, never both."""

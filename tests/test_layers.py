@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "config": WORDS,
     "processes": set(),
     "core": {"errors", "model"},
-    "tiers": WORDS | {"transport"},  # the memfd's making is shared with those who map it
+    "tiers": WORDS | {"transport", "processes"},  # the memfd's making is shared with those who map it
     "rpc": WORDS | {"core"},
     "transport": WORDS | {"rpc", "processes"},
     "client": CONTROL | {"core", "rpc", "transport"},

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvpool.bench.harness import BenchError, interleaved, one_command
 from kvpool.bench.limits import Bytes
-from kvpool.bench.report import Figure, Report
+from kvpool.bench.report import Figure, Report, json_option
 from kvpool.transport.shm import MappedMemory, create_memfd, seal
 
 ROUNDS_S = 20.0
@@ -72,7 +72,7 @@ def _measure(report: Report, measuring: Any, device: Any, shape: Any, blocks: in
 @click.command("device")
 @click.option("--blocks", type=click.IntRange(1, 4096), default=512, show_default=True, help="Blocks in one batch.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=15, show_default=True, help="Rounds of each figure.")
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@json_option
 def command(blocks: int, rounds: int, json_path: str | None) -> None:
     """Copies between a GPU's blocks and a node's slots.
 

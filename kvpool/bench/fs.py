@@ -34,9 +34,9 @@ from kvpool.bench.fs_raw import (
     latencies,
     sweep,
 )
-from kvpool.bench.harness import one_command
+from kvpool.bench.harness import layers_of, one_command
 from kvpool.bench.pool import bench_pool, connected
-from kvpool.bench.report import Figure, Report
+from kvpool.bench.report import Figure, Report, json_option
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES, format_size, parse_size, split_keys
 
@@ -76,6 +76,7 @@ class Plan:
         if not self.directory.is_dir():
             raise InvalidArgumentError("directory", f"{self.directory} is no directory")
         for sizes in self.sizes:
+            layers_of(sizes.block_bytes)
             if 3 * sizes.segment_bytes > sizes.data_bytes:
                 raise InvalidArgumentError(
                     "segment_size",
@@ -281,7 +282,7 @@ def measure(plan: Plan, report: Report) -> None:
     help="Catalogued blocks of the restarted master; 0 leaves it out.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Small sizes and few rounds, where they are not given: to see it run.")
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@json_option
 @click.pass_context
 def command(ctx: click.Context, /, directory: Path, quick: bool, json_path: str | None, **options: Any) -> None:
     """The file tier in DIRECTORY, beside raw files, other designs, and memory. Removes what it has written.

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 
 from kvpool.bench.fs_raw import Mode, forget_all, in_threads, read_files, write_files
-from kvpool.bench.harness import BenchError
+from kvpool.bench.harness import BenchError, layers_of
 from kvpool.bench.limits import Walk
 from kvpool.bench.pool import ASK_S, BenchPool
 from kvpool.client import Client
@@ -25,7 +25,6 @@ from kvpool.tiers.layout import BLOCKS
 from kvpool.tiers.store import FileName
 
 BATCH_BYTES = 32 << 20
-LAYER_BYTES_MAX = 256 << 10
 AT_ONCE = 2
 """Gets under way together, as an engine's worker has them."""
 
@@ -65,10 +64,7 @@ class Sizes:
     @property
     def namespace(self) -> Namespace:
         """A namespace whose blocks have so many bytes."""
-        layers = -(-self.block_bytes // LAYER_BYTES_MAX)
-        while self.block_bytes % layers:
-            layers += 1
-        return Namespace(model=f"kvpool-bench-fs-{self.block_bytes}", layers=layers)
+        return Namespace(model=f"kvpool-bench-fs-{self.block_bytes}", layers=layers_of(self.block_bytes))
 
 
 def storage_flags(directory: Path, mode: Mode, capacity_bytes: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -17,11 +18,14 @@ from typing import Any, Self
 import click
 
 from kvpool.errors import InvalidArgumentError, KVPoolError
+from kvpool.model import LAYERS_MAX
 from kvpool.server.child import die_with_parent
+from kvpool.server.launch import StartError
 
 ROUNDS_MIN = 3
 HELPER_START_S = 30.0
 HELPER_END_S = 3.0
+LAYER_BYTES_MAX = 256 << 10
 
 
 class BenchError(KVPoolError):
@@ -32,6 +36,29 @@ class BadUsage(click.ClickException):
     """A value that is not allowed: exit code 2."""
 
     exit_code = 2
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds; "nan" is within none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or fail."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
+
+
+def layers_of(block_bytes: int) -> int:
+    """Return in how many equal layers a block is stored: as few as are small enough. Raises InvalidArgumentError."""
+    fewest = -(-block_bytes // LAYER_BYTES_MAX)
+    for layers in range(fewest, LAYERS_MAX + 1):
+        if block_bytes % layers == 0:
+            return layers
+    raise InvalidArgumentError(
+        "block_bytes",
+        f"must be at most {LAYERS_MAX} equal layers of at most {LAYER_BYTES_MAX} bytes, {block_bytes} is not",
+    )
 
 
 @contextmanager
@@ -47,7 +74,10 @@ def one_command() -> Iterator[None]:
     except InvalidArgumentError as error:
         raise BadUsage(str(error)) from None
     except KVPoolError as error:
-        raise click.ClickException(str(error)) from None
+        refused = isinstance(error, StartError) and error.refused
+        raise (BadUsage if refused else click.ClickException)(str(error)) from None
+    except MemoryError as error:
+        raise click.ClickException(f"there is not so much memory here: give smaller sizes. {error}") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.transport.shm import MappedMemory, create_memfd, seal
+from kvpool.tiers.dram import Segment
 
 Bytes = NDArray[np.uint8]
 
@@ -29,11 +29,11 @@ class Walk:
     """
 
     def __init__(self, size: int, block_bytes: int, *, header_bytes: int = HEADER_BYTES, unit: int = 1) -> None:
-        """Map and populate it. Each block begins after a header, and both take a multiple of ``unit``."""
-        fd = create_memfd("kvpool-bench", size)
-        self._memory = MappedMemory(fd, size)
-        self._memory.populate()
-        seal(fd)
+        """Map and populate it. Each block begins after a header, and both take a multiple of ``unit``.
+
+        Raises InvalidArgumentError("segment_size") for more than there is.
+        """
+        self._memory = Segment.create(size, lock=False)
         self._bytes: Bytes = np.frombuffer(self._memory.view, np.uint8)
         self._block_bytes = block_bytes
         step = -(-(header_bytes + block_bytes) // unit) * unit

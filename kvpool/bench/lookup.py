@@ -16,11 +16,11 @@ import click
 import grpc
 import numpy as np
 
-from kvpool.bench.harness import BenchError, Helper, helpers, one_command
+from kvpool.bench.harness import BenchError, FiniteRange, Helper, helpers, one_command
 from kvpool.bench.index import Sizes, measure_commits, measure_memory
 from kvpool.bench.limits import PingPong, ping_peer
-from kvpool.bench.pool import TIMEOUT_MS, BenchPool, bench_pool, connected
-from kvpool.bench.report import Figure, Report
+from kvpool.bench.pool import TIMEOUT_MS, BenchPool, bench_pool, connected, details_of, leaving_nothing
+from kvpool.bench.report import Figure, Report, json_option
 from kvpool.client import Client
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc
@@ -134,7 +134,7 @@ def _measure_grpc(pool: BenchPool, keys: bytes, latency: Latency, report: Report
     try:
         latency.measure("lookup_grpc", look_up, ("grpc_empty_unary", empty), {"blocks": blocks})
     except grpc.RpcError as error:
-        raise BenchError(f"gRPC: {error}") from None
+        raise BenchError(f"gRPC: {details_of(error)}") from None
 
 
 def _asker(conn: Connection, master: str, keys: bytes) -> None:
@@ -178,9 +178,7 @@ def _measure_rate(pool: BenchPool, prompts: Sequence[bytes], seconds: float, rep
     "--rounds", type=click.IntRange(1, 1_000_000), default=3000, show_default=True, help="Calls of each kind."
 )
 @click.option("--clients", type=click.IntRange(1, 64), default=3, show_default=True, help="Processes for the rate.")
-@click.option(
-    "--rate_seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="... for so long."
-)
+@click.option("--rate_seconds", type=FiniteRange(0.1, 600), default=4.0, show_default=True, help="... for so long.")
 @click.option(
     "--index_blocks", type=click.IntRange(10_000, 10_000_000), default=1_000_000, show_default=True,
     help="Blocks of the index under load; its memory is measured at 0.7 to 1.5 times as many.",
@@ -189,7 +187,7 @@ def _measure_rate(pool: BenchPool, prompts: Sequence[bytes], seconds: float, rep
     "--commit_rate", type=click.IntRange(0), default=0,
     help="Blocks a second that nodes report while the index grows; without it as fast as the master takes them.",
 )  # fmt: skip
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@json_option
 def command(
     master: str | None,
     rounds: int,
@@ -209,7 +207,7 @@ def command(
     report = Report("lookup")
     latency = Latency(report, rounds)
     with one_command(), report.running(5 if master else 9):
-        with bench_pool(master) as pool:
+        with bench_pool(master) as pool, leaving_nothing(pool, SPACE):
             with connected(pool.master, SPACE, name="lookup") as client:
                 prompts = {blocks: _store(client, blocks) for blocks in BLOCKS}
                 others = [_store(client, max(BLOCKS)) for _ in range(clients)]

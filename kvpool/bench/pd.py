@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from kvpool.bench import pd_workload
-from kvpool.bench.harness import BenchError, one_command
+from kvpool.bench.harness import BenchError, FiniteRange, one_command
 from kvpool.bench.pd_drive import Drive
 from kvpool.bench.pd_report import PDReport, draw
 from kvpool.bench.pd_results import Result, Row
@@ -31,6 +31,7 @@ from kvpool.bench.pd_stage import POLICIES, PREFIX, EngineSizes, Shape, Stage, e
 from kvpool.bench.pd_transfer import measure_transfer
 from kvpool.bench.pd_workload import KINDS, Ask
 from kvpool.bench.pool import bench_pool
+from kvpool.bench.report import json_option
 from kvpool.bench.ttft_engines import engine_python, get_model, need_kvpool, running_engines
 from kvpool.bench.ttft_http import Server
 from kvpool.bench.ttft_report import check_plot
@@ -291,8 +292,8 @@ def _run(options: dict[str, Any], report: PDReport) -> None:
 @click.option("--sessions", default=0, type=click.IntRange(0), help="Sessions in all; the workload's own.")
 @click.option("--turns", default=0, type=click.IntRange(0), help="Turns of a session; the workload's own.")
 @click.option("--active", default=0, type=click.IntRange(0), help="Sessions under way at a time; the workload's own.")
-@click.option("--rate", default=0.0, type=click.FloatRange(0), help="Sessions that begin a second, at random times.")
-@click.option("--think", default=0.0, type=click.FloatRange(0), help="With --rate: mean seconds before the next turn.")
+@click.option("--rate", default=0.0, type=FiniteRange(0), help="Sessions that begin a second, at random times.")
+@click.option("--think", default=0.0, type=FiniteRange(0), help="With --rate: mean seconds before the next turn.")
 @click.option("--seed", type=int, help="Of the workload; another one each time.")
 @click.option("--write", metavar="FILE", help="Write the workload, one JSON object a line, and measure nothing.")
 @click.option("--read", metavar="FILE", help="Take the workload from such a file.")
@@ -309,7 +310,7 @@ def _run(options: dict[str, Any], report: PDReport) -> None:
 @click.option("--connector_config", default="", metavar="JSON", help="More of our kv_connector_extra_config.")
 @click.option("--block_size", default=32, type=click.IntRange(1, 4096), show_default=True, help="Tokens of a block.")
 @click.option("--segment_size", default="", metavar="SIZE", help="Memory of each node; twice its engine's cache.")
-@click.option("--timeout", default=300.0, type=click.FloatRange(1), show_default=True, help="Seconds for a request.")
+@click.option("--timeout", default=300.0, type=FiniteRange(1), show_default=True, help="Seconds for a request.")
 @click.option("--transfer", is_flag=True, help="How long a prompt's KV takes from a prefilling to a decoding engine.")
 @click.option(
     "--systems", multiple=True, type=click.Choice(["kvpool", "nixl"]), help="What --transfer measures.  [both]"
@@ -318,7 +319,7 @@ def _run(options: dict[str, Any], report: PDReport) -> None:
     "--transfer_tokens", default=4096, type=click.IntRange(1, 1 << 20), show_default=True, help="Of a prompt."
 )
 @click.option("--prompts", default=3, type=click.IntRange(1, 1000), show_default=True, help="For --transfer.")
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@json_option
 @click.option("--plot", metavar="FILE", help="Draw hits and times here (PNG; needs matplotlib).")
 def command(json_path: str | None, **options: Any) -> None:
     """Conversations through kvpool-proxy: routed by prefixes beside each engine in turn, hits and times in one table.

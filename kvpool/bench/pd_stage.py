@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvpool.bench.pd_counts import Counters
-from kvpool.bench.pool import BenchPool
+from kvpool.bench.pool import BenchPool, bench_children
 from kvpool.bench.ttft_engines import HOST, EngineSpec, Model, Python, end_groups, kvpool_transfer
 from kvpool.bench.ttft_http import Server
-from kvpool.server.launch import Children, free_port, join_address
+from kvpool.server.launch import free_port, join_address
 
 START_S: Final = 60.0
 LEARN_S: Final = 30.0
@@ -114,7 +114,7 @@ class Stage:
 @contextmanager
 def proxies(stage: Stage, routings: Mapping[str, str], master: str | None, more: Sequence[str]) -> Iterator[None]:
     """Run a proxy for each routing (name to policy) in front of all engines, and note it in ``stage.proxies``."""
-    children = Children()
+    children = bench_children()
     try:
         for name, policy in routings.items():
             port = free_port(HOST)

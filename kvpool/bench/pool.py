@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import grpc
 
 from kvpool.bench.harness import BenchError
 from kvpool.client import Client
-from kvpool.config import boot_id, split_address
+from kvpool.config import boot_id, plain_environment, split_address
+from kvpool.core.allocator import UNIT_BYTES, round_up
+from kvpool.core.slots import header_bytes
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
 from kvpool.server.launch import CHANNEL_OPTIONS, Children, free_port, is_serving, join_address, live_nodes
@@ -23,9 +25,15 @@ HOST = "127.0.0.1"
 ASK_S = 5.0
 CONNECT_S = 20.0
 TIMEOUT_MS = 5000.0
+SETTLE_S, SETTLED_S = 0.3, 5.0
 NO_ANSWER = frozenset({"no_pool", "master_unreachable"})
 NO_NODE = "/nonexistent/kvpool-node.sock"
 """Where no node can be: a client that is given this path reaches every node over TCP."""
+
+
+def details_of(error: grpc.RpcError) -> str:
+    """Return what a call failed with, in one line."""
+    return str(error.details() or error.code())
 
 
 @dataclass(slots=True)
@@ -55,8 +63,33 @@ class BenchPool:
                 admin_pb2.StatusRequest(), timeout=ASK_S
             )
         except grpc.RpcError as error:
-            raise BenchError(f"the master at {self.master} does not answer: {error}") from None
+            raise BenchError(f"the master at {self.master} does not answer: {details_of(error)}") from None
         return reply
+
+    def settle(self) -> None:
+        """Wait until the evictions that a burst of puts has brought about are over, or as long as they may take.
+
+        The master asks for them by what it was told last: they would meet blocks that come right behind the burst.
+        """
+        deadline = time.monotonic() + SETTLED_S
+        before = -1
+        while (removed := int(self.status().counters["blocks_removed"])) != before and time.monotonic() < deadline:
+            before = removed
+            time.sleep(SETTLE_S)
+
+    def evict(self, space: Namespace) -> None:
+        """Have a namespace's blocks dropped, if a master is there to do it."""
+        with suppress(grpc.RpcError):
+            admin_pb2_grpc.AdminStub(self.channel).EvictBlocks(
+                admin_pb2.EvictBlocksRequest(namespace=space.digest), timeout=ASK_S
+            )
+
+    def smallest_node_bytes(self) -> int:
+        """Return the memory of the live node that has least. Raises BenchError."""
+        sizes = [int(node.capacity_bytes) for node in live_nodes(self.channel)]
+        if not sizes:
+            raise BenchError(f"the pool at {self.master} has no live node")
+        return min(sizes)
 
     def node_blocks(self) -> dict[str, int]:
         """Return how many blocks each node holds, by its socket."""
@@ -67,6 +100,16 @@ class BenchPool:
         """Return what the master thinks of a node."""
         reply = admin_pb2_grpc.AdminStub(self.channel).Nodes(admin_pb2.NodesRequest(), timeout=ASK_S)
         return next((str(node.state) for node in reply.nodes if node.address.node_id == node_id), "")
+
+
+def slot_bytes(block_bytes: int, layers: int = 1) -> int:
+    """Return what a block takes of a segment."""
+    return header_bytes(layers) + round_up(block_bytes, UNIT_BYTES)
+
+
+def bench_children() -> Children:
+    """Return children that see none of the settings around us: those would change figures, and name real data."""
+    return Children(environment=plain_environment())
 
 
 @contextmanager
@@ -87,6 +130,16 @@ def connected(
         if node not in {None, NO_NODE} and not client.has_node():
             raise BenchError(f"cannot attach to the node at {node}")
         yield client
+
+
+@contextmanager
+def leaving_nothing(pool: BenchPool, space: Namespace) -> Iterator[None]:
+    """Have a benchmark's blocks dropped at its end from a pool that goes on."""
+    try:
+        yield
+    finally:
+        if not pool.private:
+            pool.evict(space)
 
 
 @contextmanager
@@ -114,7 +167,7 @@ def bench_pool(
             yield pool
         return
     address = join_address(HOST, free_port(HOST))
-    children = Children()
+    children = bench_children()
     with (
         tempfile.TemporaryDirectory(prefix="kvpool-bench-", ignore_cleanup_errors=True) as directory,
         grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel,

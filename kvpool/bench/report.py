@@ -18,10 +18,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvpool import __version__
+from kvpool.bench.harness import BadUsage
 from kvpool.model import format_size
 
 FILE_COLUMNS = 120
 """Width of a table that does not go to a terminal."""
+
+
+def _writable(_ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
+    """Refuse a file that cannot be written before anything is measured; what is there stays until then."""
+    if path is None:
+        return None
+    new = not os.path.lexists(path)
+    try:
+        if new or Path(path).is_file() or Path(path).is_dir():  # a pipe is opened once, with something to say
+            Path(path).open("ab").close()
+        if new:
+            Path(path).unlink()
+    except OSError as error:
+        raise BadUsage(f"json: cannot write {path}: {error.strerror}") from None
+    return path
+
+
+json_option = click.option(
+    "--json", "json_path", metavar="PATH", callback=_writable, help="Write the figures here too."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +154,8 @@ class Report:
         return [table]
 
     def show(self, json_path: str | None) -> None:
-        """Print the tables, and write the JSON where it was asked for. Raises click.ClickException."""
+        """Write the JSON where it was asked for, then print the tables. Raises click.ClickException."""
+        unwritten = self._write(json_path) if json_path is not None else None
         console = Console()
         if not console.is_terminal:
             console = Console(width=FILE_COLUMNS)
@@ -143,11 +165,15 @@ class Report:
             console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
-        if json_path is not None:
-            try:
-                Path(json_path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise click.ClickException(f"json: cannot write {json_path}: {error.strerror}") from None
+        if unwritten is not None:
+            raise unwritten
+
+    def _write(self, path: str) -> click.ClickException | None:
+        try:
+            Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            return click.ClickException(f"json: cannot write {path}: {error.strerror}")
+        return None
 
 
 def _shown(name: str, value: Any) -> str:

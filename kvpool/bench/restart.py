@@ -17,7 +17,7 @@ from typing import NamedTuple
 import grpc
 
 from kvpool.bench.harness import BenchError
-from kvpool.bench.pool import HOST
+from kvpool.bench.pool import HOST, bench_children
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import master_pb2, master_pb2_grpc, node_pb2, node_pb2_grpc, types_pb2
@@ -95,7 +95,7 @@ def measure(blocks: int = 200_000) -> Restarted:
     """Fill a catalog, kill the master, start another one, ask for everything. Raises BenchError, StartError."""
     address = join_address(HOST, free_port(HOST))
     keys = os.urandom(KEY_BYTES * blocks)
-    children = Children()
+    children = bench_children()
     with tempfile.TemporaryDirectory(prefix="kvpool-bench-", ignore_cleanup_errors=True) as directory:
         try:
             acknowledged_s = _fill(children, address, directory, keys)

@@ -20,20 +20,23 @@ from multiprocessing.connection import Connection
 import click
 import numpy as np
 
-from kvpool.bench.harness import BenchError, Helper, helpers, interleaved, one_command
-from kvpool.bench.limits import HEADER_BYTES, Bytes, MemoryCopy, RawSocket, Walk, raw_peer
-from kvpool.bench.pool import NO_NODE, BenchPool, bench_pool, connected
-from kvpool.bench.report import Figure, Report
+from kvpool.bench.harness import BenchError, Helper, helpers, interleaved, layers_of, one_command
+from kvpool.bench.limits import Bytes, MemoryCopy, RawSocket, Walk, raw_peer
+from kvpool.bench.pool import NO_NODE, BenchPool, bench_pool, connected, leaving_nothing, slot_bytes
+from kvpool.bench.report import Figure, Report, json_option
 from kvpool.client import Client, Lookup
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES, Namespace, parse_size
 
-LAYER_BYTES_MAX = 256 << 10
+SEGMENT_BYTES = 512 << 20
 ROUND_BYTES = 64 << 20
 """A round moves about this much, so that a timer's error does not show."""
 
 FILLED = 0.5
 """Share of the segment that gets are spread over."""
+
+BATCHES_MIN = 3
+"""One that is written, and two that gets go round."""
 
 FIGURE_S = 4.0
 BUSY_S = 8.0
@@ -65,23 +68,20 @@ class Plan:
     @property
     def segment_batches(self) -> int:
         """Calls that fill the segment."""
-        return max(1, self.segment_size // ((self.block_bytes + HEADER_BYTES) * self.blocks))
+        return self.segment_size // (slot_bytes(self.block_bytes, self.namespace.layers) * self.blocks)
 
     @property
     def namespace(self) -> Namespace:
         """A namespace whose blocks have so many bytes."""
-        layers = -(-self.block_bytes // LAYER_BYTES_MAX)
-        while self.block_bytes % layers:
-            layers += 1
-        return Namespace(model=f"kvpool-bench-store-{self.block_bytes}", layers=layers)
+        return Namespace(model=f"kvpool-bench-store-{self.block_bytes}", layers=layers_of(self.block_bytes))
 
-    def check(self) -> None:
-        """Raise InvalidArgumentError for what cannot be measured."""
-        if 2 * self.batch_bytes > self.segment_size:
+    def check(self, field: str = "segment_size") -> None:
+        """Raise InvalidArgumentError for what cannot be measured; ``field``: what to change."""
+        if self.segment_batches < BATCHES_MIN:
             raise InvalidArgumentError(
-                "segment_size",
-                f"must hold at least two batches of {self.blocks} blocks ({2 * self.batch_bytes} bytes), "
-                f"not {self.segment_size}",
+                field,
+                f"{BATCHES_MIN} batches of {self.blocks} blocks of {self.block_bytes} bytes must fit "
+                f"{self.segment_size} bytes of memory, headers included",
             )
 
 
@@ -115,7 +115,7 @@ class Mover:
 
     def store(self) -> list[bytes]:
         """Store what gets are spread over and return its keys, batch by batch."""
-        batches = max(2, int(FILLED * self._plan.segment_batches))
+        batches = max(BATCHES_MIN - 1, int(FILLED * self._plan.segment_batches))
         keys = [os.urandom(KEY_BYTES * self._plan.blocks) for _ in range(batches)]
         for each in keys:
             result = self.client.put(self._space, each, self.sources)
@@ -203,6 +203,7 @@ class StoreBench:
         with _mover(self._pool, plan, NO_NODE) as mover:
             self._remote(mover)
             report.step(f"{plan.readers} readers")
+            self._pool.settle()
             self._readers(mover.store())
 
     def _figure(self, name: str, limit: str, seconds: Sequence[float], batches: int, **detail: str | bool) -> None:
@@ -237,6 +238,7 @@ class StoreBench:
         )
         self._figure("local_put", "memory_copy", seconds, batches, checksum=checksum)
         report.step(f"local_get, checksum {checksum}")
+        self._pool.settle()
         mover.read_from(mover.store())
         seconds = self._both(
             lambda: self._memory.get(mover.targets, batches),
@@ -261,6 +263,7 @@ class StoreBench:
         seconds = self._both(lambda: self._raw.put(mover.sources, batches), lambda: mover.put(batches))
         self._figure("remote_put", "raw_socket", seconds, batches)
         report.step("remote_get")
+        self._pool.settle()
         mover.read_from(mover.store())
         seconds = self._both(lambda: self._raw.get(mover.targets, batches), lambda: mover.get(batches))
         self._figure("remote_get", "raw_socket", seconds, batches)
@@ -296,9 +299,24 @@ def _reader(conn: Connection, master: str, plan: Plan, keys: list[bytes]) -> Non
             conn.send((start, time.monotonic()))
 
 
+def size_of(master: str | None, wanted: int | None) -> int:
+    """Return the memory to walk through: of a private node, or of each node of a pool that runs, if it has so much.
+
+    Raises InvalidArgumentError, BenchError.
+    """
+    if master is None:
+        return wanted or SEGMENT_BYTES
+    with bench_pool(master) as pool:
+        there = pool.smallest_node_bytes()
+    if wanted is not None and wanted > there:
+        raise InvalidArgumentError("segment_size", f"must be at most {there}, which a node has, not {wanted}")
+    return wanted or min(SEGMENT_BYTES, there)
+
+
 def measure(plan: Plan, master: str | None, report: Report) -> None:
     """Measure one size of block. Raises KVPoolError."""
     with bench_pool(master, segment_size=plan.segment_size) as pool, ExitStack() as stack:
+        stack.enter_context(leaving_nothing(pool, plan.namespace))
         report.step("getting ready")
         walk = stack.enter_context(closing(Walk(plan.segment_size, plan.block_bytes)))
         peer = stack.enter_context(Helper(raw_peer, plan.segment_size, plan.block_bytes, plan.blocks))
@@ -307,7 +325,10 @@ def measure(plan: Plan, master: str | None, report: Report) -> None:
 
 
 @click.command("store")
-@click.option("--master", metavar="HOST:PORT", help="Measure this pool instead of a private one.")
+@click.option(
+    "--master", metavar="HOST:PORT",
+    help="Measure this pool instead of a private one. Blocks of others may be evicted; the benchmark's are at its end.",
+)  # fmt: skip
 @click.option(
     "--block_bytes", multiple=True, default=("2MB", "64KB"), show_default=True, help="Size of a block; may be repeated."
 )
@@ -321,16 +342,19 @@ def measure(plan: Plan, master: str | None, report: Report) -> None:
     show_default=True,
     help="When the local client verifies; may be repeated.",
 )
-@click.option("--segment_size", default="512MB", show_default=True, help="Memory of the private node.")
+@click.option(
+    "--segment_size", metavar="SIZE",
+    help="Memory of the private node; with --master how much of it is filled.  [512MB, or what a node has]",
+)  # fmt: skip
 @click.option("--readers", type=click.IntRange(1, 64), default=4, show_default=True, help="Readers at once.")
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@json_option
 def command(
     master: str | None,
     block_bytes: tuple[str, ...],
     blocks: int,
     rounds: int,
     checksum: tuple[str, ...],
-    segment_size: str,
+    segment_size: str | None,
     readers: int,
     json_path: str | None,
 ) -> None:
@@ -343,12 +367,13 @@ def command(
     """
     report = Report("store")
     with one_command():
-        segment = parse_size(segment_size, "segment_size")
+        wanted = None if segment_size is None else parse_size(segment_size, "segment_size")
         sizes = [parse_size(text, "block_bytes") for text in block_bytes]
+        segment = size_of(master, wanted)
         checksums = tuple(dict.fromkeys(checksum))
         plans = [Plan(size, blocks, rounds, segment, checksums, readers) for size in sizes]
         for plan in plans:
-            plan.check()
+            plan.check("segment_size" if master is None or wanted is not None else "block_bytes")
         with report.running(STEPS_PER_SIZE * len(plans)):
             for plan in plans:
                 measure(plan, master, report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter, OrderedDict
@@ -21,17 +22,16 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.bench.harness import one_command
-from kvpool.bench.pool import NO_NODE, TIMEOUT_MS, BenchPool, bench_pool, connected
-from kvpool.bench.report import Figure, Report
+from kvpool.bench.harness import BenchError, FiniteRange, one_command
+from kvpool.bench.pool import NO_NODE, TIMEOUT_MS, BenchPool, bench_pool, connected, leaving_nothing, slot_bytes
+from kvpool.bench.report import Figure, Report, json_option
 from kvpool.client import Client
-from kvpool.core.allocator import UNIT_BYTES, round_up
-from kvpool.core.slots import header_bytes
 from kvpool.errors import InvalidArgumentError
 from kvpool.model import KEY_BYTES, Namespace, format_size, parse_size
 
 TRACE_TOKENS = 512
 BLOCKS_MAX = 1 << 20
+PAUSE_S_MAX = 1e9
 # A block may be gone between lookup and get: that is a miss, everything else is an error.
 LOST = frozenset({"not_here", "not_stored"})
 ANSWERS = frozenset({"complete", "not_stored", "not_whole"})
@@ -70,9 +70,10 @@ def _request(line: str, number: int) -> Request:
     try:
         record = json.loads(line)
         at_s, ids = float(record["timestamp"]) / 1000, record["hash_ids"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise InvalidArgumentError("FILE", wanted) from None
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids) or len(ids) > BLOCKS_MAX:
+    whole = isinstance(ids, list) and len(ids) <= BLOCKS_MAX and all(isinstance(i, int) for i in ids)
+    if not whole or not math.isfinite(at_s):
         raise InvalidArgumentError("FILE", wanted)
     return Request(at_s, tuple(ids))
 
@@ -141,7 +142,8 @@ class Replay:
         begin = time.monotonic()
         for number, request in enumerate(requests):
             if speedup:
-                time.sleep(max(0.0, begin + (request.at_s - requests[0].at_s) / speedup - time.monotonic()))
+                pause = begin + (request.at_s - requests[0].at_s) / speedup - time.monotonic()
+                time.sleep(min(max(0.0, pause), PAUSE_S_MAX))
             self._one(request)
             if number % 50 == 0:
                 rate = self.tally.hits / max(1, self.tally.blocks)
@@ -152,7 +154,7 @@ class Replay:
     def _key(self, hash_id: int) -> bytes:
         key = self._keys.get(hash_id)
         if key is None:
-            text = self._salt + hash_id.to_bytes(16, "little", signed=True)
+            text = self._salt + b"%d" % hash_id
             key = self._keys[hash_id] = hashlib.sha256(text).digest()[:KEY_BYTES]
         return key
 
@@ -191,30 +193,28 @@ def _space(block_bytes: int) -> Namespace:
     return Namespace(model=f"kvpool-bench-trace-{block_bytes}", block_tokens=TRACE_TOKENS)
 
 
-def slot_bytes(block_bytes: int) -> int:
-    """Return what a block takes of a segment."""
-    return header_bytes(1) + round_up(block_bytes, UNIT_BYTES)
-
-
 def _capacity(pool: BenchPool, wanted: int, block_bytes: int) -> int:
-    """Return how many blocks the pool holds."""
-    return wanted if pool.private else int(pool.status().capacity_bytes) // slot_bytes(block_bytes)
+    """Return how many blocks the pool holds. Raises BenchError when ours has another size than it was given."""
+    there = int(pool.status().capacity_bytes)
+    if pool.private and there != wanted * slot_bytes(block_bytes):
+        raise BenchError(f"the pool has {there} bytes, not {wanted * slot_bytes(block_bytes)} as it was asked to")
+    return there // slot_bytes(block_bytes)
 
 
 @click.command("trace")
 @click.argument("file", metavar="FILE")
 @click.option("--master", metavar="HOST:PORT", help="Replay through this pool, as large as it is.")
 @click.option(
-    "--capacity_ratio", type=click.FloatRange(0, 10, min_open=True), default=0.1, show_default=True,
+    "--capacity_ratio", type=FiniteRange(0, 10, min_open=True), default=0.1, show_default=True,
     help="Size of the private pool: this share of the trace's different blocks.",
 )  # fmt: skip
 @click.option("--block_bytes", default="16KB", show_default=True, help="Bytes of a block.")
 @click.option(
-    "--speedup", type=click.FloatRange(0, 1e6), default=0.0, show_default=True,
+    "--speedup", type=FiniteRange(0, 1e6), default=0.0, show_default=True,
     help="Replay by the timestamps, this many times faster; 0 is as fast as possible.",
 )  # fmt: skip
 @click.option("--requests", "requests_max", type=click.IntRange(0), default=0, help="Only the first so many requests.")
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@json_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -246,9 +246,13 @@ def command(
             capacity = _capacity(pool, wanted, size)
             socket_path = next(iter(pool.sockets), NO_NODE)
             before = pool.status().counters
-            with connected(pool.master, _space(size), node=socket_path, name="trace") as client:
+            space = _space(size)
+            with (
+                leaving_nothing(pool, space),
+                connected(pool.master, space, node=socket_path, name="trace") as client,
+            ):
                 tally = Replay(client, size, longest).run(requests, speedup, report)
-            after = pool.status().counters
+                after = pool.status().counters
         evicted = int(after["blocks_removed"] - before["blocks_removed"])
         rate, ideal = tally.hits / tally.blocks, ideal_hit_rate(requests, capacity)
         detail = {

@@ -22,8 +22,9 @@ from typing import Any
 
 import click
 
-from kvpool.bench.harness import Helper, one_command
+from kvpool.bench.harness import FiniteRange, Helper, one_command
 from kvpool.bench.pool import BenchPool, bench_pool
+from kvpool.bench.report import json_option
 from kvpool.bench.ttft_data import Prompts, Shape
 from kvpool.bench.ttft_engines import (
     Engine,
@@ -361,8 +362,8 @@ def _run(options: Mapping[str, Any], report: TTFTReport) -> None:
 @click.option(
     "--seed", type=int, help="Of the prompts; another one each time, or a pool that lives on would know them."
 )
-@click.option("--timeout", default=300.0, type=click.FloatRange(1), show_default=True, help="Seconds for a request.")
-@click.option("--json", "json_path", metavar="PATH", help="Write the figures here too.")
+@click.option("--timeout", default=300.0, type=FiniteRange(1), show_default=True, help="Seconds for a request.")
+@json_option
 @click.option("--plot", metavar="FILE", help="Draw the times here (PNG; needs matplotlib).")
 def command(json_path: str | None, **options: Any) -> None:
     """Time to first token with real vLLM engines: cold, and hits in the engine, in the pool, from another node.

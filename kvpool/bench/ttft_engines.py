@@ -7,7 +7,6 @@ nothing but what ``vllm serve`` takes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kvpool.bench.harness import BenchError
+from kvpool.bench.pool import bench_children
 from kvpool.bench.ttft_http import Server
-from kvpool.config import CONFIG_ENV, ENV_PREFIX, MOONCAKE_ENV, ConnectorSettings
 from kvpool.errors import InvalidArgumentError
-from kvpool.server.launch import Child, Children, free_port, join_address
+from kvpool.server.launch import Child, free_port, join_address
 
 HOST = "127.0.0.1"
 MODEL_NAME = "bench"
@@ -48,9 +47,6 @@ CPU_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "VLLM_HOST_I
 FOLDERS = ("TMPDIR", "VLLM_CACHE_ROOT", "VLLM_RPC_BASE_PATH", "XDG_CACHE_HOME")
 CPU_ARGUMENTS = ["--dtype", "bfloat16", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
 """The size is a formality, which spares vLLM a guess: the number of blocks decides."""
-
-UNSET = [CONFIG_ENV, MOONCAKE_ENV, *(ENV_PREFIX + item.name.upper() for item in dataclasses.fields(ConnectorSettings))]
-"""What a shell may hold of settings; an engine's come from its command line only."""
 
 _FACTS = """
 import importlib.metadata as m, json
@@ -177,8 +173,7 @@ class EngineSpec:
             variables = {**CPU_ONLY, "VLLM_CPU_OMP_THREADS_BIND": cores, **variables}
         if self.resettable:
             variables["VLLM_SERVER_DEV_MODE"] = "1"
-        unset = [part for name in UNSET if name not in variables for part in ("-u", name)]
-        command = ["env", *unset, *(f"{name}={value}" for name, value in variables.items())]
+        command = ["env", *(f"{name}={value}" for name, value in variables.items())]
         command += [self.python.path, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model.path]
         command += ["--served-model-name", MODEL_NAME, "--host", self.host, "--port", str(port)]
         command += ["--block-size", str(self.block_tokens), "--num-gpu-blocks-override", str(self.blocks)]
@@ -221,7 +216,7 @@ class Engines:
     def __init__(self, folder: Path) -> None:
         """``folder``: where engines leave their files."""
         self._folder = folder
-        self._children = Children()
+        self._children = bench_children()
         self._started = 0
 
     def start(self, specs: Sequence[EngineSpec]) -> list[Engine]:

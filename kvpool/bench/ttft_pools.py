@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvpool.bench.harness import BenchError
-from kvpool.bench.pool import BenchPool
+from kvpool.bench.pool import BenchPool, bench_children
 from kvpool.bench.ttft_engines import HOST, Python, end_groups
 from kvpool.errors import InvalidArgumentError
-from kvpool.server.launch import Children, free_port, join_address
+from kvpool.server.launch import free_port, join_address
 
 STORED_S = 30.0
 QUIET_S = 0.5
@@ -122,7 +122,7 @@ def mooncake_pool(python: Python, folder: Path, segment_bytes: int) -> Iterator[
         "local_buffer_size": 256 << 20,
     }
     config.write_text(json.dumps(settings), encoding="utf-8")
-    children = Children()
+    children = bench_children()
     try:
         master = children.start(
             "mooncake master",

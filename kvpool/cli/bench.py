@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvpool.cli.options import CONTEXT, LazyGroup, version_option
+from kvpool.cli.options import CONTEXT, LazyGroup, open_output, version_option
 
 BENCHES = {
     "store": ("kvpool.bench.store:command", "Put and get: local and remote, beside a memory copy and a bare TCP copy."),
@@ -33,6 +33,7 @@ def command() -> None:
 
 def main() -> None:
     """Run kvpool-bench."""
+    open_output()
     command(prog_name="kvpool-bench")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from kvpool.cli import ctl_blocks, ctl_engines, ctl_explain, ctl_fs, ctl_pins, ctl_pool, ctl_topology
-from kvpool.cli.options import CONTEXT, version_option
+from kvpool.cli.options import CONTEXT, open_output, version_option
 from kvpool.cli.remote import EXIT_CODES_HELP, remote_options
 
 
-@click.group("ctl", context_settings=CONTEXT, epilog=EXIT_CODES_HELP)
+@click.group("ctl", context_settings=CONTEXT, epilog=f"{EXIT_CODES_HELP}  6  the output cannot be written\n")
 @remote_options
 @version_option("kvpoolctl")
 @click.pass_context
@@ -38,6 +38,7 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """Run kvpoolctl."""
+    open_output()
     command(prog_name="kvpoolctl")
 
 

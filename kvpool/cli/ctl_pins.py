@@ -34,8 +34,7 @@ def pin(remote: Remote, namespace: str, hashes: str, hard: bool, soft_for: str |
     """
     if hard == (soft_for is not None):
         raise click.UsageError("give either --hard or --for DURATION")
-    if len(label) > LABEL_CHARS_MAX or not label.isprintable():
-        raise RefusedUsage(f"label: must be at most {LABEL_CHARS_MAX} printable characters")
+    _check_label(label)
     with one_line_errors():
         ttl_ms = 0 if soft_for is None else parse_duration_ms(soft_for, "for")
     keys = read_hashes(hashes)
@@ -70,6 +69,7 @@ def unpin(remote: Remote, pins: tuple[str, ...], label: str | None, every: bool)
         raise click.UsageError("give pins, --label or --all")
     if label == "":
         raise RefusedUsage("label: must not be empty; --all ends all pins")
+    _check_label(label or "")
     request = admin_pb2.UnpinBlocksRequest(pins=[_pin_id(text) for text in pins], label=label or "", all=every)
     reply = remote.call("UnpinBlocks", request)
     if remote.as_json:
@@ -78,6 +78,11 @@ def unpin(remote: Remote, pins: tuple[str, ...], label: str | None, every: bool)
         click.echo(f"ended {reply.pins} pins of {reply.blocks} blocks")
     if not reply.pins:
         raise click.exceptions.Exit(ExitCode.NOTHING)
+
+
+def _check_label(label: str) -> None:
+    if len(label) > LABEL_CHARS_MAX or not label.isprintable():
+        raise RefusedUsage(f"label: must be at most {LABEL_CHARS_MAX} printable characters")
 
 
 def _pin_id(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from kvpool import __version__
-from kvpool.cli.options import CONTEXT, LazyGroup, version_option
+from kvpool.cli.options import CONTEXT, LazyGroup, open_output, version_option
 
 COMMANDS = {
     "up": ("kvpool.cli.up:command", "Run a master and nodes in one go: a laptop, a demo, a test."),
@@ -37,6 +37,7 @@ def version() -> None:
 
 def main() -> None:
     """Run kvpool."""
+    open_output()
     command(prog_name="kvpool")
 
 

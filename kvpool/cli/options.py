@@ -1,12 +1,17 @@
-"""What every command shares: options derived from settings, lazy groups, one line for a bad setting."""
+"""What every command shares: options derived from settings, lazy groups, one line for what is wrong, its output."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
+import io
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TextIO, TypeVar, cast
 
 import click
 
@@ -29,6 +34,43 @@ class RefusedUsage(click.ClickException):
     """A value that is not allowed: one line and exit code 2."""
 
     exit_code = 2
+
+
+class OutputError(click.ClickException):
+    """Standard output cannot be written: one line and an exit code that means nothing else."""
+
+    exit_code = 6
+
+
+class _Output(io.FileIO):
+    """Standard output that says once what is wrong with it; what follows is dropped, as nobody would get it."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "wb", closefd=False)
+        self._failed = False
+
+    def write(self, data: Any) -> int:
+        """Write bytes; raises OutputError, or Exit where the reader has left and wants to hear nothing."""
+        if self._failed:
+            return len(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failed = True
+            if error.errno == errno.EPIPE:
+                raise click.exceptions.Exit(OutputError.exit_code) from None
+            raise OutputError(f"cannot write the output: {error.strerror}") from None
+
+
+def open_output() -> None:
+    """Make standard output one that takes any character and fails in one line: a program's first act."""
+    stdout = cast("TextIO | None", sys.stdout)
+    if stdout is None:  # whoever started us has closed it
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 -- for as long as we run
+    else:
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Output()), stdout.encoding, errors="replace", line_buffering=stdout.isatty()
+        )
 
 
 @contextmanager

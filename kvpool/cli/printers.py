@@ -33,6 +33,11 @@ def plain(value: object) -> Text:
     return Text("".join(c if c.isprintable() else "?" for c in str(value)))
 
 
+def console() -> Console:
+    """Return where tables go: as wide as the terminal, or where there is none as wide as it takes."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; numbers stand right."""
     table = Table(title=title or None, title_justify="left")
@@ -43,7 +48,7 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[obj
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in _IDENTIFIERS)
     for row in body:
         table.add_row(*(plain(value) for value in row))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    console().print(table)
 
 
 def seconds(value: float) -> str:

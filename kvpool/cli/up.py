@@ -20,10 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpool.cli.options import CONTEXT, RefusedUsage, load_settings, one_line_errors
+from kvpool.cli.printers import console
 from kvpool.config import Loaded, MasterSettings, NodeSettings
 from kvpool.model import format_size, parse_duration_ms
 from kvpool.rpc.v1 import admin_pb2
-from kvpool.server.launch import CHANNEL_OPTIONS, Children, free_port, is_serving, join_address, live_nodes
+from kvpool.server.launch import (
+    CHANNEL_OPTIONS,
+    Children,
+    StartError,
+    free_port,
+    is_serving,
+    join_address,
+    live_nodes,
+)
 from kvpool.server.peers import is_loopback
 
 NODES_MAX = 64
@@ -42,16 +51,19 @@ def _signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _made(path: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedUsage(f"base_dir: cannot make {path}: {error.strerror}") from None
+    return path
+
+
 @contextmanager
 def _work_dir(base_dir: str | None, *, needed: bool) -> Iterator[Path]:
     """Yield where nodes keep their own sockets and state: the user's directory, or one that goes away."""
     if base_dir is not None:
-        path = Path(base_dir).absolute()
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise RefusedUsage(f"base_dir: cannot make {path}: {error.strerror}") from None
-        yield path
+        yield _made(Path(base_dir).absolute())
     elif not needed:  # nothing will be put there
         yield Path(tempfile.gettempdir())
     else:
@@ -105,8 +117,7 @@ class _Plan:
         if self.private or index > 0:
             path = str(directory / "node.sock")
         if self.private or self.nodes > 1:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            arguments += ["--node_id", f"{socket.gethostname()}-{index}", "--data_dir", str(directory)]
+            arguments += ["--node_id", f"{socket.gethostname()}-{index}", "--data_dir", str(_made(directory))]
         return [*arguments, "--socket_path", path], path
 
 
@@ -123,7 +134,7 @@ def _check_reachable(host: str, *, insecure: bool) -> None:
         )
 
 
-def _show(console: Console, address: str, nodes: list[admin_pb2.NodeStatus]) -> None:
+def _show(out: Console, address: str, nodes: list[admin_pb2.NodeStatus]) -> None:
     table = Table(title="kvpool is up", title_justify="left")
     for heading in ("part", "address", "socket", "memory"):
         table.add_column(heading, overflow="fold")
@@ -133,15 +144,15 @@ def _show(console: Console, address: str, nodes: list[admin_pb2.NodeStatus]) -> 
         table.add_row(
             f"node {where.node_id}", f"{where.host}:{where.port}", where.socket_path, format_size(node.capacity_bytes)
         )
-    console.print(table)
+    out.print(table)
     flag = "" if address.endswith(":50088") else f" --master {address}"
-    console.print(f"Look into it:   kvpoolctl{flag} status", highlight=False)
-    console.print(f'From Python:    kvpool.Client("{address}")', highlight=False)
-    console.print("Ctrl-C ends it and leaves nothing behind.", highlight=False)
-    console.file.flush()
+    out.print(f"Look into it:   kvpoolctl{flag} status", highlight=False)
+    out.print(f'From Python:    kvpool.Client("{address}")', highlight=False)
+    out.print("Ctrl-C ends it and leaves nothing behind.", highlight=False)
+    out.file.flush()
 
 
-def _run(plan: _Plan, pool: Children, work_dir: Path, console: Console) -> None:
+def _run(plan: _Plan, pool: Children, work_dir: Path, out: Console) -> None:
     deadline = time.monotonic() + plan.timeout_s
     live: list[admin_pb2.NodeStatus] = []
     with grpc.insecure_channel(plan.address, options=CHANNEL_OPTIONS) as channel:
@@ -158,10 +169,10 @@ def _run(plan: _Plan, pool: Children, work_dir: Path, console: Console) -> None:
 
         if not pool.wait_until(all_live, f"not all of {plan.nodes} nodes were ready", deadline):
             return
-    _show(console, plan.address, live)
+    _show(out, plan.address, live)
     while not pool.stop.wait(0.2):
         pool.check()
-    console.print("stopping")
+    out.print("stopping")
 
 
 @click.command("up", context_settings=CONTEXT)
@@ -223,7 +234,9 @@ def command(
         pool = Children(echo=functools.partial(click.echo, err=True) if verbose else None)
         with _signals(pool.stop):
             try:
-                _run(plan, pool, work_dir, Console())
+                _run(plan, pool, work_dir, console())
+            except StartError as error:
+                raise (RefusedUsage if error.refused else click.ClickException)(str(error)) from None
             finally:
                 pool.close()
 

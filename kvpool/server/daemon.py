@@ -26,7 +26,10 @@ def _allow_files() -> None:
 
 
 def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], log_level: str, notes: list[str]) -> int:
-    """Run ``main(stop)`` on uvloop until it returns; SIGTERM and SIGINT set ``stop``. Returns the exit code."""
+    """Run ``main(stop)`` on uvloop until it returns. Returns the exit code.
+
+    SIGTERM and SIGINT set ``stop``, and SIGHUP, which says that the terminal is gone, unless it is ignored (nohup).
+    """
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -41,7 +44,8 @@ def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], log_level: str, 
     async def supervised() -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+        for number in (signal.SIGTERM, signal.SIGINT, *hangup):
             loop.add_signal_handler(number, stop.set)
         return await main(stop)
 

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -23,6 +23,9 @@ from kvpool.rpc.v1 import admin_pb2, admin_pb2_grpc
 LOG_LINES_KEPT = 200
 LOG_LINES_SHOWN = 15
 STOP_S = 10.0
+REFUSED_CODE = 2
+"""What our programs end with when they refuse a setting."""
+
 ASK_S = 1.0
 
 # A master takes a moment to listen: try again soon, and never by way of a proxy.
@@ -35,7 +38,11 @@ CHANNEL_OPTIONS = [
 
 
 class StartError(KVPoolError):
-    """A part of the pool did not start, or has died."""
+    """A part of the pool did not start, or has died; ``refused``: because it was given what is not allowed."""
+
+    def __init__(self, problem: str, *, refused: bool = False) -> None:
+        super().__init__(problem)
+        self.refused = refused
 
 
 @dataclass
@@ -74,11 +81,14 @@ class Child:
 class Children:
     """The processes of one pool; ``close`` ends them and removes what they left. Set ``stop`` to end a wait."""
 
-    def __init__(self, echo: Callable[[str], None] | None = None) -> None:
-        """Pass each line of their output to ``echo``."""
+    def __init__(
+        self, echo: Callable[[str], None] | None = None, *, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Pass each line of their output to ``echo``; their environment is ours unless one is given."""
         self.children: list[Child] = []
         self.stop = threading.Event()
         self._echo = echo
+        self._environment = environment
 
     def start(self, name: str, module: str, arguments: list[str], *, socket_path: str = "") -> Child:
         """Start ``python -m module`` in a session of its own, so that Ctrl-C reaches only this process."""
@@ -88,6 +98,7 @@ class Children:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=self._environment,
         )
         child = Child(name, process, socket_path)
         self.children.append(child)
@@ -100,7 +111,8 @@ class Children:
             code = child.process.poll()
             if code is not None:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                raise StartError(f"{child.name} {how}. Its last lines:\n{child.last_words()}")
+                words = child.last_words()
+                raise StartError(f"{child.name} {how}. Its last lines:\n{words}", refused=code == REFUSED_CODE)
 
     def wait_until(self, condition: Callable[[], bool], what: str, deadline: float) -> bool:
         """Wait for a condition while all children live; False when told to stop meanwhile. Raises StartError."""

@@ -8,19 +8,24 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import socket
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Final, NamedTuple
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric, UntypedMetricFamily
 from prometheus_client.registry import Collector
 
 from kvpool.core.agreement import warnings
-from kvpool.core.backends import StorageBackend
 from kvpool.core.master import MasterState
 from kvpool.core.segment import SegmentState
+from kvpool.core.storage import StorageBackend
 from kvpool.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -30,6 +35,11 @@ log = logging.getLogger(__name__)
 
 READ_S: Final = 2.0
 """How long a scrape waits for the loop."""
+
+IDLE_S: Final = 5.0
+"""How long a connection may keep us waiting for its next bytes."""
+
+CONNECTIONS_MAX: Final = 32
 
 _LOOKUP_END = "lookup_end_"
 _TRANSFERS = "transfers."
@@ -80,6 +90,48 @@ class _StateCollector(Collector):
             yield family
 
 
+class _Handler(WSGIRequestHandler):
+    timeout = IDLE_S
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- its name in the base class
+        """Say nothing."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each scrape, but only so many: whoever connects and is silent must not take all we have."""
+
+    daemon_threads = True
+    request_queue_size = CONNECTIONS_MAX
+
+    def __init__(self, address: str, port: int) -> None:
+        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.address_family = family
+        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        super().__init__((str(where[0]), port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer on a thread of its own, or hang up on one too many."""
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there was no thread
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for the next one."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 -- as in the base class
+        """Log why a scrape ended early."""
+        log.debug("a scrape by %s ended early: %r", client_address, sys.exception())
+
+
 def serve(port: int, host: str, read: Callable[[], list[Value]], *, insecure: bool) -> Callable[[], None]:
     """Serve /metrics until the function that is returned is called; port 0 does nothing.
 
@@ -91,10 +143,13 @@ def serve(port: int, host: str, read: Callable[[], list[Value]], *, insecure: bo
     registry.register(_StateCollector(asyncio.get_running_loop(), read))
     address = host if insecure else "127.0.0.1"
     try:
-        server, thread = start_http_server(port, address, registry)
+        server = _Server(address, port)
     except OSError as exc:
         field = "metrics_port" if exc.errno in {errno.EADDRINUSE, errno.EACCES} else "host"
         raise InvalidArgumentError(field, f"cannot listen on {address}:{port}: {exc.strerror or exc}") from exc
+    server.set_app(make_wsgi_app(registry))
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
     log.info("metrics are on http://%s:%d/metrics", address, port)
 
     def stop() -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvpool.bench.pool import bench_pool
+
 MACHINE = {"cpus", "model", "memory", "kernel", "python"}
 RUN_S = 100
 
@@ -30,11 +32,12 @@ def own():
 def bench(tmp_path, own):
     """Run kvpool-bench in a process of its own; returns (exit code, output, JSON). Nothing may be left behind."""
 
-    def run(*arguments: str):
+    def run(*arguments: str, **settings: str):
         path = tmp_path / "figures.json"
         done = subprocess.run(
             [sys.executable, "-m", "kvpool.cli.bench", *arguments, "--json", str(path)],
-            capture_output=True, text=True, timeout=RUN_S, check=False, env={**os.environ, "TMPDIR": str(own)},
+            capture_output=True, text=True, timeout=RUN_S, check=False,
+            env={**os.environ, "TMPDIR": str(own), **settings},
         )  # fmt: skip
         assert list(own.iterdir()) == []
         output = done.stdout + done.stderr
@@ -74,6 +77,26 @@ def test_store_measures_every_way_of_a_block(bench):
         ("remote_get", "raw_socket", None, False, None),
         ("remote_get", "one_reader", None, False, 2),
     ]
+
+
+def test_store_leaves_a_pool_that_goes_on_as_empty_as_it_was(bench, tmp_path_factory):
+    """Its size is what the pool has; what does not fit that is refused with the name of what to change."""
+    small = ("--block_bytes", "64KB", "--blocks", "4", "--rounds", "1", "--checksum", "always", "--readers", "1")
+    with bench_pool(None, segment_size=16 << 20) as pool:
+        for arguments, named in (
+            ([], "block_bytes: 3 batches of 32 blocks of 2097152 bytes must fit 16777216 bytes"),
+            (["--segment_size", "17MB"], "segment_size: must be at most 16777216, which a node has"),
+            (["--segment_size", "4194304TB"], "segment_size: must be at most 16777216, which a node has"),
+        ):
+            code, output, report = bench("store", "--master", pool.master, *arguments)
+            assert (code, named in output, report) == (2, True, None), output
+        code, output, report = bench("store", "--master", pool.master, *small)
+        assert code == 0, output
+        assert {figure["name"] for figure in report["figures"]} >= {"local_put", "remote_get"}
+        deadline = time.monotonic() + 30
+        while pool.status().blocks:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_lookup_measures_latency_rate_index_and_memory(bench):
@@ -132,6 +155,19 @@ def test_trace_replays_every_request_through_a_pool_of_the_asked_size(bench, tra
     assert "errors: none" in output
 
 
+def test_settings_around_a_benchmark_are_not_its_pools(bench, trace, tmp_path):
+    """Neither sizes nor directories: what is measured is what was asked for, and nothing real is touched."""
+    settings = {
+        "KVPOOL_DATA_DIR": str(tmp_path / "data"), "KVPOOL_STORAGE_BACKENDS": str(tmp_path / "files"),
+        "KVPOOL_CACHE_BUFFER_CAPACITY_GB": "0.1", "KVPOOL_CONFIG": "/nowhere", "MOONCAKE_CONFIG_PATH": "/nowhere",
+    }  # fmt: skip
+    code, output, report = bench("trace", trace, "--capacity_ratio", "0.4", "--block_bytes", "4KB", **settings)
+    assert code == 0, output
+    assert report["figures"][0]["evicted"] > 0
+    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "files").exists()
+
+
 def test_fs_measures_files_beside_raw_ones_and_other_designs(bench, tmp_path):
     """Fill and cold read with their spread, a hit in every design, a restart; the directory is empty again."""
     directory = tmp_path / "storage"
@@ -169,6 +205,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
         (["trace", str(broken), "--block_bytes", "100"], "block_bytes"),
         (["store", "--block_bytes", "1XB"], "block_bytes"),
         (["store", "--block_bytes", "1MB", "--segment_size", "2MB"], "segment_size"),
+        (["store", "--block_bytes", "4194301"], "block_bytes"),
+        (["store", "--segment_size", "4194304TB"], "segment_size"),
         (["fs", str(tmp_path / "absent")], "directory"),
         (["fs", str(tmp_path), "--segment_size", "1GB"], "segment_size"),
         (["fs", str(tmp_path), "--size", "10000TB"], "free"),

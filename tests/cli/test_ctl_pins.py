@@ -99,7 +99,18 @@ def test_unpin_by_id_label_and_all(ctl, master):
     assert master.pins == {}
 
 
-@pytest.mark.parametrize("arguments", [[], ["abc", "--all"], ["--label", ""], ["xyz"], ["--all", "--label", "a"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["abc", "--all"],
+        ["--label", ""],
+        ["xyz"],
+        ["--all", "--label", "a"],
+        ["--label", "\udcff"],
+        ["--label", "x" * 300],
+    ],
+)
 def test_unclear_unpins_are_exit_code_2(ctl, master, arguments):
     """Nothing is unpinned by guessing."""
     assert ctl("unpin", *arguments).exit_code == 2

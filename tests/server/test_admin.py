@@ -88,6 +88,23 @@ def test_status_warns_of_an_index_that_is_nearly_full(blocks, warned):
     assert any("--max_blocks" in warning for warning in reply.warnings) is warned
 
 
+def test_files_that_wait_for_their_removal_are_listed_without_a_size(pool):
+    """They are no hits any more, and not unknown either, as long as they may be there."""
+    here, gone = b"b" * 16, 3 * KEY_BYTES
+    pool.perform(pool.state.backends.add(BlockRun(ONE.digest, 1, 4096, KEYS, backend=here), "a"))
+    lost = BlockRun(ONE.digest, 1, 4096, KEYS[:gone], backend=here)
+    pool.perform(pool.state.backends.remove(lost, time.monotonic()))
+
+    async def listed() -> list:
+        request = admin_pb2.CataloguedFilesRequest(backend=here)
+        return [run async for reply in AdminService(pool).CataloguedFiles(request, Context()) for run in reply.blocks]
+
+    held, waiting = asyncio.run(listed())
+    assert (held.shard_bytes, len(held.keys)) == (4096, len(KEYS) - gone)
+    assert (waiting.namespace, waiting.shards, waiting.backend) == (ONE.digest, held.shards, here)
+    assert (waiting.shard_bytes, waiting.keys) == (0, KEYS[:gone])
+
+
 def test_others_have_their_turn_while_many_keys_are_evicted(pool, monkeypatch):
     """The loop turns between two slices of the keys that an operator names."""
     monkeypatch.setattr(operators, "ROWS_PER_SLICE", 10)

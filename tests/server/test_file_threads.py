@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from kvpool.core.file_jobs import FILES_OWNER, LOOKS_MAX, File, Miss, Remove, Trouble
+from kvpool.core.file_jobs import FILES_OWNER, LOOKS_MAX, Failure, File, Miss, Remove, Trouble
 from kvpool.core.filetier import FileTierState
 from kvpool.core.messages import Scanned
 from kvpool.core.segment import SegmentState
@@ -22,7 +22,7 @@ from kvpool.model import Backend, BackendState, Namespace
 from kvpool.server import filetier
 from kvpool.server.filescan import TRIES_MAX
 from kvpool.server.filetier import SCANS_LOST_MAX, FileTier
-from kvpool.server.filework import perform
+from kvpool.server.filework import Gone, perform
 from kvpool.testing.store_faults import FaultyStore
 from kvpool.tiers import blockfile
 from kvpool.tiers.dram import Segment, SlotHeader, pack_header
@@ -223,6 +223,22 @@ def test_a_removal_is_not_begun_too_late() -> None:
     assert [found.name for found in store.files()] == [named(1)]
     assert perform(store, memoryview(b""), Remove(0, 7, [file(1)], time.monotonic() + T)) == (None, None)
     assert not list(store.files())
+
+
+def test_files_are_looked_for_only_where_they_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there is gone only if the backend is itself: a mount may be away."""
+    store = MemoryStore()
+    store.write(named(1), memoryview(b"here"))
+    look = Remove(0, 7, [file(1), file(2)], look=True)
+    assert perform(store, memoryview(b""), look) == (None, Gone([file(2)]))
+
+    def probe() -> None:
+        raise StoreError("not mounted")
+
+    monkeypatch.setattr(store, "probe", probe)
+    assert perform(store, memoryview(b""), Remove(0, 7, [file(1)], look=True)) == (None, Gone([]))
+    failure, found = perform(store, memoryview(b""), look)
+    assert (failure, found) == (Failure(Trouble.ERROR, "not mounted"), None)
 
 
 def spoiled(extent: bytes, rng: random.Random) -> bytes:

@@ -25,7 +25,7 @@ def test_a_disk_that_is_full_for_long_costs_one_answer_a_session() -> None:
     sent: list[tuple[int, int]] = []
     waiting: list[Callable[[], None]] = []
     pool._put = lambda session, message: sent.append((session, message.sequence))  # type: ignore[method-assign]
-    pool.keeper = SimpleNamespace(after=waiting.append, perform=lambda effect: None)  # type: ignore[assignment]
+    pool.keeper = SimpleNamespace(after=waiting.append, perform=lambda effect: None, generation=7)  # type: ignore[assignment]
     for sequence in range(1, 1000):
         pool.perform([Send(1, Ack(sequence)), Send(2, Ack(sequence))])
     assert (len(waiting), sent) == (1, [])
@@ -34,7 +34,7 @@ def test_a_disk_that_is_full_for_long_costs_one_answer_a_session() -> None:
     waiting.pop()()
     assert sorted(sent) == [(1, 1), (1, 999), (2, 999)]
     assert not waiting
-    pool.keeper = SimpleNamespace(after=lambda call: call(), perform=lambda effect: None)  # type: ignore[assignment]
+    pool.keeper = SimpleNamespace(after=lambda call: call(), perform=lambda effect: None, generation=7)  # type: ignore[assignment]
     pool.perform([Send(1, Ack(1000)), Send(2, Ack(1000))])
     assert sent[3:] == [(1, 1000), (2, 1000)]
 
