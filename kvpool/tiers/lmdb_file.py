@@ -24,6 +24,9 @@ _META_PAGES = (0, 4096)
 _MAGIC = 0xBEEFC0DE
 _DEADLY = {signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV}
 
+READ_S = 120.0
+"""A million files are read in a second: what takes so long goes round in circles."""
+
 
 def open_file(path: Path) -> lmdb.Environment:
     """Open a file, or make it. Raises lmdb.Error, OSError."""
@@ -33,9 +36,11 @@ def open_file(path: Path) -> lmdb.Environment:
 
 def deadly(path: Path) -> str:
     """Read all of a file in a process of its own; returns what has ended that, empty if it was not the file."""
-    done = subprocess.run(
-        [*module_command(__name__), str(path)], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
+    command = [*module_command(__name__), str(path)]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=READ_S)
+    except subprocess.TimeoutExpired:
+        return f"it was not read in {READ_S:.0f} s"
     if -done.returncode not in _DEADLY:
         return ""
     said = done.stderr.decode(errors="replace").strip() or "nothing was said"

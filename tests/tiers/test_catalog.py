@@ -362,6 +362,14 @@ def test_a_reader_that_somebody_killed_loses_nothing(tmp_path, opened, monkeypat
     assert not list(tmp_path.glob("catalog.lmdb.broken-*"))
 
 
+def test_a_file_that_cannot_be_read_to_its_end_is_as_one_that_kills(tmp_path, opened, monkeypatch):
+    """The start does not hang on it."""
+    opened().close()
+    assert not lmdb_file.deadly(tmp_path / "catalog.lmdb")
+    monkeypatch.setattr(lmdb_file, "READ_S", 0.0)
+    assert lmdb_file.deadly(tmp_path / "catalog.lmdb") == "it was not read in 0 s"
+
+
 def test_a_full_disk_costs_only_the_memory_of_it(opened, monkeypatch):
     """What cannot be written is held within bounds, and is not said to be kept; beyond, all must be told again."""
     monkeypatch.setattr(catalog_module, "RETRY_S", 0.01)
