@@ -16,6 +16,7 @@ from kvpool.client_peers import Peers, Source, Want, Wanted
 from kvpool.client_results import GetResult, Lookup
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import KEY_BYTES, Namespace
+from kvpool.transport.sockets import TICK_S
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class Gets:
                 seen += reasons
         except KVPoolError as exc:
             log.debug("files behind this host's node: %s", exc)
-            why = "storage_timeout" if call.left_s <= 0 else "owner_lost"
+            why = "storage_timeout" if call.left_s <= TICK_S else "owner_lost"
             seen += [why if isinstance(exc, UnavailableError) else "refused"] * (len(numbers) - len(seen))
         for number, reason in zip(numbers, seen, strict=True):
             call.note(number, reason)

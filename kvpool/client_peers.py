@@ -34,7 +34,7 @@ from kvpool.model import CHECKSUM_BYTES, DIGEST_BYTES, KEY_BYTES, Namespace, Nod
 from kvpool.rpc.convert import namespace_to_proto
 from kvpool.rpc.v1 import node_pb2
 from kvpool.transport.channel import Channel, ChannelPool, time_left
-from kvpool.transport.sockets import STEP_BYTES, receive_hashed
+from kvpool.transport.sockets import STEP_BYTES, TICK_S, receive_hashed
 
 log = logging.getLogger(__name__)
 
@@ -388,7 +388,7 @@ def _fetch(
     except BreakerOpenError:
         rest = "breaker_open"
     except UnavailableError:
-        rest = "owner_lost" if time.monotonic() < deadline else "late"
+        rest = "owner_lost" if time.monotonic() < deadline - TICK_S else "late"
         if time.monotonic() - start > PATIENCE_S:
             lost.add(source)
     except OverloadedError:

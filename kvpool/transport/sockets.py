@@ -36,6 +36,9 @@ SPIN_S = 3e-4
 """How long a small answer is looked for before sleeping: going to sleep and waking costs tens of microseconds.
 With one core only, looking would keep the one who answers from it: it is not done there."""
 
+TICK_S = 0.01
+"""The kernel counts timeouts in ticks of its clock, and may end one by so much too early."""
+
 _TIMEOUT_STEPS = 8
 
 

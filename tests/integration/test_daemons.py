@@ -16,8 +16,12 @@ MASTER = "kvpool.cli.master"
 
 def test_a_hangup_ends_daemons_in_order(bare_pool: Pool) -> None:
     """Whoever closes the terminal leaves no socket behind."""
-    bare_pool.start_master()
-    bare_pool.start_node("a")
+    ours = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may be run by nohup
+    try:
+        bare_pool.start_master()
+        bare_pool.start_node("a")
+    finally:
+        signal.signal(signal.SIGHUP, ours)
     for daemon in (bare_pool.nodes["a"], bare_pool.master):
         daemon.send(signal.SIGHUP)
         assert daemon.popen.wait(T) == 0, daemon.words()

@@ -772,12 +772,12 @@ def test_a_scan_that_hangs_is_given_up_when_it_is_asked_for_again(monkeypatch: p
 
 def test_a_scan_that_gets_on_slowly_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often it is asked for, and however long its pieces take."""
-    monkeypatch.setattr(filetier, "SCAN_RETRY_S", 0.2)
+    monkeypatch.setattr(filetier, "SCAN_RETRY_S", 2.0)
 
     async def test(node: Node) -> None:
         def files(since: float) -> Iterator[StoredFile]:
             for number in range(8):
-                time.sleep(0.08)
+                time.sleep(0.3)
                 yield StoredFile(named(number), 1 << 62)
 
         monkeypatch.setattr(node.faulty, "files", files)
