@@ -31,11 +31,11 @@ from kvpool.core.file_jobs import (
     ranked,
 )
 from kvpool.core.file_reads import BATCH_FILES, FileReads
-from kvpool.core.messages import BlockRun, FilesRemoved, LookForFiles, RemoveFiles, Storage
+from kvpool.core.messages import FilesRemoved, LookForFiles, RemoveFiles, Storage, runs_of_files
 from kvpool.core.segment import SegmentState, Slot
 from kvpool.core.slots import block_keys
 from kvpool.errors import OverloadedError
-from kvpool.model import DIGEST_BYTES, Backend, BackendState, Namespace, mask_shards
+from kvpool.model import Backend, BackendState, Namespace, mask_shards
 
 BATCH_BYTES: Final = 1 << 20
 """What a thread is given at a time at most: small files must not cost a turn of the loop each."""
@@ -310,7 +310,7 @@ class FileTierState:
             jobs.remove(job)
             if not jobs:
                 del self._removals[job.id]
-                lost = _runs(backend.id, self._gone_of.pop(job.id, []))
+                lost = runs_of_files(backend.id, self._gone_of.pop(job.id, []))
                 self._removed.append(FilesRemoved(job.id, lost))
 
     def _forget_removal(self, backend: BackendWork, command: int) -> None:
@@ -504,11 +504,3 @@ class FileTierState:
             self._moving.append((backend, backend.writes))
             backend.writes = OrderedDict()
         self._move()
-
-
-def _runs(backend: bytes, files: Iterable[File]) -> tuple[BlockRun, ...]:
-    """Return files as runs of one shard, without sizes."""
-    keys: dict[tuple[bytes, int], list[bytes]] = {}
-    for block_key, shard in files:
-        keys.setdefault((block_key[:DIGEST_BYTES], shard), []).append(block_key[DIGEST_BYTES:])
-    return tuple(BlockRun(n, 1 << shard, 0, b"".join(some), backend=backend) for (n, shard), some in keys.items())

@@ -6,9 +6,10 @@ machines speak only these, so that the simulation can carry them over a network 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvpool.model import KEY_BYTES, Backend, Namespace, NodeAddress
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Backend, Namespace, NodeAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,14 @@ class BlockRun:
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.keys) // KEY_BYTES
+
+
+def runs_of_files(backend: bytes, files: Iterable[tuple[bytes, int]]) -> tuple[BlockRun, ...]:
+    """Return files, each a namespace with a key and a shard, as runs of one shard, without sizes."""
+    keys: dict[tuple[bytes, int], list[bytes]] = {}
+    for block_key, shard in files:
+        keys.setdefault((block_key[:DIGEST_BYTES], shard), []).append(block_key[DIGEST_BYTES:])
+    return tuple(BlockRun(n, 1 << shard, 0, b"".join(some), backend=backend) for (n, shard), some in keys.items())
 
 
 # ---- node to master --------------------------------------------------------------------------------

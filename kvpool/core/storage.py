@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvpool.core.messages import BlockRun
-from kvpool.model import KEY_BYTES, Backend
+from kvpool.model import DIGEST_BYTES, KEY_BYTES, Backend
 
 BATCH_FILES = 256
 """Files that a node is asked about at a time."""
@@ -79,6 +79,11 @@ def names(run: BlockRun) -> list[bytes]:
     """Name each file of a run of one shard: namespace, shard, key."""
     head = run.namespace + bytes([run.shards.bit_length() - 1])
     return [head + run.keys[at : at + KEY_BYTES] for at in range(0, len(run.keys), KEY_BYTES)]
+
+
+def file_of(name: bytes) -> tuple[bytes, int]:
+    """Return what such a name is of: namespace with key, and shard."""
+    return name[:DIGEST_BYTES] + name[-KEY_BYTES:], name[DIGEST_BYTES]
 
 
 def named(run: BlockRun, some: Iterable[bytes]) -> BlockRun:

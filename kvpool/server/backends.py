@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvpool.core.index import ROWS_PER_SLICE
-from kvpool.core.messages import BlockRun
+from kvpool.core.messages import BlockRun, runs_of_files
 from kvpool.core.nodes import slices_of
-from kvpool.core.storage import StorageBackend
+from kvpool.core.storage import StorageBackend, file_of
 from kvpool.errors import InvalidArgumentError, UnavailableError
-from kvpool.model import KEY_BYTES, Backend, BackendState, mask_shards
+from kvpool.model import Backend, BackendState, mask_shards
 from kvpool.rpc import convert
 from kvpool.rpc.v1 import admin_pb2
 from kvpool.server import wire
@@ -87,18 +87,9 @@ async def files(pool: Pool, backend_id: bytes) -> AsyncIterator[admin_pb2.Catalo
         await asyncio.sleep(0)
     doomed = list(backend.doomed)
     for start in range(0, len(doomed), ROWS_PER_SLICE):
-        yield admin_pb2.CataloguedFilesResponse(
-            blocks=wire.runs_to_proto(_doomed_runs(backend, doomed[start : start + ROWS_PER_SLICE]))
-        )
+        part = runs_of_files(backend.id, map(file_of, doomed[start : start + ROWS_PER_SLICE]))
+        yield admin_pb2.CataloguedFilesResponse(blocks=wire.runs_to_proto(part))
         await asyncio.sleep(0)
-
-
-def _doomed_runs(backend: StorageBackend, names: list[bytes]) -> list[BlockRun]:
-    """Return files that are to be removed as runs without a size."""
-    groups: dict[bytes, list[bytes]] = {}
-    for name in names:
-        groups.setdefault(name[:-KEY_BYTES], []).append(name[-KEY_BYTES:])
-    return [BlockRun(head[:-1], 1 << head[-1], 0, b"".join(keys), backend=backend.id) for head, keys in groups.items()]
 
 
 async def correct(pool: Pool, request: admin_pb2.CorrectCatalogRequest) -> admin_pb2.CorrectCatalogResponse:

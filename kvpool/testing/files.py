@@ -19,6 +19,7 @@ from kvpool.core.file_jobs import Failure, File, Job, Learn, Remove, Trouble, Wr
 from kvpool.core.master import MasterState
 from kvpool.core.messages import Ack, BlockRun, MasterMessage, RemoveFiles, Scanned
 from kvpool.core.slots import file_bytes
+from kvpool.core.storage import file_of
 from kvpool.model import Backend, Namespace, mask_shards, split_keys
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class SharedFiles:
     def master_died(self, state: MasterState) -> None:
         """Take in that it had files looked for: whether they are there, its successor does not ask."""
         backend = state.backends.by_id.get(BACKEND)
-        self.stolen |= {_file(name) for name in backend.doubtful} if backend is not None else set()
+        self.stolen |= {file_of(name) for name in backend.doubtful} if backend is not None else set()
 
     # ---- what must hold ------------------------------------------------------------------------
 
@@ -191,7 +192,7 @@ class SharedFiles:
         problems += [f"{name} has told nobody of files" for name in untold]
         problems += ["files are looked for"] if backend.doubtful or backend.looks else []
         indexed = self.indexed(state)
-        doomed = set(map(_file, backend.doomed))
+        doomed = set(map(file_of, backend.doomed))
         forgotten = self.acknowledged & self.files.keys() - indexed - doomed
         imagined = indexed - self.files.keys() - self.stolen
         problems += [f"file {key.hex()[32:40]}.{shard} is forgotten" for key, shard in sorted(forgotten)]
@@ -208,10 +209,6 @@ class SharedFiles:
                     key = space.digest + state.index.keys[row].tobytes()
                     found |= {(key, shard) for shard in mask_shards(mask)}
         return found
-
-
-def _file(name: bytes) -> File:
-    return name[:16] + name[17:], name[16]
 
 
 def told(node: NodeProcess) -> dict[File, bool]:
