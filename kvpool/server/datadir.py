@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,11 @@ from pathlib import Path
 from kvpool.errors import ConfigError
 
 LOCK_FILE = "master.lock"
+
+WAIT_S = 1.0
+"""How long a master that was killed may seem to be there: what it was starting holds the lock until it runs."""
+
+_POLL_S = 0.02
 
 
 @contextmanager
@@ -30,11 +36,28 @@ def held(data_dir: str | None) -> Iterator[None]:
         raise ConfigError("data_dir", f"cannot keep the catalog in {data_dir}: {error}") from None
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock)
         except BlockingIOError:
             raise ConfigError("data_dir", f"another master uses {data_dir}") from None
         except OSError as error:
             raise ConfigError("data_dir", f"cannot lock {path}: {error.strerror}") from None
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also for what is being started at this moment
     finally:
         os.close(lock)
+
+
+def _take(lock: int) -> None:
+    """Lock a file, which may take ``WAIT_S``. Raises BlockingIOError when somebody else keeps it, OSError."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_POLL_S)
+        else:
+            return

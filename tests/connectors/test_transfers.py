@@ -378,6 +378,7 @@ def test_another_consumer_comes_instead(pair: Pair, late: bool, monkeypatch: pyt
     prompt = list(range(30))
     params = pair.prefill(producer, prompt).returned
     assert params is not None
+    pair.until(lambda: pair.pool.transfers)  # which a thread of its own opens
     (transfer,) = pair.pool.transfers.values()
     failing = pair.submit(first, prompt, 3, dict(params))
     first.step()

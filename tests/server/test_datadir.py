@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +28,30 @@ def test_a_directory_is_held_by_one(tmp_path):
             pass
     with held(str(directory)):
         pass
+
+
+def test_what_holds_it_for_a_moment_is_waited_for(tmp_path):
+    """As the child does that a master was about to start when it was killed."""
+    lock = os.open(tmp_path / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    timer = threading.Timer(0.1, os.close, (lock,))
+    timer.start()
+    with held(str(tmp_path)):
+        timer.join()
+
+
+def test_a_fork_that_has_not_run_anything_yet_does_not_keep_it(tmp_path):
+    """A master that ends lets go of it for all that have the file open."""
+    path = tmp_path / LOCK_FILE
+    with held(str(tmp_path)):
+        (opened,) = [fd for fd in Path("/proc/self/fd").iterdir() if fd.exists() and fd.samefile(path)]
+        copy = os.dup(int(opened.name))
+    lock = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(lock)
+        os.close(copy)
 
 
 def test_no_child_holds_it_any_longer(tmp_path):
