@@ -275,6 +275,14 @@ class LocalNode:
                 reasons[number] = reason
         return reasons
 
+    def get_listed(
+        self, namespace: Namespace, keys: bytes, blocks: Blocks, shard: int, copies: CopyThreads
+    ) -> list[str]:
+        """Fill the buffers of whole blocks that can be read without asking; returns "" for those."""
+        if (unpinned := self._unpinned) is None:
+            return ["not_here"] * len(blocks)
+        return unpinned.get(namespace.digest, keys, blocks, shard, (0, namespace.shard_layers), True, copies)
+
     def _touch(self, namespace: bytes, shard: int, keys: bytes) -> None:
         """Tell the node that blocks were read without a pin, if that can be done at once."""
         if self._pool.any_free:

@@ -1,5 +1,6 @@
 """Receiving what a transfer is still writing: part by part, whatever layers of it are there.
 
+What this host's node has whole by now is read as any get reads it, without asking where that can be done.
 The first part that lacks something is waited for, at its node, a second at a time; the parts behind it are
 then asked in passing, each while the one before is copied, until one of them has nothing new.
 """
@@ -115,6 +116,12 @@ class _Here:
         self.node = node
         self.copies = copies
 
+    def listed(self, call: Call) -> list[bool]:
+        """Fill the buffers of blocks that can be read without asking; returns which."""
+        with quick_switching:
+            reasons = self.node.get_listed(call.space, call.keys, call.blocks, call.shard, self.copies)
+        return [not reason for reason in reasons]
+
     def ask(self, call: Call, transfer: int, part: _Part, wait_s: float) -> _Asked:
         return _AskedHere(self, call, transfer, part, wait_s)
 
@@ -177,6 +184,10 @@ class _There:
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
 
+    def listed(self, call: Call) -> list[bool]:
+        """Return that all is to be asked for."""
+        return [False] * len(call.blocks)
+
     def ask(self, call: Call, transfer: int, part: _Part, wait_s: float) -> _Asked:
         return _AskedThere(self._peer, call, transfer, part, wait_s)
 
@@ -204,6 +215,7 @@ class Receives:
         receive = _Receive(call, transfer, way)
         try:
             with way.watched():
+                receive.begin(way.listed(call))
                 why = receive.run(alive)
         except KVPoolError as exc:
             log.debug("receiving from %s: %s", address.node_id, exc)
@@ -222,10 +234,15 @@ class _Receive:
         self._call = call
         self._transfer = transfer
         self._way = way
-        each = call.blocks.shard_bytes
-        size = max(1, min(max(-(-len(call.blocks) // PARTS), PART_BYTES_MIN // each), PART_BYTES_MAX // each))
-        ends = range(0, len(call.blocks), size)
-        self._parts = [_Part(first, min(first + size, len(call.blocks))) for first in ends]
+        self._parts: list[_Part] = []
+
+    def begin(self, here: list[bool]) -> None:
+        """Take in which blocks are here already; the others are to be asked for."""
+        self.complete = here
+        each = self._call.blocks.shard_bytes
+        size = max(1, min(max(-(-here.count(False) // PARTS), PART_BYTES_MIN // each), PART_BYTES_MAX // each))
+        for run in _gaps(here):
+            self._parts += [_Part(first, min(first + size, run.stop)) for first in range(run.start, run.stop, size)]
 
     def run(self, alive: Callable[[], bool]) -> str:
         """Receive until all is here, or return why no more comes."""
@@ -288,6 +305,15 @@ class _Receive:
         part.end = min(part.end, self._limit)
         if layers == left:
             self.complete[part.first : part.end] = [True] * max(0, part.end - part.first)
+
+
+def _gaps(here: list[bool]) -> Iterator[range]:
+    """Yield runs of blocks that are not here."""
+    end = 0
+    while False in here[end:]:
+        first = here.index(False, end)
+        end = here.index(True, first) if True in here[first:] else len(here)
+        yield range(first, end)
 
 
 def _keys(call: Call, part: _Part) -> bytes:

@@ -195,14 +195,17 @@ class _RowCopy:
 
 
 def _runs(offsets: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of runs of offsets at equal distances."""
+    """Yield (first, end) of runs of offsets at equal distances, of about ``most`` and at most a quarter more."""
     first = 0
     for at in range(1, len(offsets) + 1):
-        room = at < len(offsets) and at - first < most
-        if room and (at == first + 1 or offsets[at] - offsets[at - 1] == offsets[first + 1] - offsets[first]):
+        if at < len(offsets) and (
+            at == first + 1 or offsets[at] - offsets[at - 1] == offsets[first + 1] - offsets[first]
+        ):
             continue
-        if first < at:
-            yield first, at
+        pieces = -(-(at - first) // (most + most // 4))
+        step = -(-(at - first) // pieces)
+        for begin in range(first, at, step):
+            yield begin, min(begin + step, at)
         first = at
 
 

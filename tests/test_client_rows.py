@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpool.client_bytes import STEP_BYTES, Blocks, CopyThreads
-from kvpool.client_rows import BlockRows, rows_in, rows_out
+from kvpool.client_rows import BlockRows, _runs, rows_in, rows_out
 from kvpool.errors import InvalidArgumentError
 
 ROWS = 24
@@ -143,3 +143,18 @@ def test_large_layers_are_copied_one_by_one() -> None:
     blocks = Blocks(BlockRows([layer, layer], [0]), bytes(16), 2, writable=True)
     assert blocks.rows is None
     assert [piece.nbytes for piece in blocks.pieces[0]] == [STEP_BYTES + 1] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "runs"),
+    [(129, 64, [65, 64]), (80, 64, [80]), (81, 64, [41, 40]), (5, 1, [1] * 5), (6, 4, [3, 3]), (0, 64, [])],
+)
+def test_a_run_leaves_no_few_blocks_behind(count: int, most: int, runs: list[int]) -> None:
+    """What is a little longer is copied at once, or in equal parts: each part costs the same, however short."""
+    offsets = [4096 + 512 * at for at in range(count)]
+    assert [end - first for first, end in _runs(offsets, most)] == runs
+
+
+def test_runs_end_where_distances_change() -> None:
+    """A strided copy has one distance."""
+    assert list(_runs([0, 10, 20, 25, 30, 35, 90], 64)) == [(0, 3), (3, 6), (6, 7)]

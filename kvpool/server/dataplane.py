@@ -202,9 +202,12 @@ class DataPlane:
 
     def _commit(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.commit
+        awaited = self._state.reservation(conn.id, request.reservation).transfer > 0
         slots = self._state.commit(conn.id, request.reservation, bytes(payload), request.keep or None)
         conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(slots))))
         self._committed(slots)
+        if awaited and self._state.table is not None:  # who waits for a transfer reads it soon
+            self._state.table.add(slots)
 
     def _committed(self, slots: list[Slot]) -> None:
         self._describe(slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import platform
 import random
 import threading
 import time
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from kvpool import Client, Namespace
+from kvpool.client_node import LocalNode
 from kvpool.client_receive import _Receive
 from kvpool.client_results import GetResult, PutResult
+from kvpool.core.slot_table import ordered
 from kvpool.errors import InvalidArgumentError, UnavailableError
 from kvpool.model import NodeAddress
 from kvpool.rpc.v1.node_pb2 import Get, NodeFrame, NodeFrameReply, Pin, Progress, Reserve
@@ -144,6 +147,50 @@ def test_blocks_put_as_a_whole_are_received_as_they_come(pool: Pool) -> None:
     assert client.put(SPACE, KEYS[:20], blocks[:20], transfer=TRANSFER).existed == 10
     assert client.put_async(SPACE, KEYS, blocks, transfer=TRANSFER).result(T).stored == 12
     assert [reader.ended().prefix for reader in both] == [len(KEYS)] * 2
+
+
+@pytest.mark.skipif(not ordered(platform.machine()), reason="this processor's clients always pin")
+def test_what_is_whole_by_now_is_read_without_asking(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a transfer's writer has committed; of the rest, between and behind, the node is asked."""
+    client, other = pool.client("a"), pool.client("a")
+    for at in (0, 12):
+        blocks = slice(at, at + 10)
+        contents = [content_of(key, SIZE) for key in KEYS[blocks]]
+        assert other.put(SPACE, KEYS[blocks], contents, transfer=TRANSFER).stored == 10
+    reads, listed = LocalNode.get_listed, list[int]()
+
+    def get_listed(*arguments: Any) -> list[str]:
+        reasons = reads(*arguments)
+        listed.append(reasons.count(""))
+        return reasons
+
+    asked = []
+    ask = LocalNode.long_channel
+
+    def long_channel(node: LocalNode, timeout_s: float) -> Any:
+        asked.append(timeout_s)
+        return ask(node, timeout_s)
+
+    monkeypatch.setattr(LocalNode, "get_listed", get_listed)
+    monkeypatch.setattr(LocalNode, "long_channel", long_channel)
+    node = address_of(pool, "a")
+    client.register(SPACE)
+    some = KEYS[:10] + KEYS[12:22]
+
+    def unasked() -> bool:
+        asked.clear()
+        result = Reader(client, node, keys=some).ended()
+        assert result.prefix == len(some) and result.tiers == {"local": len(some)}
+        return not asked
+
+    wait_for(unasked, "they are listed soon after the put")
+    reader = Reader(client, node)
+    wait_for(lambda: asked, "the others are asked for")
+    put_chain(other, SPACE, KEYS, SIZE)
+    result = reader.ended()
+    assert (result.prefix, result.tiers) == (len(KEYS), {"local": len(KEYS)})
+    assert listed[-1] == len(some)
+    pool.wait_idle("a")
 
 
 def test_writers_and_readers_need_no_node_of_their_own(bare_pool: Pool) -> None:
