@@ -8,6 +8,7 @@ then asked in passing, each while the one before is copied, until one of them ha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import struct
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ PART_BYTES_MIN = 4 << 20
 PART_BYTES_MAX = 32 << 20
 PARTS = 2
 """A prompt is asked for in about so many parts."""
+
+GAPS_MAX = 8
+"""Each costs a question; where there are more, what lies between them is read once more."""
 
 NodeFrame = node_pb2.NodeFrame
 NodeFrameReply = node_pb2.NodeFrameReply
@@ -238,10 +242,14 @@ class _Receive:
 
     def begin(self, here: list[bool]) -> None:
         """Take in which blocks are here already; the others are to be asked for."""
+        gaps = list(_gaps(here))
+        if len(gaps) > GAPS_MAX:
+            gaps = [range(gaps[0].start, gaps[-1].stop)]
+            here[gaps[0].start : gaps[0].stop] = [False] * len(gaps[0])
         self.complete = here
         each = self._call.blocks.shard_bytes
         size = max(1, min(max(-(-here.count(False) // PARTS), PART_BYTES_MIN // each), PART_BYTES_MAX // each))
-        for run in _gaps(here):
+        for run in gaps:
             self._parts += [_Part(first, min(first + size, run.stop)) for first in range(run.start, run.stop, size)]
 
     def run(self, alive: Callable[[], bool]) -> str:
@@ -310,10 +318,10 @@ class _Receive:
 def _gaps(here: list[bool]) -> Iterator[range]:
     """Yield runs of blocks that are not here."""
     end = 0
-    while False in here[end:]:
-        first = here.index(False, end)
-        end = here.index(True, first) if True in here[first:] else len(here)
-        yield range(first, end)
+    for there, run in itertools.groupby(here):
+        first, end = end, end + sum(1 for _ in run)
+        if not there:
+            yield range(first, end)
 
 
 def _keys(call: Call, part: _Part) -> bytes:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 
 RUN_BYTES = 1 << 20
-"""Of a layer, copied in one call, and hashed thereafter: threads that copy less at a time are in each other's way."""
+"""Of a layer, about, copied in one call, and hashed thereafter: threads that copy less are in each other's way."""
 
 UNIT_BYTES = 4 << 20
 """What a thread takes at a time at most, some layers of a run of blocks."""

@@ -226,14 +226,15 @@ class Transfers:
                 self._keeper.wait_for_answer(incoming, wait_s)
         if incoming.tokens not in {None, request.num_prompt_tokens}:
             incoming.gone = "prompt"
-        for claimed in (incoming.told, incoming.found):
+        found = incoming.found  # read once: what the keeper's thread brings meanwhile is looked at in the next step
+        for claimed in (incoming.told, found):
             if claimed is None:
                 continue
             if not namespaces or claimed.namespaces != tuple(namespace.digest for namespace in namespaces):
                 incoming.gone = "namespace"
             elif len(claimed.nodes) != namespaces[0].shards or not all(n and n.node_id for n in claimed.nodes):
                 incoming.gone = incoming.gone or "no_node"
-        if incoming.found is None and not incoming.gone:
+        if found is None and not incoming.gone:
             now = time.monotonic()
             if incoming.give_up_at is None:
                 wait_s = self._settings.transfer_open_timeout / 1000
@@ -241,7 +242,7 @@ class Transfers:
             if now < incoming.give_up_at:
                 return False
             incoming.gone = "not_opened"
-        return incoming.found is not None
+        return found is not None
 
     def drop(self, incoming: Incoming, reason: str = "", *, back: bool = False) -> None:
         """Forget a transfer: it is loaded, not wanted any more, or, with a ``reason``, cannot be had.

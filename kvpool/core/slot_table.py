@@ -107,8 +107,15 @@ class SlotTable:
         trailer[0], trailer[1] = _MAGIC, entries
 
     def add(self, slots: Sequence[Slot | None]) -> None:
-        """List those of these slots that are not: committed ones, whose headers are written."""
-        new = [slot for slot in slots if slot is not None and slot.entry == UNLISTED and slot.checksums is not None]
+        """List those of these slots that are not: committed ones whose headers are written, and not evicted since."""
+        new = [
+            slot
+            for slot in slots
+            if slot is not None
+            and slot.entry == UNLISTED
+            and slot.checksums is not None
+            and slot.block.shards.get(slot.shard) is slot
+        ]
         if not new:
             return
         for entry in self._struck:

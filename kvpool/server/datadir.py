@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvpool.errors import ConfigError
@@ -44,7 +44,8 @@ def held(data_dir: str | None) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # also for what is being started at this moment
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # also for what is being started at this moment
     finally:
         os.close(lock)
 

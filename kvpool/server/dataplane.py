@@ -205,12 +205,13 @@ class DataPlane:
         awaited = self._state.reservation(conn.id, request.reservation).transfer > 0
         slots = self._state.commit(conn.id, request.reservation, bytes(payload), request.keep or None)
         conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(slots))))
-        self._committed(slots)
-        if awaited and self._state.table is not None:  # who waits for a transfer reads it soon
-            self._state.table.add(slots)
+        self._committed(slots, awaited=awaited)
 
-    def _committed(self, slots: list[Slot]) -> None:
+    def _committed(self, slots: list[Slot], *, awaited: bool) -> None:
+        """Do what a commit is followed by; ``awaited``: a transfer's, which somebody reads soon."""
         self._describe(slots)
+        if awaited and self._state.table is not None:  # before the tier makes room: what it evicts is struck out
+            self._state.table.add(slots)
         if self.tier is not None:
             self.tier.state.committed(slots)
             self.tier.pump()
@@ -454,9 +455,10 @@ class DataPlane:
                     conn.reply(NodeFrameReply(id=message.id, error=to_proto(error or KVPoolError("write failed"))))
                 return
             self.counters["write_corrupt"] += keep.count(0)
+            awaited = self._state.reservation(conn.id, reservation).transfer > 0
             stored = self._state.commit(conn.id, reservation, bytes(checksums), keep)
             conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(stored))))
-            self._committed(stored)
+            self._committed(stored, awaited=awaited)
 
         conn.run_blocking(receive, done)
 

@@ -216,8 +216,9 @@ class Pool:
         return str(self.directory / f"{name}.sock")
 
     def client(self, node: str | None = None, **options: Any) -> Client:
-        """Return a client that is attached to a node, or to none."""
+        """Return a client that is attached to a node, or to none; it gives transfers more time than they need."""
         path = self.socket_path(node or "none")
+        options.setdefault("transfer_timeout_ms", 10_000)
         client = self._cleanup.enter_context(Client(self.address, node=path, **options))
         assert client.has_node() == (node is not None)
         return client
