@@ -201,7 +201,7 @@ def test_storage_that_hangs_is_soon_not_waited_for(client: Client, own: FileNode
 def test_one_slow_call_is_one_failure(client: Client, own: FileNode) -> None:
     """However many parts it had."""
     own.storage = "hangs"
-    assert get(client, in_files(own), timeout_ms=100).reasons == {"storage_timeout": BLOCKS}
+    assert get(client, in_files(own), timeout_ms=1000).reasons == {"storage_timeout": BLOCKS}
     assert client.unusable_nodes() == set()
 
 
@@ -232,7 +232,7 @@ def test_other_nodes_storage_has_a_breaker_of_its_own(client: Client, make: Any)
     other = make("other", backends=[OTHER])
     other.storage = "hangs"
     for _ in range(2):
-        assert get(client, in_files(other, backend=OTHER), timeout_ms=100).reasons == {"storage_timeout": BLOCKS}
+        assert get(client, in_files(other, backend=OTHER), timeout_ms=1000).reasons == {"storage_timeout": BLOCKS}
     asked = len([blocks for blocks, _ in other.fetches if blocks > 1])
     assert get(client, in_files(other, backend=OTHER)).reasons == {"breaker_open": BLOCKS}
     assert len([blocks for blocks, _ in other.fetches if blocks > 1]) == asked

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.integration.pool import (
     environment,
     free_port,
     get_chain,
+    lookup_without_master,
     put_chain,
     run_module,
     wait_for,
@@ -95,7 +97,9 @@ def test_garbage_on_every_port_harms_nobody(pool: Pool) -> None:
                         sock.close()
             assert client.lookup(SPACE, KEYS, timeout_ms=5000).prefix == len(KEYS)
             assert get_chain(client, SPACE, KEYS, SIZE).prefix == len(KEYS)
-            assert get_chain(pool.client(), SPACE, KEYS, SIZE).prefix == len(KEYS)
+            other = pool.client()
+            lookup = other.lookup(SPACE, KEYS, timeout_ms=5000)
+            assert get_chain(other, SPACE, KEYS, SIZE, lookup=lookup).prefix == len(KEYS)
     for daemon, was in zip(daemons, before, strict=True):
         assert daemon.alive and resident(daemon) - was < 64 << 20
     assert put_chain(client, SPACE, chain_of(2, 16), SIZE) == 16
@@ -218,7 +222,7 @@ def test_unknown_namespace(one_node: Pool) -> None:
         assert node.pin(other, KEYS) == (0, [-1, 0] * len(KEYS))
         assert node.local_prefix(other, KEYS) == 0
     with Client(one_node.address, node=one_node.socket_path("a")) as client:
-        assert client.lookup(bytes(16), KEYS).reason == "namespace_unknown"
+        assert client.lookup(bytes(16), KEYS, timeout_ms=1000 * T).reason == "namespace_unknown"
         with pytest.raises(InvalidArgumentError, match=r"^namespace: .* never registered"):
             client.get(bytes(16), KEYS, [bytearray(SIZE) for _ in KEYS])
 
@@ -280,7 +284,7 @@ def test_client_names_the_field(one_node: Pool, call: Call, field: str) -> None:
         with pytest.raises(InvalidArgumentError) as caught:
             call(client)
         assert caught.value.field == field
-        assert client.lookup(SPACE, KEYS).prefix == len(KEYS)
+        assert client.lookup(SPACE, KEYS, timeout_ms=1000 * T).prefix == len(KEYS)
         assert get_chain(client, SPACE, KEYS, SIZE).prefix == len(KEYS)
 
 
@@ -538,12 +542,13 @@ def removed(group: Path) -> bool:
 def test_missing_master(bare_pool: Pool) -> None:
     """The node keeps trying, and serves clients of its host meanwhile; then all is known at once."""
     pool = bare_pool
+    begin = time.monotonic()
     node = pool.start_node("a", wait=False)
     wait_for(lambda: node.says("no session with the master"), "the node says what is missing")
     assert node.alive
     with Client(pool.address, node=pool.socket_path("a")) as client:
         assert put_chain(client, SPACE, KEYS, SIZE) == len(KEYS)
-        result = client.lookup(SPACE, KEYS)
+        result = lookup_without_master(client, SPACE, KEYS)
         assert (result.prefix, result.reason) == (len(KEYS), "master_unreachable")
         assert get_chain(client, SPACE, KEYS, SIZE).prefix == len(KEYS)
         with Client(pool.address, node=pool.socket_path("none")) as lonely:
@@ -553,7 +558,8 @@ def test_missing_master(bare_pool: Pool) -> None:
             assert get_chain(lonely, SPACE, KEYS, SIZE).prefix == 0
         pool.start_master()
         wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "the master knows the blocks")
-    assert node.words().count("no session with the master") == 1, "once in ten seconds is enough"
+    often = 1 + (time.monotonic() - begin) // 10
+    assert 1 <= node.words().count("no session with the master") <= often, "once in ten seconds is enough"
 
 
 def test_slow_loris_does_not_use_up_the_connections(bare_pool: Pool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,13 +46,17 @@ def test_node_that_hangs_is_left_alone_until_it_answers(bare_pool: Pool, how: st
         put_chain(pool.client("b"), SPACE, KEYS, SIZE)
         client = pool.client(breaker_failures=2, **QUICK_PROBES)
         wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
-        lookup = client.lookup(SPACE, KEYS)
+        lookup = client.lookup(SPACE, KEYS, timeout_ms=1000 * T)
 
         def read() -> GetResult:
             result: GetResult = get_chain(client, SPACE, KEYS, SIZE, lookup=lookup)
             return result
 
         assert read().prefix == len(KEYS)
+        first = chain_of(3, 1)
+        assert not client.put(SPACE, first, [content_of(key, SIZE) for key in first]).failed
+        # The master soon stops naming a node that is stopped: it is used as the master has named it now.
+        client._puts._placed = (client._puts._placed[0], time.monotonic() + T)
         with hanging(pool, proxy, how):
             # At once, so that the breaker opens before the master stops naming a node that is stopped.
             with ThreadPoolExecutor(2) as threads:
@@ -81,7 +86,9 @@ def test_readers_that_take_nothing_keep_nobody_else_waiting(bare_pool: Pool) -> 
     client = pool.client()
     wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
     ((address, _),) = {
-        (address, backend) for run in client.lookup(SPACE, KEYS).runs for address, _, _, backend in run.owners
+        (address, backend)
+        for run in client.lookup(SPACE, KEYS, timeout_ms=1000 * T).runs
+        for address, _, _, backend in run.owners
     }
     with contextlib.ExitStack() as held:
         channels = [
@@ -164,7 +171,7 @@ def test_node_that_is_back_at_another_address_is_asked_there(bare_pool: Pool) ->
         pool.start_node("b", "--port", str(free_port()))
         put_chain(pool.client("b"), SPACE, KEYS, SIZE)
         wait_for(lambda: client.lookup(SPACE, KEYS).prefix == len(KEYS), "the blocks are known")
-        lookup = client.lookup(SPACE, KEYS)
+        lookup = client.lookup(SPACE, KEYS, timeout_ms=1000 * T)
         (owner,) = {owner for run in lookup.runs for owner, *_ in run.owners}
         assert client.unusable_nodes().isdisjoint({owner.node_id, owner.place})
         assert get_chain(client, SPACE, KEYS, SIZE, lookup=lookup).prefix == len(KEYS)

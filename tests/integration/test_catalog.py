@@ -11,7 +11,7 @@ import pytest
 from kvpool.bench.restart import measure
 from kvpool.rpc.v1 import admin_pb2, types_pb2
 from kvpool.tiers.store import FileName
-from tests.integration.pool import SPACE, Pool, chain_of, lookup_by_grpc, put_chain, wait_for
+from tests.integration.pool import SPACE, Pool, T, chain_of, lookup_by_grpc, put_chain, wait_for
 
 SIZE = 64 << 10
 BLOCKS = 24
@@ -113,6 +113,8 @@ def test_a_catalog_that_was_put_back_is_noticed(shared, tmp_path):
     assert (found(shared, first)[0], found(shared, second)[0]) == (BLOCKS, BLOCKS)
     assert shared.status().counters["scans_asked"] == 1
     assert "lacks what a master has acknowledged" in shared.master.words()
+    wait_for(lambda: not backend(shared).scanning, "the scan has ended")
+    all_kept(shared)
     shared.master.kill()
     shared.start_master()
     wait_for(lambda: backend(shared).blocks == 2 * BLOCKS, "the catalog is read")
@@ -171,11 +173,17 @@ def test_files_beyond_the_capacity_are_removed_the_coldest_first(bare_pool, tmp_
     assert len(owners) > 0
 
 
+def all_kept(pool: Pool) -> None:
+    """Wait until the catalog has all that the master knows: this is answered when it has."""
+    pool.admin().UnpinBlocks(admin_pb2.UnpinBlocksRequest(label="none"), timeout=T)
+
+
 def test_a_node_that_does_not_come_back_is_named(bare_pool, tmp_path):
     """The catalog remembers who was there: a restarted master says who is missing, until it is back."""
     bare_pool.start_master("--data_dir", str(tmp_path / "data"), "--client_ttl", "500ms")
     bare_pool.start_node("a")
     bare_pool.start_node("b")
+    all_kept(bare_pool)
     bare_pool.master.kill()
     bare_pool.nodes["b"].kill()
     bare_pool.start_master()

@@ -298,7 +298,7 @@ def test_blocks_of_another_host_follow_the_local_ones(pool: Pool):
     assert here.save(keys[: 4 * KEY_BYTES], [0, 1, 2, 3]).stored == 4
     assert there.save(keys[4 * KEY_BYTES :], [4, 5, 6, 7, 8]).stored == 5
     wait_for(lambda: here.client.lookup(SPACE, keys).prefix == 9, "the master knows all blocks")
-    part = Part(SPACE, keys, list(range(20, 29)), here.client.lookup(SPACE, keys))
+    part = Part(SPACE, keys, list(range(20, 29)), here.client.lookup(SPACE, keys, timeout_ms=1000 * WAIT_S))
     result = here.device.load(here.client, part, here.kv)
     assert (result.prefix, result.tiers) == (9, {"local": 4, "remote": 5})
     assert np.array_equal(here.kv.bytes[20:29], here.kv.bytes[0:9])

@@ -24,6 +24,7 @@ from tests.integration.pool import (
     content_of,
     environment,
     get_chain,
+    lookup_without_master,
     put_chain,
     say,
     wait_for,
@@ -38,14 +39,21 @@ def measured(what: str, bound_s: float, attempt: Callable[[], float], attempts: 
 
     The bound is that of a machine with as much to do as it has cores; with more to do, everything takes longer.
     """
-    bound_s *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    seconds = []
+    seconds, bound = [], bound_s
     for _ in range(attempts):
+        before = crowd()
         seconds.append(attempt())
-        if seconds[-1] < bound_s:
+        bound = bound_s * max(before, crowd())
+        if seconds[-1] < bound:
             break
-    say(f"{what}: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms, bound {bound_s * 1000:.0f} ms")
-    assert seconds[-1] < bound_s, f"{what}: {seconds}"
+    say(f"{what}: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms, bound {bound * 1000:.0f} ms")
+    assert seconds[-1] < bound, f"{what}: {seconds}"
+
+
+def crowd() -> float:
+    """Return how many want to run for each core: lately, or at this moment if those are more; at least 1."""
+    lately, _, _, now, _ = Path("/proc/loadavg").read_text().split()
+    return max(1.0, max(float(lately), int(now.split("/")[0])) / (os.cpu_count() or 1))
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -118,7 +126,7 @@ def test_read_that_meets_a_dead_owner_ends_within_100_ms(pool: Pool) -> None:
     def kill() -> float:
         put_chain(pool.client("b"), SPACE, KEYS, SIZE)
         wait_for(lambda: found(client) == len(KEYS), "the blocks are known")
-        lookup = client.lookup(SPACE, KEYS)
+        lookup = client.lookup(SPACE, KEYS, timeout_ms=1000 * T)
         assert get_chain(client, SPACE, KEYS, SIZE, lookup=lookup).prefix == len(KEYS)
         pool.nodes["b"].kill()
         begin = time.monotonic()
@@ -150,7 +158,7 @@ def test_read_fails_over_to_the_other_owner(pool: Pool, how: str) -> None:
 
     def attempt() -> float:
         both_hold(pool, client)
-        lookup = client.lookup(SPACE, KEYS)
+        lookup = client.lookup(SPACE, KEYS, timeout_ms=1000 * T)
         victim = lookup.runs[0].owners[0][0].node_id
         with contextlib.ExitStack() as stack:
             if how == "killed":
@@ -179,7 +187,7 @@ def test_read_that_meets_a_stopped_owner_ends_within_1_s(pool: Pool, local: bool
     put_chain(pool.client("b"), SPACE, keys, size)
     client = pool.client("b" if local else None)
     wait_for(lambda: found(client, keys) == len(keys), "the blocks are known")
-    lookup = client.lookup(SPACE, keys)
+    lookup = client.lookup(SPACE, keys, timeout_ms=1000 * T)
     assert get_chain(client, SPACE, keys, size, lookup=lookup).prefix == len(keys)
 
     def attempt() -> float:
@@ -237,12 +245,12 @@ def test_nobody_expires_while_the_master_stands_still_for_20_s(bare_pool: Pool) 
     client = pool.client("a")
     put_chain(client, SPACE, KEYS, SIZE)
     wait_for(lambda: found(client) == len(KEYS), "the blocks are known")
-    lease = client.lookup(SPACE, KEYS, lease=True).lease
+    lease = client.lookup(SPACE, KEYS, lease=True, timeout_ms=1000 * T).lease
     assert lease
     with pool.master.stopped():
         time.sleep(20)
     wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "all blocks are there", 5.0)
-    assert client.renew([lease]) == [], "the lease is there"
+    wait_for(lambda: client.renew([lease]) == [], "the lease is there", 5.0)  # one that is over never comes back
     assert "dead" not in pool.master.words() and node.words().count("session with the master") == 1
     counters = pool.status().counters
     assert counters["stalls"] >= 1 and not counters["leases_expired"]
@@ -361,7 +369,8 @@ def test_older_process_of_a_node_id_exits(pool: Pool) -> None:
     assert older.popen.wait(T) == 3
     assert not Path(pool.socket_path("a")).exists() and newer.alive
     wait_for(lambda: found(client) == 0, "the older one's blocks are gone")
-    assert pool.statuses()["a"].epoch != epoch and pool.state("a") == "live"
+    wait_for(lambda: pool.state("a") == "live", "the newer one is live")
+    assert pool.statuses()["a"].epoch != epoch
 
 
 def test_restarted_node_is_another_one(pool: Pool) -> None:
@@ -392,7 +401,8 @@ def test_client_without_a_master_attaches_to_a_node_that_comes_later(bare_pool: 
         wait_for(lambda: node.says("is ready"), "the node is ready")
         wait_for(client.has_node, "the client is attached")
         assert put_chain(client, SPACE, KEYS, SIZE) == len(KEYS)
-        assert (client.lookup(SPACE, KEYS).prefix, client.lookup(SPACE, KEYS).reason) == (64, "master_unreachable")
+        found_here = lookup_without_master(client, SPACE, KEYS)
+        assert (found_here.prefix, found_here.reason) == (64, "master_unreachable")
         assert get_chain(client, SPACE, KEYS, SIZE).prefix == len(KEYS)
 
 

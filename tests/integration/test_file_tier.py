@@ -135,7 +135,7 @@ def test_a_node_that_is_asked_to_end_loses_nothing(fs: FilePool) -> None:
     put_chain(client, SPACE, keys, SIZE)
     assert fs.pool.nodes["a"].end() == 0
     assert len(fs.files()) == len(keys)
-    assert fs.known() == len(keys)
+    wait_for(lambda: fs.known() == len(keys), "the master was told")
 
 
 def test_a_file_that_nobody_reported_is_found_after_a_death(fs: FilePool) -> None:
@@ -205,13 +205,15 @@ def test_many_clients_and_one_read(fs: FilePool) -> None:
     fs.pool.nodes["a"].kill()
     fs.start_node("a", "--storage_threads", "1", segment=SMALL * 4)
     clients = [fs.pool.client("a", transfer_timeout_ms=10_000) for _ in range(6)]
+    lookups = {}
     for client in clients:  # each has a way to the master, and to the node, then
         wait_for(lambda client=client: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
+        lookups[client] = client.lookup(SPACE, keys, timeout_ms=1000 * T)
     together = threading.Barrier(len(clients))
 
     def load(client: Client) -> GetResult:
         together.wait(T)
-        loaded: GetResult = get_chain(client, SPACE, keys, SIZE)
+        loaded: GetResult = get_chain(client, SPACE, keys, SIZE, lookup=lookups[client])
         return loaded
 
     with ThreadPoolExecutor(len(clients)) as threads:
@@ -228,8 +230,12 @@ def test_prefetch_moves_blocks_before_anybody_asks(fs: FilePool) -> None:
     fs.start_node("a")
     client = fs.pool.client("a")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
-    client.lookup(SPACE, keys, prefetch=True)
-    wait_for(lambda: fs.event("a", "read_files") == len(keys), "all were read")
+
+    def read_ahead() -> bool:
+        client.lookup(SPACE, keys, prefetch=True)  # a late answer asks for nothing
+        return fs.event("a", "read_files") == len(keys)
+
+    wait_for(read_ahead, "all were read")
     wait_for(lambda: get_chain(client, SPACE, keys, SIZE).tiers == {"local": len(keys)}, "they are known to be here")
     assert fs.event("a", "read_files") == len(keys)
 
@@ -257,7 +263,7 @@ def test_files_are_read_by_a_node_that_is_back_at_another_address(fs: FilePool) 
     for _ in range(2):
         fs.start_node("a", "--port", str(free_port()))
         wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
-        lookup = client.lookup(SPACE, keys)
+        lookup = client.lookup(SPACE, keys, timeout_ms=1000 * T)
         ((address, backend),) = {(address, backend) for run in lookup.runs for address, _, _, backend in run.owners}
         unusable = client.unusable_nodes()
         assert any(unusable.isdisjoint(names) for names in client.storages(address, backend))
@@ -313,7 +319,7 @@ def test_spoiled_files_are_misses_with_a_reason_and_are_set_aside(fs: FilePool) 
     fs.pool.start_node("a")
     client = fs.pool.client("a", transfer_timeout_ms=10_000)
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are thought to be there")
-    lookup = client.lookup(SPACE, keys)
+    lookup = client.lookup(SPACE, keys, timeout_ms=1000 * T)
     by_key[keys[1].hex()].unlink()  # not before: files of a node's first seconds are looked for some time later
     result = get_chain(client, SPACE, keys, SIZE, lookup=lookup)
     assert result.ok == [at % 4 != 0 and at != 1 for at in range(20)], result
@@ -336,8 +342,11 @@ def test_puts_go_on_while_a_directory_is_gone(fs: FilePool) -> None:
     wait_for(lambda: fs.counted("a", "kvpool_storage_state") != 0, "the tier is down")
     result = get_chain(client, SPACE, chain_of(19, 8), SIZE)
     assert result.tiers == {"local": 8}
-    (backend,) = fs.pool.admin().Backends(admin_pb2.BackendsRequest(), timeout=T).backends
-    assert backend.reason
+
+    def reasons() -> list[str]:
+        return [b.reason for b in fs.pool.admin().Backends(admin_pb2.BackendsRequest(), timeout=T).backends]
+
+    wait_for(lambda: len(reasons()) == 1 and all(reasons()), "the master knows why")
     fs.root.unlink()
     away.rename(fs.root)
     wait_for(lambda: fs.counted("a", "kvpool_storage_state") == 0, "the tier is back")
@@ -421,7 +430,7 @@ def test_without_a_cache_memory_is_a_buffer(bare_pool: Pool) -> None:
     client = fs.pool.client("a", transfer_timeout_ms=10_000)
     keys = chain_of(40, 120)
     fs.fill(client, keys)
-    lookup = client.lookup(SPACE, keys)
+    lookup = client.lookup(SPACE, keys, timeout_ms=1000 * T)
     assert {owner[1] for run in lookup.runs for owner in run.owners} == {"fs"}
     result = get_chain(client, SPACE, keys, SIZE)
     assert result.prefix == len(keys), result

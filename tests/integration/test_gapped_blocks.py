@@ -35,7 +35,8 @@ def test_heads_come_back_to_their_places(pool: Pool, putter: str, checksum: str)
     chain, source = chain_of(1, BLOCKS), memory(1)
 
     def client(name: str) -> Client:
-        return Client(pool.address, node=pool.socket_path(name) if name else "", checksum=checksum)
+        own = pool.socket_path(name) if name else ""
+        return Client(pool.address, node=own, checksum=checksum, transfer_timeout_ms=10_000)
 
     with client(putter) as one:
         for number in (0, 1):

@@ -72,7 +72,7 @@ def still_works(pool: Pool) -> None:
     """Nothing stays pinned, reserved or quarantined, all memory can be used, and a chain goes through."""
     segment = TOTAL_BYTES // OVERSUBSCRIPTION // 2
     for name in ("a", "b"):
-        assert pool.state(name) == "live"
+        wait_for(lambda name=name: pool.state(name) == "live", f"{name} is live")
         pool.wait_idle(name, segment // 4096 * 4096)
     space, size = next(iter(SPACES.items()))
     keys = chain_of(1000, 32)

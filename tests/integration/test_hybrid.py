@@ -7,7 +7,7 @@ import pytest
 from kvpool import Client, Namespace
 from kvpool.client_lookup import Also
 from kvpool.errors import InvalidArgumentError
-from tests.integration.pool import Pool, wait_for
+from tests.integration.pool import Pool, T, lookup_without_master, wait_for
 
 FULL = Namespace("hybrid", kv_group="full")
 WINDOW = Namespace("hybrid", kv_group="window")
@@ -26,13 +26,13 @@ def test_a_prefix_ends_where_the_window_is_there(pool: Pool) -> None:
     with pool.client("a") as client:
         fill(client, [3, 4, 7])
         wait_for(lambda: pool.blocks() == len(CHAIN) + 3, "the master to know")
-        assert client.lookup(FULL, CHAIN).prefix == 8
-        found = client.lookup(FULL, CHAIN, also=LAST_TWO, lease=True)
+        assert client.lookup(FULL, CHAIN, timeout_ms=1000 * T).prefix == 8
+        found = client.lookup(FULL, CHAIN, also=LAST_TWO, lease=True, timeout_ms=1000 * T)
         assert (found.prefix, sum(run.blocks for run in found.runs)) == (5, 5)
         assert found.lease
         client.release([found.lease])
-        assert client.lookup(FULL, CHAIN, also=LAST_TWO, known_prefix=7).prefix == 8
-        assert client.lookup(FULL, CHAIN, also=[Also(WINDOW)]).prefix == 0
+        assert client.lookup(FULL, CHAIN, also=LAST_TWO, known_prefix=7, timeout_ms=1000 * T).prefix == 8
+        assert client.lookup(FULL, CHAIN, also=[Also(WINDOW)], timeout_ms=1000 * T).prefix == 0
         new = Also(Namespace("hybrid", kv_group="new"), 1)
         assert client.lookup(FULL, CHAIN, also=[*LAST_TWO, new]).prefix == 0
         with pytest.raises(InvalidArgumentError, match=r"also\.last_blocks"):
@@ -43,7 +43,7 @@ def test_a_node_answers_for_all_groups(pool: Pool) -> None:
     """Without a master a prefix counts if its window is there; a shorter one is not searched for."""
     with Client(None, node=pool.socket_path("a")) as client:
         fill(client, [3, 4])
-        assert client.lookup(FULL, CHAIN, also=LAST_TWO).prefix == 0
-        assert client.lookup(FULL, CHAIN[:5], also=LAST_TWO).prefix == 5
-        assert client.lookup(FULL, CHAIN[:6], also=LAST_TWO, known_prefix=5).prefix == 5
-        assert client.lookup(FULL, CHAIN[:5], also=LAST_TWO, known_prefix=4).prefix == 5
+        assert lookup_without_master(client, FULL, CHAIN, also=LAST_TWO).prefix == 0
+        assert lookup_without_master(client, FULL, CHAIN[:5], also=LAST_TWO).prefix == 5
+        assert lookup_without_master(client, FULL, CHAIN[:6], also=LAST_TWO, known_prefix=5).prefix == 5
+        assert lookup_without_master(client, FULL, CHAIN[:5], also=LAST_TWO, known_prefix=4).prefix == 5

@@ -102,11 +102,10 @@ def test_parts_of_a_put_whose_time_is_over_are_not_begun(pool: Pool, monkeypatch
     def slow_put(self: LocalNode, *arguments: object) -> dict[str, int]:
         asked.append(arguments)
         counts = put(self, *arguments)  # type: ignore[arg-type]
-        time.sleep(max(0.0, over - time.monotonic()))
+        time.sleep(1.1)  # from here it is later than the deadline, whenever that was taken
         return counts
 
     monkeypatch.setattr(LocalNode, "put", slow_put)
-    over = time.monotonic() + 1.1
     result = client.put(SPACE, KEYS, [content_of(key, SIZE) for key in KEYS], timeout_ms=1000)
     assert (len(asked), result.stored, result.errors) == (1, 3, {"unavailable": 5})
 
@@ -148,7 +147,7 @@ def test_a_client_that_closes_keeps_no_node_that_is_being_attached(pool: Pool, m
 
     monkeypatch.setattr(node, "look", look_late)
     client._own.attach()
-    wait_for(lambda: memory_files() == before, "its memory is let go of")
+    wait_for(lambda: memory_files() <= before, "its memory is let go of")
 
 
 @pytest.mark.parametrize("direction", ["save", "load"])

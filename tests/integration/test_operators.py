@@ -164,7 +164,7 @@ def test_insecure_answers_other_hosts(bare_pool: Pool) -> None:
     pool, here = bare_pool, other_address()
     pool.start_master("--host", "0.0.0.0", "--insecure")
     pool.start_node("a", "--segment_size", "8MB", "--host", "0.0.0.0", "--insecure", "--advertise_host", here)
-    with Client(f"{here}:{pool.port}", node=pool.socket_path("none")) as client:
+    with Client(f"{here}:{pool.port}", node=pool.socket_path("none"), transfer_timeout_ms=10_000) as client:
         assert put_chain(client, SPACE, KEYS, SIZE) == len(KEYS)
         wait_for(lambda: client.lookup(SPACE, KEYS).reason == "complete", "the blocks are known")
         result = get_chain(client, SPACE, KEYS, SIZE)
@@ -179,4 +179,4 @@ def test_mismatched_geometry_is_named(pool: Pool) -> None:
     other = Namespace(model="demo", layers=4, dtype="float16")
     client.register(other)
     wait_for(lambda: client.lookup(other, KEYS).reason == "namespace_mismatch", "the mismatch is seen")
-    assert "dtype" in client.lookup(other, KEYS).detail
+    assert "dtype" in client.lookup(other, KEYS, timeout_ms=1000 * T).detail

@@ -491,8 +491,10 @@ def test_a_reader_that_is_killed_or_closes_lets_go(pool: Pool) -> None:
         pool.wait_idle("a")
 
 
-def test_hammer_of_transfers(pool: Pool) -> None:
+def test_hammer_of_transfers(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writers in chunks, some of which give up, and readers of each: whole where all was committed, never wrong."""
+    for patience in ("client_layers.CONTROL_S", "client_receive.CONTROL_S", "client_receive.PROGRESS_S"):
+        monkeypatch.setattr(f"kvpool.{patience}", T)  # nobody is gone here, however crowded
     node, choice = address_of(pool, "a"), random.Random(1)
     chains = itertools.count(100)
     clients = [pool.client(name) for name in ("a", "a", "b")]

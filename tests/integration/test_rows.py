@@ -50,7 +50,8 @@ def test_rows_come_back_to_other_rows(pool: Pool, putter: str, checksum: str) ->
     source, here, there = tables(1), numbers(1), numbers(2)
 
     def client(name: str) -> Client:
-        return Client(pool.address, node=pool.socket_path(name) if name else "", checksum=checksum)
+        own = pool.socket_path(name) if name else ""
+        return Client(pool.address, node=own, checksum=checksum, transfer_timeout_ms=10_000)
 
     with client(putter) as one:
         assert one.put(SPACE, CHAIN, BlockRows(list(source), here)).stored == BLOCKS

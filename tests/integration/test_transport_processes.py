@@ -98,7 +98,8 @@ def test_stopped_server_meets_the_deadline(server: subprocess.Popen[str], tmp_pa
     waiting = Channel.connect_unix(tmp_path / "s", T)
     reading = Channel.connect_unix(tmp_path / "s", T)
     request = NodeFrame(get=Get(first_layer=64 << 20))
-    reading.begin(request, NodeFrameReply, timeout_s=T, progress_s=0.1)
+    reading.start(request, timeout_s=T)
+    reading.proceed(request, NodeFrameReply, progress_s=0.1)  # bounds the payload's waits alone
     os.kill(server.pid, signal.SIGSTOP)
     try:
         with pytest.raises(UnavailableError):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kvpool import Client, Namespace
-from tests.integration.pool import chain_of, content_of
+from tests.integration.pool import chain_of, content_of, wait_for
 
 SPACE = Namespace(model="unpinned", layers=2)
 BLOCK_BYTES = 512 << 10
@@ -49,6 +49,7 @@ def main() -> None:
             missing = [n for n, ok in zip(numbers, got.ok, strict=True) if not ok]
             if missing:
                 client.put(SPACE, [keys[n] for n in missing], [contents[n] for n in missing])
+        wait_for(client.has_node, "the node is attached")
         node = client._local()
         assert node is not None
         assert node._unpinned is not None
