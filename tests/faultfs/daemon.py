@@ -26,6 +26,17 @@ import mfusepy
 
 THREADS_MAX = 64  # more than any test hangs at once: whoever is not asked to hang still gets an answer
 UTIME_NOW = (1 << 30) - 1
+EXITING = 0x4
+"""Of a thread's flags: PF_EXITING."""
+
+
+def ends(thread: int) -> bool:
+    """Return whether a thread, by its number, is about to be no more."""
+    try:
+        stat = Path(f"/proc/{thread}/stat").read_text()
+    except OSError:
+        return False
+    return bool(int(stat.rpartition(") ")[2].split()[6]) & EXITING)
 
 
 @dataclass
@@ -79,13 +90,17 @@ class Faults:
             return next((rule for rule in self.rules if rule.strikes(op, path)), None)
 
     def hang(self) -> None:
-        """Wait for the release; like a hard NFS mount, let go of a caller that is being killed."""
+        """Wait for the release; like a hard NFS mount, let go of a caller that is being killed, or ends.
+
+        A file that a process has open as it ends is closed for it: the kernel waits for that without interruption.
+        """
         free = self.free
+        _, _, caller = mfusepy.fuse_get_context()
         with self.lock:
             self.hanging += 1
         try:
             while not free.wait(0.02):
-                if mfusepy._libfuse.fuse_interrupted():
+                if mfusepy._libfuse.fuse_interrupted() or ends(caller):
                     raise OSError(errno.EINTR, "interrupted")
         finally:
             with self.lock:
