@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,7 @@ def test_storage_that_hangs_is_soon_not_waited_for(client: Client, own: FileNode
         result = get(client, in_files(own), timeout_ms=200)
         assert time.monotonic() - started < 5
         assert (result.prefix, result.reasons) == (1, {"storage_timeout": BLOCKS - 1})
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), own._loop).result(10)  # all that came at the end was read
     asked = len(own.fetches)
     name = storage_name("own", BACKEND)
     result = get(client, in_files(own), timeout_ms=60_000)

@@ -124,7 +124,7 @@ def test_the_first_token_is_timed_before_the_end(engines):
     asking = threading.Thread(target=lambda: held.append(server(engine).complete([1, 2], 2, LIMIT_S)))
     asking.start()
     assert begun.wait(LIMIT_S)
-    threading.Event().wait(0.05)  # what must show as the difference of the two times
+    threading.Event().wait(0.5)  # most of which must show as the difference of the two times
     go_on.set()
     asking.join(LIMIT_S)
     (got,) = held
@@ -477,7 +477,7 @@ def test_a_relay_holds_back_answers_only(tmp_path, monkeypatch):
                 assert os.read(read_end, 1) == b"x"
                 for fd in (read_end, write_end, *fds):
                     os.close(fd)
-                relay.delay_s = 0.3
+                relay.delay_s = 1.0
                 far.sendall(b"late")
                 client.settimeout(0.05)
                 with pytest.raises(TimeoutError):

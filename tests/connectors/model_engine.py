@@ -183,7 +183,8 @@ class ModelEngine:
         **settings: Any,
     ) -> None:
         self.pool, self.memory, self.budget = Pool(blocks), Memory(blocks), budget
-        parsed = ConnectorSettings(gate="off", **settings)  # what a test stored is what it loads
+        patient: dict[str, Any] = {"lookup_timeout": "20s", "transfer_timeout": "20s"}  # however busy the machine is
+        parsed = ConnectorSettings(gate="off", **(patient | settings))  # what a test stored is what it loads
         self.side = SchedulerSide(
             FaultyClient(MemoryClient(pool), faults),  # type: ignore[arg-type]  # stands in for Client
             parsed,
@@ -229,6 +230,7 @@ class ModelEngine:
         self.pool.evict_blocks({block.block_id for block in self.pool.blocks})
 
     def close(self) -> None:
+        self.side._client._threads.shutdown()  # lookups that nobody waits for any more may still bring a lease
         self.worker.close()
         self.side.close()
 

@@ -378,7 +378,7 @@ def test_another_consumer_comes_instead(pair: Pair, late: bool, monkeypatch: pyt
     prompt = list(range(30))
     params = pair.prefill(producer, prompt).returned
     assert params is not None
-    pair.until(lambda: pair.pool.transfers)  # which a thread of its own opens
+    pair.drain(producer)  # a thread of its own opens the transfer, and the partial block is saved a step after that
     (transfer,) = pair.pool.transfers.values()
     failing = pair.submit(first, prompt, 3, dict(params))
     first.step()
@@ -471,6 +471,7 @@ def test_another_namespace(pair: Pair) -> None:
     prompt = list(range(30))
     params = pair.prefill(producer, prompt).returned
     assert params is not None
+    pair.drain(producer)  # or it may be opened after its end, and is kept for its TTL
     params["remote_namespaces"] = ["00" * 16]
     pair.decode(consumer, prompt, params, producer)
     assert consumer.side.counters["transfer.miss.namespace"] == 1
@@ -548,6 +549,11 @@ def test_master_is_away(pair: Pair) -> None:
         engine.side._client.transfers.master_is_away = True
     prompt = list(range(30))
     request = pair.submit(producer, prompt, 2, {"do_remote_decode": True})
+    producer.step()  # which has the master asked, by a thread of its own
+    outgoing = producer.side._requests[request.request_id].outgoing
+    assert outgoing is not None
+    pair.until(lambda: outgoing.refused)
+    assert request.status != "finished"
     pair.until(lambda: request.status == "finished", producer)
     assert request.returned is None
     assert producer.side.counters["transfer.miss.refused"] == 1
@@ -596,6 +602,8 @@ def test_preempted_consumer_does_not_wait_again(pair: Pair) -> None:
     params = [pair.prefill(producer, prompt).returned for prompt in prompts]
     pair.drain(producer)
     requests = [pair.submit(consumer, p, 40, given) for p, given in zip(prompts, params, strict=True)]
+    claimed = consumer.side._transfers._incoming.values()
+    pair.until(lambda: all(incoming.found is not None for incoming in claimed))  # so that both have a place at once
     pair.drain(consumer)
     assert consumer.preemptions
     assert [request.answer for request in requests] == [expected(prompt, 40) for prompt in prompts]
@@ -666,7 +674,8 @@ def test_reset_keeps_nothing_of_what_began_before(pair: Pair) -> None:
     one = pair.engine(BOTH, budget=8)
     old = pair.submit(one, list(range(30)), 1, None)
     one.step()
-    pair.until(lambda: bool(pair.pool.shards), one)
+    worker = one.worker
+    pair.until(lambda: pair.pool.shards and len(worker._saved) >= worker._unreported_saves, one)  # none half done
     assert old.status != "finished"
     late = pair.submit(one, list(range(100, 130)), 1, None)
     one.side.forget_namespace()

@@ -211,7 +211,7 @@ def test_a_silent_node_is_taken_for_dead_by_another_one(
         dead.die()
         other.listens = True
         await until(lambda: key(1) in other.known, "another one has found it")
-        assert not dead.mark.exists()
+        await until(lambda: not dead.mark.exists(), "its mark is taken over")
         assert alive.mark.exists()
         alive.die()
         await until(lambda: key(2) in other.known, "and that of the next one")
@@ -313,7 +313,7 @@ def test_a_session_that_ends_before_the_master_has_everything_begins_the_scan_ag
         mark = again.says()
         await until(lambda: key(1) in again.known, "it is found")
         await until(lambda: again.tier._fences, "the scan has ended")
-        assert again.says() < mark
+        await until(lambda: again.says() < mark, "its own mark answers for the old one")
         again.known.clear()
         again.tier.session_ended()
         again.tier.changed = again._changed

@@ -57,14 +57,14 @@ def file(number: int) -> File:
 class Node:
     """A segment and a file tier of two threads, as the data plane uses them."""
 
-    def __init__(self, slots: int = SLOTS) -> None:
+    def __init__(self, slots: int = SLOTS, timeout_s: float = T) -> None:
         self.store = MemoryStore()
         self.faulty = FaultyStore(self.store)
         self.segment = Segment.create(slots * (PAYLOAD + 512), lock=False)
         self.state = SegmentState(self.segment.size)
         self.state.register(SPACE)
         tier = FileTierState(self.state, [], queue_bytes_max=1 << 20)
-        self.tier = FileTier(tier, self.segment, threads=2, timeout_s=TIMEOUT_S)
+        self.tier = FileTier(tier, self.segment, threads=2, timeout_s=timeout_s)
         self.tier.add(self.faulty)
 
     def put(self, *numbers: int) -> None:
@@ -109,11 +109,11 @@ class Node:
         return held is None or not (held.pins or held.reservations)
 
 
-def with_node(test: Callable[[Node], Awaitable[None]], slots: int = SLOTS) -> None:
-    """Run a test on a loop of its own."""
+def with_node(test: Callable[[Node], Awaitable[None]], slots: int = SLOTS, timeout_s: float = T) -> None:
+    """Run a test on a loop of its own; ``timeout_s`` is short where something is to hang, and only there."""
 
     async def run() -> None:
-        node = Node(slots)
+        node = Node(slots, timeout_s)
         try:
             await test(node)
             node.state.check()
@@ -159,7 +159,7 @@ def test_puts_go_on_at_full_speed_while_writes_hang() -> None:
         await until(lambda: named(200_000) in {found.name for found in node.store.files()}, "it writes again")
         await until(node.idle, "nothing is held")
 
-    with_node(test)
+    with_node(test, timeout_s=TIMEOUT_S)
 
 
 def test_a_request_is_answered_at_its_deadline_while_reads_hang() -> None:
@@ -171,7 +171,7 @@ def test_a_request_is_answered_at_its_deadline_while_reads_hang() -> None:
         await until(node.idle, "nothing is held")
         node.drop()
         event = node.faulty.hang(["read"])
-        assert await node.fetch(1, timeout_s=TIMEOUT_S / 4) == {file(1): Miss.NOT_IN_TIME}
+        assert await node.fetch(1, timeout_s=0.05) == {file(1): Miss.NOT_IN_TIME}
         assert node.state.reserved == 1
         assert await node.fetch(1) == {file(1): Miss.STORAGE_DOWN}  # long before its own deadline
         assert node.state.reserved == 1
@@ -181,7 +181,7 @@ def test_a_request_is_answered_at_its_deadline_while_reads_hang() -> None:
         await until(lambda: node.backend.state is BackendState.UP, "it comes back")
         assert await node.fetch(1) == {}
 
-    with_node(test)
+    with_node(test, timeout_s=10 * TIMEOUT_S)
 
 
 def test_a_broken_file_is_read_twice_and_set_aside() -> None:
@@ -368,7 +368,7 @@ def test_what_a_stuck_thread_has_not_begun_is_done_by_others() -> None:
         assert backend.errors <= 2
         assert backend.counters["down"] == 1
 
-    with_node(test, 1024)
+    with_node(test, 1024, TIMEOUT_S)
 
 
 def test_what_is_read_from_a_file_is_told() -> None:
@@ -418,7 +418,7 @@ def test_an_end_in_order_does_not_wait_for_a_store_that_hangs(caplog: pytest.Log
         assert "blocks were not written" in caplog.text
         await until(node.idle, "threads have come back")
 
-    with_node(test)
+    with_node(test, timeout_s=TIMEOUT_S)
 
 
 def test_a_scan_that_lost_changes_made_necessary_is_told_to_the_end() -> None:
@@ -562,7 +562,7 @@ def test_a_backend_whose_threads_all_hang_is_down(monkeypatch: pytest.MonkeyPatc
         node.put(3)
         await until(lambda: named(3) in {found.name for found in node.store.files()}, "it writes again")
 
-    with_node(test)
+    with_node(test, timeout_s=TIMEOUT_S)
 
 
 def test_a_probe_that_never_returns_is_given_up() -> None:
@@ -581,7 +581,7 @@ def test_a_probe_that_never_returns_is_given_up() -> None:
         await until(lambda: node.tier._probes_lost[0] == 0, "the first one has come back")
         assert node.backend.state is BackendState.UP
 
-    with_node(test)
+    with_node(test, timeout_s=TIMEOUT_S)
 
 
 def test_a_probe_without_a_thread_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,7 +665,7 @@ def test_probes_that_never_return_are_rare() -> None:
         event.set()
         await until(lambda: not node.faulty.hanging, "they have come back")
 
-    with_node(test)
+    with_node(test, timeout_s=TIMEOUT_S)
 
 
 def scanned(node: Node) -> list[Scanned]:
@@ -782,15 +782,23 @@ def test_a_scan_that_gets_on_slowly_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(node.faulty, "files", files)
         told = scanned(node)
+        tell = node.tier.tell
+        ended: list[tuple[int, int, int]] = []  # what is asked for after that begins another one
+
+        def note(piece: Scanned) -> bool:
+            done = tell(piece)
+            if piece.last:
+                ended.append((piece.files, len(told), node.tier.state.counters["scans"]))
+            return done
+
+        node.tier.tell = note
 
         def asked_again() -> bool:
             node.tier.state.scans_asked.append(node.store.id)
-            return bool(told) and told[-1].last
+            return bool(ended)
 
         await until(asked_again, "the scan has ended")
-        assert told[-1].files == 8
-        assert len(told) == 2
-        assert node.tier.state.counters["scans"] == 1
+        assert ended[0] == (8, 2, 1)
 
     with_node(test)
 
@@ -804,6 +812,7 @@ def test_an_end_in_order_is_bounded_though_nothing_is_down_yet(monkeypatch: pyte
         node.tier._timeout_s = 600.0
         event = node.faulty.hang(["write"])
         node.put(*range(10))
+        await until(lambda: node.faulty.hanging == 2, "both threads hang")
         await node.tier.finish()
         assert node.backend.state is BackendState.UP
         assert node.faulty.hanging == 2

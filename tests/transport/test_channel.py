@@ -17,6 +17,7 @@ from kvpool.rpc.errors import to_proto
 from kvpool.rpc.v1.node_pb2 import Get, LocalPrefix, LocalPrefixReply, NodeFrame, NodeFrameReply
 from kvpool.transport.channel import Channel, ChannelPool
 from kvpool.transport.frames import HEAD, MAGIC, encode
+from kvpool.transport.sockets import TICK_S
 
 T = 10.0
 
@@ -69,8 +70,8 @@ def test_silent_peer_breaks_the_channel_for_good(peer: Peer) -> None:
     channel = peer(lambda sock: None)
     begin = time.monotonic()
     with pytest.raises(errors.UnavailableError, match="no answer"):
-        ask(channel, 0.05)
-    assert time.monotonic() - begin >= 0.05
+        ask(channel, 0.5)
+    assert time.monotonic() - begin >= 0.5 - TICK_S
     assert channel.broken
     with pytest.raises(errors.UnavailableError, match="closed"):
         ask(channel)
