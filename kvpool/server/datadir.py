@@ -41,12 +41,10 @@ def held(data_dir: str | None) -> Iterator[None]:
             raise ConfigError("data_dir", f"another master uses {data_dir}") from None
         except OSError as error:
             raise ConfigError("data_dir", f"cannot lock {path}: {error.strerror}") from None
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)  # also for what is being started at this moment
+        yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also for what is being started at this moment
         os.close(lock)
 
 

@@ -202,13 +202,13 @@ class DataPlane:
 
     def _commit(self, conn: Connection, message: node_pb2.NodeFrame, payload: memoryview) -> None:
         request = message.commit
-        awaited = self._state.reservation(conn.id, request.reservation).transfer > 0
-        slots = self._state.commit(conn.id, request.reservation, bytes(payload), request.keep or None)
-        conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(slots))))
-        self._committed(slots, awaited=awaited)
+        self._store(conn, message.id, request.reservation, bytes(payload), request.keep or None)
 
-    def _committed(self, slots: list[Slot], *, awaited: bool) -> None:
-        """Do what a commit is followed by; ``awaited``: a transfer's, which somebody reads soon."""
+    def _store(self, conn: Connection, number: int, reservation: int, checksums: bytes, keep: bytes | None) -> None:
+        """Commit a reservation, answer the frame with this number, and do what a commit is followed by."""
+        awaited = self._state.reservation(conn.id, reservation).transfer > 0  # somebody reads it soon
+        slots = self._state.commit(conn.id, reservation, checksums, keep)
+        conn.reply(NodeFrameReply(id=number, committed=node_pb2.Committed(stored=len(slots))))
         self._describe(slots)
         if awaited and self._state.table is not None:  # before the tier makes room: what it evicts is struck out
             self._state.table.add(slots)
@@ -455,10 +455,7 @@ class DataPlane:
                     conn.reply(NodeFrameReply(id=message.id, error=to_proto(error or KVPoolError("write failed"))))
                 return
             self.counters["write_corrupt"] += keep.count(0)
-            awaited = self._state.reservation(conn.id, reservation).transfer > 0
-            stored = self._state.commit(conn.id, reservation, bytes(checksums), keep)
-            conn.reply(NodeFrameReply(id=message.id, committed=node_pb2.Committed(stored=len(stored))))
-            self._committed(stored, awaited=awaited)
+            self._store(conn, message.id, reservation, bytes(checksums), keep)
 
         conn.run_blocking(receive, done)
 

@@ -51,9 +51,8 @@ def measured(what: str, bound_s: float, attempt: Callable[[], float], attempts: 
 
 
 def crowd() -> float:
-    """Return how many want to run for each core: lately, or at this moment if those are more; at least 1."""
-    lately, _, _, now, _ = Path("/proc/loadavg").read_text().split()
-    return max(1.0, max(float(lately), int(now.split("/")[0])) / (os.cpu_count() or 1))
+    """Return how many have wanted to run for each core lately, at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def timed(action: Callable[[], object]) -> float:

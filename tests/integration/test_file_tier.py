@@ -101,7 +101,7 @@ def fs(bare_pool: Pool) -> FilePool:
 
 def test_four_times_the_memory_is_found_and_right(fs: FilePool) -> None:
     """What memory has no room for is a hit in files, read back with the right bytes, and promoted."""
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     keys = chain_of(1, 4 * SMALL // SIZE)
     fs.fill(client, keys)
     result = get_chain(client, SPACE, keys, SIZE)
@@ -121,7 +121,7 @@ def test_everything_killed_and_every_acknowledged_block_found(fs: FilePool) -> N
     fs.pool.master.kill()
     fs.pool.start_master()
     fs.pool.start_node("a")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
     result = get_chain(client, SPACE, keys, SIZE)
     assert result.prefix == len(keys), result
@@ -140,7 +140,7 @@ def test_a_node_that_is_asked_to_end_loses_nothing(fs: FilePool) -> None:
 
 def test_a_file_that_nobody_reported_is_found_after_a_death(fs: FilePool) -> None:
     """Kill -9 between a file's rename and the master's word: the node looks for it when it is back, and only then."""
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     fs.fill(client, chain_of(60, 16))
     fs.scanned()
     keys = chain_of(61, 24)
@@ -153,7 +153,7 @@ def test_a_file_that_nobody_reported_is_found_after_a_death(fs: FilePool) -> Non
     wait_for(lambda: fs.known() == 16, "the catalog is read, which knows nothing of them")
     fs.start_node("a")
     wait_for(lambda: fs.known() == 40, "the master knows all of them")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     result = get_chain(client, SPACE, keys, SIZE)
     assert result.prefix == len(keys), result
     assert result.tiers == {"fs": len(keys)}
@@ -170,7 +170,7 @@ def test_an_end_in_order_leaves_nothing_to_look_for(fs: FilePool) -> None:
     assert fs.pool.nodes["a"].end() == 0
     assert not mark.exists()
     fs.start_node("a")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found")
     put_chain(client, SPACE, chain_of(63, 4), SIZE)
     wait_for(lambda: fs.known() == 20, "the master knows the new ones, too")
@@ -193,7 +193,7 @@ def test_a_lost_catalog_is_rebuilt_from_the_directory(fs: FilePool) -> None:
     (fs.pool.directory / "catalog").rename(fs.pool.directory / "lost")
     fs.pool.start_master()
     fs.pool.start_node("a")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found by the scan")
     assert get_chain(client, SPACE, keys, SIZE).prefix == len(keys)
 
@@ -204,7 +204,7 @@ def test_many_clients_and_one_read(fs: FilePool) -> None:
     fs.fill(fs.pool.client("a"), keys)
     fs.pool.nodes["a"].kill()
     fs.start_node("a", "--storage_threads", "1", segment=SMALL * 4)
-    clients = [fs.pool.client("a", transfer_timeout_ms=10_000) for _ in range(6)]
+    clients = [fs.pool.client("a") for _ in range(6)]
     lookups = {}
     for client in clients:  # each has a way to the master, and to the node, then
         wait_for(lambda client=client: client.lookup(SPACE, keys).prefix == len(keys), "all are found again")
@@ -246,7 +246,7 @@ def test_one_node_reads_what_another_one_wrote_before_it_died(fs: FilePool) -> N
     fs.fill(fs.pool.client("a"), keys)
     fs.start_node("b")
     fs.pool.nodes["a"].kill()
-    client = fs.pool.client("b", transfer_timeout_ms=10_000)
+    client = fs.pool.client("b")
     wait_for(lambda: fs.pool.state("a") != "live", "the master misses the dead one")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found")
     result = get_chain(client, SPACE, keys, SIZE)
@@ -258,7 +258,7 @@ def test_files_are_read_by_a_node_that_is_back_at_another_address(fs: FilePool) 
     """Engines without a node of their own have left alone the node that was killed; they load from it again."""
     keys = chain_of(10, 16)
     fs.fill(fs.pool.client("a"), keys)
-    client = fs.pool.client(breaker_failures=2, transfer_timeout_ms=10_000)
+    client = fs.pool.client(breaker_failures=2)
     fs.pool.nodes["a"].kill()  # what it has in memory is gone
     for _ in range(2):
         fs.start_node("a", "--port", str(free_port()))
@@ -286,7 +286,7 @@ def test_two_nodes_that_write_the_same_blocks_do_not_disturb_each_other(fs: File
     for name in ("a", "b"):
         fs.pool.nodes[name].kill()
     fs.pool.start_node("a")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are found")
     assert get_chain(client, SPACE, keys, SIZE).prefix == len(keys)
 
@@ -317,7 +317,7 @@ def test_spoiled_files_are_misses_with_a_reason_and_are_set_aside(fs: FilePool) 
     for key, how in zip(keys[::4], ways, strict=True):
         spoil(by_key[key.hex()], how)
     fs.pool.start_node("a")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     wait_for(lambda: client.lookup(SPACE, keys).prefix == len(keys), "all are thought to be there")
     lookup = client.lookup(SPACE, keys, timeout_ms=1000 * T)
     by_key[keys[1].hex()].unlink()  # not before: files of a node's first seconds are looked for some time later
@@ -387,7 +387,7 @@ def test_a_node_that_dies_under_load_leaves_whole_files_only(fs: FilePool, how: 
         stop.set()
         thread.join(T)
     written = [bytes.fromhex(path.name.split(".")[0]) for path in fs.files()]
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     known = [key for key in keys if key in written]
     for at in range(0, len(known), 16):
         part = known[at : at + 16]
@@ -403,7 +403,7 @@ def test_one_of_two_directories_may_be_away_when_the_node_starts(bare_pool: Pool
     other = fs.root.with_name("other")
     other.write_text("no directory")
     fs.start_node("a", "--storage_backends", f"{fs.root},{other}")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     fs.fill(client, chain_of(50, 16))
     other.unlink()
     wait_for(lambda: len(fs.pool.admin().Backends(admin_pb2.BackendsRequest(), timeout=T).backends) == 2, "it is taken")
@@ -427,7 +427,7 @@ def test_without_a_cache_memory_is_a_buffer(bare_pool: Pool) -> None:
     fs = FilePool(bare_pool)
     fs.start_master()
     fs.start_node("a", "--pipeline", "Posix")
-    client = fs.pool.client("a", transfer_timeout_ms=10_000)
+    client = fs.pool.client("a")
     keys = chain_of(40, 120)
     fs.fill(client, keys)
     lookup = client.lookup(SPACE, keys, timeout_ms=1000 * T)

@@ -147,7 +147,7 @@ def test_a_client_that_closes_keeps_no_node_that_is_being_attached(pool: Pool, m
 
     monkeypatch.setattr(node, "look", look_late)
     client._own.attach()
-    wait_for(lambda: memory_files() <= before, "its memory is let go of")
+    wait_for(lambda: memory_files() == before, "its memory is let go of")
 
 
 @pytest.mark.parametrize("direction", ["save", "load"])
