@@ -56,9 +56,7 @@ class OwnNode:
         """Return the node if it is there; otherwise see to it that somebody looks for it. Quick."""
         node = self.node
         here = node is not None and node.alive
-        # Where there is a master, its thread looks for a first node whenever it asks who is there.
-        wanted = bool(self._left) or (not here and (node is not None or self._known() is None))
-        if wanted and time.monotonic() >= self._attach_at and not self._closed.is_set():
+        if (self._left or not here) and time.monotonic() >= self._attach_at and not self._closed.is_set():
             # Not here: a node that is stopped lets us connect, and then says nothing. Nor by several threads at once,
             # which lookups need.
             self._attach_at = time.monotonic() + REATTACH_S

@@ -44,6 +44,23 @@ def test_an_attach_that_hangs_is_waited_for_by_one_thread(monkeypatch):
     asked[1].join(10)
 
 
+def test_a_first_attach_that_failed_is_tried_again_soon_although_there_is_a_master(monkeypatch):
+    """The master's list is asked for every few seconds only: so long an engine would be without its node."""
+    monkeypatch.setattr(client_own, "REATTACH_S", 0.0)
+    tried = []
+
+    class Late:
+        def __init__(self, path, name):
+            tried.append(path)
+            raise client_own.KVPoolError("it is late")
+
+    monkeypatch.setattr(client_own, "LocalNode", Late)
+    own = OwnNode("/nowhere", "test", list, list, lambda work: work(), 1.0)
+    own.attach()  # as the master's thread does
+    own.get()
+    assert tried == ["/nowhere"] * 2
+
+
 def test_an_attach_that_no_thread_could_be_had_for_is_asked_for_again(monkeypatch):
     """Refused once, it is not taken for one that runs."""
     monkeypatch.setattr(client_own, "REATTACH_S", 0.0)
