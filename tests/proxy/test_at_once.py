@@ -65,7 +65,7 @@ class TestTheTwoRequests:
                 await stage.ask(STREAM)
                 assert params(prefill, 1)["transfer_id"] != transfer
                 assert stage.counted("kvpool_proxy_decode_starts_total", when="with_prefill") == 2
-                assert nothing_is_left(stage)
+                await until(lambda: nothing_is_left(stage))
 
         play(story())
 

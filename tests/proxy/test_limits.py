@@ -59,7 +59,7 @@ def test_an_instance_without_metrics_is_well():
 
     async def story():
         fake = FakeInstance("a", metrics_gate=asyncio.Event(), gate=asyncio.Event())
-        async with staged(fake, health_timeout=30, health_interval=10) as stage:
+        async with staged(fake, health_timeout=300, health_interval=10) as stage:
             asked = asyncio.create_task(stage.ask(STREAM))
             await until(lambda: fake.running == 1)
             before = fake.checks

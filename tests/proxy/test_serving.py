@@ -233,7 +233,7 @@ class TestFailover:
 
         async def story():
             pair[0].hang_at = 0
-            async with staged(*pair, first_byte_timeout=200) as stage:
+            async with staged(*pair, first_byte_timeout=1000) as stage:
                 for _ in range(3):
                     assert (await stage.ask(STREAM)).status == 200
                 assert pair[0].aborted == 1
@@ -245,7 +245,7 @@ class TestFailover:
 
         async def story():
             pair[0].hang_at = pair[1].hang_at = 0
-            async with staged(*pair, first_byte_timeout=10, request_timeout=200) as stage:
+            async with staged(*pair, first_byte_timeout=10, request_timeout=1000) as stage:
                 assert (await stage.ask()).status == 504
                 assert sorted(len(fake.requests) for fake in pair) == [0, 1]
                 await until(lambda: not pair[0].running + pair[1].running)
@@ -332,7 +332,7 @@ class TestAfterTheFirstByte:
             for fake in pair:
                 for name, value in trouble.items():
                     setattr(fake, name, value)
-            async with staged(*pair, idle_timeout=200) as stage:
+            async with staged(*pair, idle_timeout=1000) as stage:
                 answer = await stage.ask(STREAM)
                 assert answer.status == 200
                 assert not answer.whole
