@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from kvpool.client_bytes import Blocks, Buffer, CopyThreads, keys_at, quick_switching
+from kvpool.client_bytes import Blocks, Buffer, CopyThreads, keys_at
 from kvpool.client_files import StorageGuards, only_in_files, storage_name
 from kvpool.client_gets import Call, Gets, result_of
 from kvpool.client_health import BreakerOpenError, Health
@@ -410,9 +410,7 @@ class Client:
             return GetResult(0, [], {}, {})
         deadline = time.monotonic() + self._transfer_time(wrapped, timeout_ms)
         call = Call(space, keys, wrapped, shard, first, deadline, ["not_here"] * len(wrapped))
-        with quick_switching:
-            tiers = self._gets.run(call, lookup)
-        return result_of(call, tiers, self._counters)
+        return result_of(call, self._gets.run(call, lookup), self._counters)
 
     def receive(
         self,

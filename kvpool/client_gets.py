@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvpool.client_bytes import Blocks, CopyThreads, keys_at
+from kvpool.client_bytes import Blocks, CopyThreads, held_switching, keys_at, quick_switching
 from kvpool.client_files import StorageGuards, judge, part_blocks
 from kvpool.client_health import Guard
 from kvpool.client_node import LocalNode
@@ -90,14 +90,20 @@ class Gets:
         """Fill what can be had until the deadline; returns how many blocks came from where. Sets ``call.reasons``."""
         node = self._local()
         if node is not None:
-            self._get_locally(call, node)
+            with held_switching if call.blocks.simple else quick_switching:
+                self._get_locally(call, node)
         tiers = {"local": call.reasons.count("")}
-        if tiers["local"] == len(call.reasons):
-            return tiers
+        if tiers["local"] < len(call.reasons):
+            with quick_switching:
+                self._get_from_others(call, lookup, tiers)
+        return tiers
+
+    def _get_from_others(self, call: Call, lookup: Lookup | None, tiers: dict[str, int]) -> None:
+        """Fill what is still missing; ``tiers``: where to count it."""
         if lookup is None:
             lookup = self._ask(call.space, call.keys, min(call.left_s, LOOKUP_S))
         elif lookup.reason in NO_MASTER:
-            return tiers
+            return
         sources = self._sources(call, lookup)
         tiers["remote"] = self._get_remotely(call, [[s for s in some if not s.backend] for some in sources])
         files = [[s for s in some if s.backend] for some in sources]
@@ -106,7 +112,6 @@ class Gets:
             tried = {source for some in files for source in some}
             if any(call.reasons[n] in ELSEWHERE for n in range(len(files)) if files[n]) and call.left_s > 0:
                 tiers["fs"] += self._get_elsewhere(call, tried)
-        return tiers
 
     def _get_locally(self, call: Call, node: LocalNode) -> None:
         try:

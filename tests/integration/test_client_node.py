@@ -135,7 +135,8 @@ def test_a_reservation_is_kept_while_a_thread_still_copies(pool, monkeypatch):
 
 FORKER = """
 import os, signal, sys, threading
-from kvpool.client_bytes import SWITCH_S, quick_switching
+from kvpool import client_bytes
+from kvpool.client_bytes import HELD_SWITCH_S, SWITCH_S, held_switching, quick_switching
 
 def interval():
     return round(sys.getswitchinterval(), 6)
@@ -152,17 +153,19 @@ def forked():
     if child == 0:
         signal.alarm(10)
         seen = [interval()]
-        with quick_switching:
+        with held_switching:
             seen.append(interval())
+            with quick_switching:
+                seen.append(interval())
         seen.append(interval())
-        os._exit(seen != [usual, SWITCH_S, usual])
+        os._exit(seen != [usual, HELD_SWITCH_S, SWITCH_S, usual])
     return os.waitpid(child, 0)[1]
 
 thread = threading.Thread(target=transfer)
 thread.start()
 begun.wait()
 print(forked())
-with quick_switching._lock:
+with client_bytes._interval._lock:
     print(forked())
 print(interval() == SWITCH_S)
 over.set()
