@@ -192,7 +192,7 @@ class TestWhatTheMasterTells:
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
     made = Pool(tmp_path)
-    made.start_master("--client_ttl", "1s")
+    made.start_master("--client_ttl", "3s")
     yield made
     made.close()
 
