@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tests.integration.pool import free_port, wait_for
 
 LIBRARY = "libnfs.so.13"
 RPCBIND = "/run/rpcbind.sock"
+WATCHDOG_S = 600.0
+"""More than all tests of a mount take."""
+
 _CONFIGURATION = """
 NFS_CORE_PARAM {{
   NFS_Port = {port}; MNT_Port = {mount_port}; Protocols = 3; Enable_UDP = false;
@@ -70,6 +74,9 @@ class NfsMount:
             _CONFIGURATION.format(port=self._port, mount_port=self._mount_port, directory=self.below, state=state)
         )
         self._processes: list[subprocess.Popen[bytes]] = []
+        # A hard mount that hangs would hold whoever waits for it for ever: without its client it fails instead.
+        self._watchdog = threading.Timer(WATCHDOG_S, lambda: None)
+        self._watchdog.daemon = True
         # There is one rpcbind on a host, and one server of a kind that it knows: others wait for their turn.
         self._turn = (Path(tempfile.gettempdir()) / "kvpool-tests-nfs.lock").open("w")
         fcntl.flock(self._turn, fcntl.LOCK_EX)
@@ -77,7 +84,9 @@ class NfsMount:
         try:
             self._start_rpcbind()
             self.start_server()
-            self._start([*client, str(self.below), str(self.path)])
+            mounting = self._start([*client, str(self.below), str(self.path)])
+            self._watchdog.function = mounting.kill
+            self._watchdog.start()
             wait_for(lambda: self._alive() and os.path.ismount(self.path), "it is mounted")
         except BaseException as exc:  # an interrupt included: nothing may be left behind
             self.close()
@@ -113,6 +122,7 @@ class NfsMount:
 
     def close(self) -> None:
         """Unmount and end everything."""
+        self._watchdog.cancel()
         detach(self.path)
         for process in reversed(self._processes):
             process.kill()
