@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvpool.client_bytes import Blocks, CopyThreads, held_switching, keys_at, quick_switching
+from kvpool.client_bytes import Blocks, CopyThreads, keys_at
 from kvpool.client_files import StorageGuards, judge, part_blocks
 from kvpool.client_health import Guard
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peers, Source, Want, Wanted
 from kvpool.client_results import GetResult, Lookup
+from kvpool.client_switching import held_switching, quick_switching
 from kvpool.errors import InvalidArgumentError, KVPoolError, UnavailableError
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.transport.sockets import TICK_S
@@ -95,23 +96,24 @@ class Gets:
         tiers = {"local": call.reasons.count("")}
         if tiers["local"] < len(call.reasons):
             with quick_switching:
-                self._get_from_others(call, lookup, tiers)
+                tiers |= self._get_from_others(call, lookup)
         return tiers
 
-    def _get_from_others(self, call: Call, lookup: Lookup | None, tiers: dict[str, int]) -> None:
-        """Fill what is still missing; ``tiers``: where to count it."""
+    def _get_from_others(self, call: Call, lookup: Lookup | None) -> dict[str, int]:
+        """Fill what is not in this host's memory; returns how many blocks came from where."""
         if lookup is None:
             lookup = self._ask(call.space, call.keys, min(call.left_s, LOOKUP_S))
         elif lookup.reason in NO_MASTER:
-            return
+            return {}
         sources = self._sources(call, lookup)
-        tiers["remote"] = self._get_remotely(call, [[s for s in some if not s.backend] for some in sources])
+        tiers = {"remote": self._get_remotely(call, [[s for s in some if not s.backend] for some in sources])}
         files = [[s for s in some if s.backend] for some in sources]
         if any(files):
             tiers["fs"] = self._get_files(call, files)
             tried = {source for some in files for source in some}
             if any(call.reasons[n] in ELSEWHERE for n in range(len(files)) if files[n]) and call.left_s > 0:
                 tiers["fs"] += self._get_elsewhere(call, tried)
+        return tiers
 
     def _get_locally(self, call: Call, node: LocalNode) -> None:
         try:

@@ -7,9 +7,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from kvpool.client_bytes import Blocks, Buffer, CopyThreads, pack_digests, quick_switching
+from kvpool.client_bytes import Blocks, Buffer, CopyThreads, pack_digests
 from kvpool.client_node import BEING_WRITTEN, CONTROL_S, NO_ROOM, STORED, LocalNode
 from kvpool.client_results import PutResult, reason_of_error
+from kvpool.client_switching import quick_switching
 from kvpool.errors import InvalidArgumentError, KVPoolError
 from kvpool.model import KEY_BYTES, Namespace
 from kvpool.rpc.v1 import node_pb2

@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from kvpool.client_bytes import Blocks, CopyThreads, quick_switching
+from kvpool.client_bytes import Blocks, CopyThreads
 from kvpool.client_files import PART_BLOCKS_MAX
 from kvpool.client_layers import LayeredPut
 from kvpool.client_node import LocalNode
 from kvpool.client_peers import Peer, Peers
 from kvpool.client_results import PutResult, reason_of_error
+from kvpool.client_switching import quick_switching
 from kvpool.errors import AllPinnedError, InvalidArgumentError, KVPoolError, TooLargeError, UnavailableError
 from kvpool.model import KEY_BYTES, RESERVE_ITEMS_MAX, Namespace, NodeAddress
 from kvpool.transport.channel import time_left

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvpool.client_bytes import CopyThreads, quick_switching, unpack_digests
+from kvpool.client_bytes import CopyThreads, unpack_digests
 from kvpool.client_gets import Call
 from kvpool.client_node import CONTROL_S, LocalNode
 from kvpool.client_peers import PROGRESS_S, Peer, Peers, Want, receive_blocks, take
 from kvpool.client_results import reason_of_error
+from kvpool.client_switching import quick_switching
 from kvpool.errors import FrameError, KVPoolError, UnavailableError
 from kvpool.model import CHECKSUM_BYTES, KEY_BYTES, NodeAddress
 from kvpool.rpc.v1 import node_pb2

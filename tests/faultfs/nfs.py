@@ -74,8 +74,7 @@ class NfsMount:
             _CONFIGURATION.format(port=self._port, mount_port=self._mount_port, directory=self.below, state=state)
         )
         self._processes: list[subprocess.Popen[bytes]] = []
-        # A hard mount that hangs would hold whoever waits for it for ever: without its client it fails instead.
-        self._watchdog = threading.Timer(WATCHDOG_S, lambda: None)
+        self._watchdog = threading.Timer(WATCHDOG_S, self._fail)
         self._watchdog.daemon = True
         # There is one rpcbind on a host, and one server of a kind that it knows: others wait for their turn.
         self._turn = (Path(tempfile.gettempdir()) / "kvpool-tests-nfs.lock").open("w")
@@ -84,8 +83,7 @@ class NfsMount:
         try:
             self._start_rpcbind()
             self.start_server()
-            mounting = self._start([*client, str(self.below), str(self.path)])
-            self._watchdog.function = mounting.kill
+            self._client = self._start([*client, str(self.below), str(self.path)])
             self._watchdog.start()
             wait_for(lambda: self._alive() and os.path.ismount(self.path), "it is mounted")
         except BaseException as exc:  # an interrupt included: nothing may be left behind
@@ -109,6 +107,10 @@ class NfsMount:
         self._processes.remove(self._server)
         self._server.kill()
         self._server.wait()
+
+    def _fail(self) -> None:
+        """A hard mount that hangs would hold whoever waits for it for ever: without its client it fails instead."""
+        self._client.kill()
 
     def _start(self, arguments: list[str]) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:

@@ -135,8 +135,8 @@ def test_a_reservation_is_kept_while_a_thread_still_copies(pool, monkeypatch):
 
 FORKER = """
 import os, signal, sys, threading
-from kvpool import client_bytes
-from kvpool.client_bytes import HELD_SWITCH_S, SWITCH_S, held_switching, quick_switching
+from kvpool import client_switching
+from kvpool.client_switching import HELD_SWITCH_S, SWITCH_S, held_switching, quick_switching
 
 def interval():
     return round(sys.getswitchinterval(), 6)
@@ -165,7 +165,7 @@ thread = threading.Thread(target=transfer)
 thread.start()
 begun.wait()
 print(forked())
-with client_bytes._interval._lock:
+with client_switching._interval._lock:
     print(forked())
 print(interval() == SWITCH_S)
 over.set()
