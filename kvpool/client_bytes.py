@@ -45,6 +45,7 @@ PART_BYTES_MIN = 2 << 20
 """Less than this is not worth a thread of its own."""
 
 _BYTE = np.dtype(np.uint8)
+_CONTIGUOUS, _WRITEABLE = 0x1, 0x400  # of ``flags.num``: NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE
 T = TypeVar("T")
 
 
@@ -180,13 +181,13 @@ class Blocks:
 
 
 def _runs(blocks: Sequence[Buffer | Sequence[Buffer]], *, writable: bool) -> list[list[Bytes]]:
+    wanted = _CONTIGUOUS | _WRITEABLE if writable else _CONTIGUOUS
     return [
         [block]
         if type(block) is np.ndarray
         and block.dtype is _BYTE
         and block.ndim == 1
-        and block.strides == (1,)
-        and (block.flags.writeable or not writable)
+        and block.flags.num & wanted == wanted
         else [as_bytes(part, "blocks", writable=writable) for part in block]
         if isinstance(block, (list, tuple))
         else [as_bytes(block, "blocks", writable=writable)]

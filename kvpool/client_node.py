@@ -121,10 +121,12 @@ class LocalNode:
             segment.close()
 
     def look(self) -> None:
-        """Notice that the node has ended. Asks nothing as long as a channel that is idle is not closed."""
+        """Notice that the node has ended, and tell it what was read. An idle channel that is open asks it nothing."""
         if self._pool.any_free:
             with contextlib.suppress(KVPoolError), self._channel(CONTROL_S):
                 pass
+        if self.alive and (unpinned := self._unpinned) is not None:
+            unpinned.tell()
 
     def put(
         self,

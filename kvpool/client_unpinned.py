@@ -14,9 +14,10 @@ from kvpool.client_bytes import Blocks, CopyThreads, keys_at
 from kvpool.core.slot_table import SlotFinder
 from kvpool.model import KEY_BYTES
 
-TOUCHES_MAX = 512
-TOUCH_EVERY_S = 0.01
-"""The node is told of uses when so many blocks were read, or with the next read after so long."""
+TOUCHES_MAX = 2048
+TOUCH_EVERY_S = 0.05
+"""The node is told of uses when so many blocks were read, or with the next read after so long: telling costs as much as
+reading twenty small blocks. What nobody read after is told when the node is looked after, every few seconds."""
 
 Copy = Callable[[Sequence[tuple[int, int, int, int]], Sequence[int], Blocks, bool, CopyThreads, list[str]], None]
 Touch = Callable[[bytes, int, bytes], None]
@@ -85,10 +86,14 @@ class UnpinnedReads:
             self._used.setdefault((namespace, shard), []).append(keys)
             self._used_bytes += len(keys)
             self.blocks += len(keys) // KEY_BYTES
-            now = time.monotonic()
-            if self._used_bytes < TOUCHES_MAX * KEY_BYTES and now - self._told_at < TOUCH_EVERY_S:
+            if self._used_bytes < TOUCHES_MAX * KEY_BYTES and time.monotonic() - self._told_at < TOUCH_EVERY_S:
                 return
-            used, self._used, self._used_bytes, self._told_at = self._used, {}, 0, now
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell the node of the uses that it has not been told of."""
+        with self._lock:
+            used, self._used, self._used_bytes, self._told_at = self._used, {}, 0, time.monotonic()
         for (space, number), parts in used.items():
             # The node goes through them backwards, so that a chain's tail ages before its head.
             self._touch(space, number, b"".join(reversed(parts)))

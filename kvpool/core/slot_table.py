@@ -49,6 +49,7 @@ _LAYERS_SHIFT: Final = 16
 _BUCKETS_MIN: Final = 16
 _PAGE_BYTES: Final = 4096
 _WORD: Final = 8
+_WORD_SHIFT: Final = 3
 _BODY: Final = struct.Struct("<32s3Q")  # namespace and key, layers and shard, shard bytes, offset
 _BODY_STEP: Final = _ENTRY_WORDS * _WORD
 _ALL: Final = (1 << 64) - 1
@@ -76,6 +77,29 @@ def _entries(capacity_bytes: int) -> int:
 def _salt(namespace: bytes, shard: int) -> int:
     """Return what keys of a namespace and shard are mixed with."""
     return ((int.from_bytes(namespace, "little") % _PRIME) * int(FACTORS[1]) ^ (shard + 1) * int(FACTORS[0])) & _ALL
+
+
+class _Wanted:
+    """What a reader looks for, but for the keys: made once for all gets of a namespace, shard and size."""
+
+    __slots__ = ("least", "room", "salt", "words")
+
+    def __init__(self, namespace: bytes, shard: int, layers: int, shard_bytes: int, end: int) -> None:
+        """``end``: where the slots end and the table begins."""
+        if len(namespace) != DIGEST_BYTES:
+            raise ValueError("odd lengths")
+        self.salt = np.uint64(_salt(namespace, shard))
+        self.words = np.zeros(_ENTRY_WORDS - 2, np.uint64)
+        """An entry without its generation and offset, the words of the key left open."""
+        self.words[:2] = np.frombuffer(namespace, np.uint64)
+        self.words[4:] = (layers << _LAYERS_SHIFT | shard, shard_bytes)
+        least = header_bytes(layers)
+        self.least = np.uint64(least)
+        """The offset of the first slot, and in ``room`` how many bytes farther the last one may be."""
+        self.room = np.uint64(max(0, end - shard_bytes - least))
+
+
+_wanted = lru_cache(maxsize=1024)(_Wanted)
 
 
 class _Layout:
@@ -196,31 +220,31 @@ class SlotFinder:
 
     def find(self, namespace: bytes, keys: bytes, shard: int, layers: int, shard_bytes: int) -> Sighting:
         """Look for the slots of these keys that have this shape. The first half of a reading: see ``unchanged``."""
-        if len(namespace) != DIGEST_BYTES or len(keys) % KEY_BYTES:
+        if len(keys) % KEY_BYTES:
             raise ValueError("odd lengths")
+        shape = _wanted(namespace, shard, layers, shard_bytes, self._end)
         words = as_words(keys)
-        mixed = mix(words) ^ np.uint64(_salt(namespace, shard))
+        mixed = mix(words)
+        mixed ^= shape.salt
         buckets = (mixed >> self._shift).view(np.int64)
         mixed |= _ONE
         entries = (self._windows[buckets] == mixed[:, None]).argmax(axis=1)
         entries += buckets * _WIDTH
         generations = self._generations[entries]
         rows = self._rows.take(entries, axis=0)
-        wanted = np.empty((len(words), 6), np.uint64)
-        wanted[:, :2] = np.frombuffer(namespace, np.uint64)
+        wanted = np.empty((len(words), len(shape.words)), np.uint64)
+        wanted[:] = shape.words
         wanted[:, 2:4] = words
-        wanted[:, 4:] = (layers << _LAYERS_SHIFT | shard, shard_bytes)
         same = rows[:, 1:7] == wanted
         offsets = rows[:, 7]
         # An entry that was being written may say anything.
-        least = header_bytes(layers)
-        inside = offsets - np.uint64(least) <= np.uint64(max(0, self._end - shard_bytes - least))
+        inside = offsets - shape.least <= shape.room
         here = list(range(len(words)))
         if not (same.all() and inside.all() and generations.all()):
             right = same.all(axis=1) & inside & (generations != 0)
             here = right.nonzero()[0].tolist()
             entries, generations, offsets = entries[right], generations[right], offsets[right]
-        first = offsets.view(np.int64) // _WORD
+        first = offsets.view(np.int64) >> _WORD_SHIFT
         first -= (HEADER_FIXED_BYTES + CHECKSUM_BYTES * layers) // _WORD
         checksums = self._words[first[:, None] + _LAYERS[:layers] if layers > 1 else first[:, None]]
         return Sighting(here, entries, generations, offsets, checksums)

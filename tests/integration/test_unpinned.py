@@ -86,6 +86,22 @@ def test_the_second_read_asks_nobody(small: Pool, checksum: str) -> None:
     assert reads(client).blocks == BLOCKS
 
 
+def test_the_last_uses_are_told_too(small: Pool) -> None:
+    """What is read right after the node was told of something is told when the node is looked after."""
+    client = small.client("a")
+    keys = chain_of(1, BLOCKS)
+    put(client, keys)
+    finder = finder_of(client, keys)
+    told: list[bytes] = []
+    finder._touch = lambda namespace, shard, some: told.append(some)
+    finder.tell()
+    told.clear()
+    assert get(client, keys[:1])[0] == [True]
+    assert get(client, keys[1:2])[0] == [True]
+    client._look_around()
+    assert b"".join(told).count(keys[0]) == b"".join(told).count(keys[1]) == 1
+
+
 @pytest.mark.parametrize("checksum", ["always", "transfer"])
 @pytest.mark.parametrize("when", ["before", "after", "between"])
 def test_a_slot_that_is_given_away_under_a_reader(small: Pool, checksum: str, when: str) -> None:
