@@ -11,7 +11,7 @@ from kvpool.core.file_jobs import Miss
 from kvpool.errors import UnavailableError
 from kvpool.model import KEY_BYTES
 
-PART_BLOCKS_MAX = 1024
+PART_BLOCKS_MAX = 512
 """A node has to look at each block that it is asked for, and answers nobody else meanwhile."""
 
 PART_BYTES = 16 << 20

@@ -71,10 +71,11 @@ class Leases:
         return unknown
 
     def expire(self, now: float, at_most: int) -> None:
-        """End leases whose time is over, at most so many in one call."""
-        for _ in range(at_most):
+        """End leases whose time is over; no further one once so many blocks, or leases, have been let go of."""
+        while at_most > 0:
             token, lease = next(iter(self._leases.items()), (0, None))
             if lease is None or lease.deadline > now:
                 return
             self.release([token])
             self.expired += 1
+            at_most -= max(1, len(lease.rows))

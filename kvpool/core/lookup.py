@@ -59,6 +59,9 @@ class Answer:
     detail: str = ""
 
 
+HEAD_BLOCKS = 2048
+"""What of a long prompt is looked at first."""
+
 GROUPS_MAX = 64
 """KV cache groups of one model that a lookup may be about."""
 
@@ -98,20 +101,40 @@ def longest_prefix(index: Index, query: Query, *, warming: bool) -> Answer:
     keys = as_words(query.keys)
     if len(query.groups) > 1:
         return _hybrid(index, query, keys, warming=warming)
-    rows = space.table.find(keys)
     known = query.known_prefix
     known_rows = _NO_ROWS
     if known:
-        known_rows, rows = rows[:known][rows[:known] >= 0], rows[known:]
-    numbers = index.placement.take(rows, mode="wrap")  # -1 reads some row; masked out next
-    whole = index.placements.whole.take(numbers) & (rows >= 0)
-    if whole.all():
-        return Answer(len(keys), Reason.COMPLETE, _runs(index, numbers), rows, known_rows)
-    length = int(whole.argmin())
+        known_rows = space.table.find(keys[:known])
+        known_rows = known_rows[known_rows >= 0]
+    rows, numbers, length = _leading(index, space, keys[known:])
+    runs = _runs(index, numbers[:length])
+    if length == len(keys) - known:
+        return Answer(len(keys), Reason.COMPLETE, runs, rows, known_rows)
     reason, detail = _why(index, space, keys[known + length], int(rows[length]), warming=warming)
-    return Answer(
-        known + length, reason, _runs(index, numbers[:length]), rows[:length], known_rows, detail=detail
-    )
+    return Answer(known + length, reason, runs, rows[:length], known_rows, detail=detail)
+
+
+def _leading(index: Index, space: Space, keys: Words) -> tuple[Rows, NDArray[np.int32], int]:
+    """Return (rows, numbers of their placements, how many leading ones are hits); the first that is none is among them.
+
+    Of a long prompt the index may hold nothing: its head is looked at first, and what follows as long as all is there.
+    """
+    rows: list[Rows] = []
+    numbers: list[NDArray[np.int32]] = []
+    at, end, length = 0, min(len(keys), HEAD_BLOCKS), 0
+    while True:
+        found = space.table.find(keys[at:end])
+        placed = index.placement.take(found, mode="wrap")  # -1 reads some row; masked out next
+        whole = index.placements.whole.take(placed) & (found >= 0)
+        rows.append(found)
+        numbers.append(placed)
+        length = end if whole.all() else at + int(whole.argmin())
+        if length < end or end == len(keys):
+            break
+        at, end = end, min(len(keys), 2 * end)
+    if len(rows) == 1:
+        return rows[0], numbers[0], length
+    return np.concatenate(rows), np.concatenate(numbers), length
 
 
 def _runs(index: Index, numbers: NDArray[np.int32]) -> list[tuple[int, Placement]]:

@@ -63,7 +63,8 @@ STALL_S = 1.0
 SUSPECT_AFTER_S = 0.75
 INVENTORY_RETRY_S = 2.0
 EVICT_RETRY_S = 2.0
-EVICT_BLOCKS_MAX = 1024  # in one message: a node drops them all before it does anything else
+EVICT_BLOCKS_MAX = 256  # in one message: a node drops them all before it does anything else
+EXPIRED_BLOCKS = 1 << 14  # of leases, in one tick
 VICTIMS_EVERY_S = 1.0
 VICTIMS_FROM_USE = 0.5
 VICTIMS_SHARE = 0.05
@@ -422,7 +423,7 @@ class MasterState:
 
     def _tick(self, up: float) -> list[Effect]:
         effects: list[Effect] = []
-        self.leases.expire(up, at_most=256)
+        self.leases.expire(up, at_most=EXPIRED_BLOCKS)
         self.residency.expire(up)
         self.engines.expire(up)
         self._jobs.extend(self.pins.expire(self._last_now))

@@ -74,7 +74,7 @@ class PoolIndex:
         self._spaces: dict[str, list[Namespace]] = {}
         self._taken: set[bytes] = set()
         self._models: dict[str, dict[str, str]] = {}  # of each instance: names it serves a model under -> its label
-        self._tokenized: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._tokenized: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
         self._tokens = 0
         self._failures = 0
         self._quiet_until = 0.0
@@ -175,14 +175,14 @@ class PoolIndex:
         models = self._models.get(instance.name, {})
         return models.get(model, "") if isinstance(model, str) else next(iter(models.values()), "")
 
-    async def _tokens_of(self, path: str, body: Mapping[str, Any], alike: Sequence[Instance]) -> list[int] | None:
+    async def _tokens_of(self, path: str, body: Mapping[str, Any], alike: Sequence[Instance]) -> tuple[int, ...] | None:
         """Return a prompt's tokens, from an instance that serves its model; None where it has none.
 
         Raises aiohttp.ClientError, ValueError.
         """
         prompt = None if path == CHAT else alone(body["prompt"])
         if isinstance(prompt, list):
-            return list(prompt)
+            return tuple(prompt)
         wanted = ("messages", *_TEMPLATE) if path == CHAT else ("prompt",)
         question = {name: body[name] for name in ("model", "add_special_tokens", *wanted) if name in body}
         if prompt is not None:
@@ -201,10 +201,11 @@ class PoolIndex:
                 return None  # the client's mistake, which an engine will explain
             if answer.status != 200:
                 raise ValueError(f"{one.name}/tokenize: status {answer.status}")
-        tokens = json.loads(text).get("tokens")
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        listed = json.loads(text).get("tokens")
+        if not isinstance(listed, list) or set(map(type, listed)) - {int}:
             raise ValueError(f"{one.name}/tokenize: no tokens")
-        before = self._tokenized.pop(name, [])  # who asked the same meanwhile
+        tokens = tuple(listed)  # what is kept in tuples is not walked through by every garbage collection
+        before = self._tokenized.pop(name, ())  # who asked the same meanwhile
         self._tokenized[name] = tokens
         self._tokens += len(tokens) - len(before)
         while len(self._tokenized) > TOKENIZED_MAX or self._tokens > TOKENIZED_TOKENS_MAX:
@@ -222,7 +223,8 @@ class PoolIndex:
             try:
                 request = admin_pb2.NamespacesRequest()
                 answer = await self._stub.Namespaces(request, timeout=REFRESH_TIMEOUT_S)
-                self._take([namespace_from_proto(status.descriptor) for status in answer.namespaces])
+                if {status.digest for status in answer.namespaces} != self._taken:
+                    self._take([namespace_from_proto(status.descriptor) for status in answer.namespaces])
             except Exception as exc:  # nonsense too: this goes on as long as the proxy
                 self._say(f"the pool cannot be asked where prompts lie: {_words(exc)}")
             up = [one for one in self._fleet.router.instances.values() if one.up]
@@ -233,10 +235,7 @@ class PoolIndex:
 
     def _take(self, namespaces: Sequence[Namespace]) -> None:
         """Keep the namespaces whose keys can be computed, one KV cache group each."""
-        digests = {one.digest for one in namespaces}
-        if digests == self._taken:
-            return
-        self._taken = digests
+        self._taken = {one.digest for one in namespaces}
         spaces: dict[str, list[Namespace]] = {}
         models = [replace(one, kv_group="") for one in namespaces]
         groups: dict[Namespace, set[str]] = {}

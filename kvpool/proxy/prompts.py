@@ -143,7 +143,7 @@ def _output_tokens(body: Mapping[str, Any]) -> int:
 
 
 def _is_tokens(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+    return isinstance(prompt, list) and set(map(type, prompt)) == {int}
 
 
 def _of_prompts(prompt: Any, seed: int) -> tuple[tuple[int, ...], int]:

@@ -146,7 +146,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                     found.setdefault((owner, engine), []).append(at + start)
                 await asyncio.sleep(0)
         for (owner, engine), parts in found.items():
-            positions = np.unique(np.concatenate(parts))
+            await asyncio.sleep(0)
+            positions = np.concatenate(parts)
+            if len(namespaces) > 1:
+                positions = np.unique(positions)
             resident = response.residents.add(engine=engine, tier=HBM, owner=owner)
             for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
                 resident.ranges.add(first=int(run[0]), blocks=len(run))

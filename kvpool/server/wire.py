@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvpool.core import messages as core
 from kvpool.core.lookup import Answer, Group, Query, Rule
@@ -281,8 +281,13 @@ def answer_to_proto(
     )
     reached: dict[int, tuple[int, bytes] | None] = {}  # by incarnation: index into nodes, backend
     numbers: dict[str, int] = {}
+    told: dict[int, Sequence[master_pb2.LookupResponse.Owner]] = {}  # by placement: many runs may lie at few places
     for blocks, placement in answer.runs:
         run = response.runs.add(blocks=blocks)
+        if (before := told.get(id(placement))) is not None:
+            run.owners.extend(before)
+            continue
+        told[id(placement)] = run.owners
         for owner in placement.owners:
             if owner.incarnation not in reached:
                 found = reach(owner.incarnation)

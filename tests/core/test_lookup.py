@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpool.core import lookup as lookup_module
 from kvpool.core.index import Index
 from kvpool.core.lookup import Group, Query, Rule, check, longest_prefix
 from kvpool.core.messages import BlockRun
@@ -23,6 +24,14 @@ KEYS = [blake2b(bytes([i]), digest_size=16).digest() for i in range(LENGTH)]
 CHAIN = b"".join(KEYS)
 
 LIVE, SUSPECT = 1, 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_head():
+    """A prompt has several parts that are looked at one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup_module, "HEAD_BLOCKS", 2)
+        yield
 
 
 def an_index(*, without: tuple[Namespace, ...] = ()) -> Index:
@@ -179,3 +188,24 @@ def test_a_bad_query_names_the_field(query, field):
     with pytest.raises(InvalidArgumentError) as caught:
         check(query)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2, 3, 4, LENGTH])
+def test_a_long_prompt_is_looked_at_as_far_as_it_is_there(stored, monkeypatch):
+    """Its head, and then twice as much each time: nothing is searched for behind what ends the prefix."""
+    index = an_index()
+    for block in range(stored):
+        put(index, FULL, block, LIVE, 3)
+    looked: list[int] = []
+    table = index.spaces[FULL.digest].table
+    find = type(table).find
+
+    def counted(one, keys):
+        if one is table:
+            looked.append(len(keys))
+        return find(one, keys)
+
+    monkeypatch.setattr(type(table), "find", counted)
+    answer = longest_prefix(index, Query((Group(FULL.digest),), CHAIN), warming=False)
+    assert answer.prefix == stored
+    assert looked == {0: [2], 1: [2], 2: [2, 2], 3: [2, 2], 4: [2, 2, 4], LENGTH: [2, 2, 4, 2]}[stored]
