@@ -370,12 +370,16 @@ class PosixStore:
                 self._make(directory)
 
     def _make(self, directory: str) -> None:
-        """Make a directory. Those of a namespace are to lie anywhere on the disk, see ``posix_io.spread``."""
+        """Make a directory. Those of a namespace are to lie anywhere on the disk, see ``posix_io.spread``.
+
+        Who removes empty directories may take its parent away meanwhile: it is then not there, and to be made again.
+        """
         parent = os.path.dirname(directory)
-        if os.path.dirname(parent) == self._blocks and not os.path.lexists(parent):
-            os.makedirs(parent, exist_ok=True)
-            posix_io.spread(parent)
-        os.makedirs(directory, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.dirname(parent) == self._blocks and not os.path.lexists(parent):
+                os.makedirs(parent, exist_ok=True)
+                posix_io.spread(parent)
+            os.makedirs(directory, exist_ok=True)
 
     def _directories(self) -> Iterator[tuple[str, str]]:
         for namespace in self._entries(self._blocks):

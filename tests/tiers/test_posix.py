@@ -380,6 +380,24 @@ def test_a_deleted_directory_is_made_again(store, root, levels):
     assert read(store, NAME) == extent_of(NAME)
 
 
+@pytest.mark.parametrize("taken", [1, 2])
+def test_directories_that_go_while_others_are_made_in_them_are_made_again(store, root, monkeypatch, taken):
+    """Who removes empty ones, at a node's start or once in a while, never makes a write fail."""
+    mkdir, rmdir = os.mkdir, os.rmdir
+    left = [taken]
+
+    def beside_a_cleaner(path, *more, **how):
+        if Path(path).parent.parent == root / "blocks" and left[0]:
+            left[0] -= 1
+            rmdir(Path(path).parent)
+        mkdir(path, *more, **how)
+
+    monkeypatch.setattr(os, "mkdir", beside_a_cleaner)
+    store.write(NAME, extent_of(NAME))
+    assert left == [0]
+    read(store, NAME)
+
+
 def test_a_deleted_backend_is_away_until_it_is_made_again(store, root):
     """Nothing is called missing while all is gone; a probe or a write makes the same backend again."""
     store.write(NAME, extent_of(NAME))
