@@ -16,8 +16,7 @@ import numpy as np
 
 from kvpool.core.effects import BackendChanged, CatalogBackend, CatalogFiles, Effect, FileChange, Send
 from kvpool.core.file_removals import FileRemovals
-from kvpool.core.holds import SOFT
-from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.index import Index
 from kvpool.core.keytable import Rows
 from kvpool.core.messages import BlockRun, FilesRemoved, Hello, Scan, Scanned, StorageLimits
 from kvpool.core.nodes import MasterLimits, Node, slices_of
@@ -334,19 +333,13 @@ class Backends:
                 if soft and (wanted := math.ceil(self._over(backend))) <= 0:
                     return
                 for found in index.coldest(backend.incarnation, leased=soft):
-                    stamps = index.recency.stamps_of(found)
-                    for start in range(0, len(found), ROWS_PER_SLICE):
-                        part = slice(start, start + ROWS_PER_SLICE)
-                        # Between slices rows were touched, leased (which touches), pinned, freed or given to others.
-                        rows = found[part][index.recency.stamps_of(found[part]) == stamps[part]]
-                        rows = rows[(index.pinned.take(rows) == (SOFT if soft else 0)) & (index.leased.take(rows) == 0)]
-                        sizes = np.cumsum(index.file_bytes_on(rows, backend.incarnation))
-                        enough = int(np.searchsorted(sizes, wanted)) + 1
-                        wanted -= int(sizes[:enough].max(initial=0))
-                        yield self.doom(backend.incarnation, rows[:enough], Why.CAPACITY, now)
-                        if wanted <= 0 or len(backend.doomed) >= DOOMED_MAX:
-                            return
-                    yield []
+                    rows = found[index.leased.take(found) == 0]
+                    sizes = np.cumsum(index.file_bytes_on(rows, backend.incarnation))
+                    enough = int(np.searchsorted(sizes, wanted)) + 1
+                    wanted -= int(sizes[:enough].max(initial=0))
+                    yield self.doom(backend.incarnation, rows[:enough], Why.CAPACITY, now)
+                    if wanted <= 0 or len(backend.doomed) >= DOOMED_MAX:
+                        return
             backend.relieve_at = up + EVICTION_AGAIN_S
         finally:
             backend.job = False

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.effects import Effect
-from kvpool.core.holds import HARD, SOFT
-from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.index import Index
 from kvpool.core.keytable import Rows
 
 VICTIMS_MAX = 16384
@@ -24,21 +23,13 @@ def slices_for_eviction(index: Index, incarnation: int, target: int, least: int)
     for leased, wanted in ((False, target), (True, least)):
         if freed >= wanted:
             return
-        for found in index.coldest(incarnation, leased=leased):
-            stamps = index.recency.stamps_of(found)
-            for start in range(0, max(1, len(found)), ROWS_PER_SLICE):
-                part = slice(start, start + ROWS_PER_SLICE)
-                rows = found[part]
-                if start:  # between slices rows were touched, leased (which touches), pinned, freed or given to others
-                    rows = rows[index.recency.stamps_of(rows) == stamps[part]]
-                    rows = rows[index.pinned.take(rows) < (HARD if leased else SOFT)]
-                    rows = rows[index.placements.held_by(incarnation).take(index.placement.take(rows))]
-                sizes = np.cumsum(index.bytes_on(rows, incarnation)) if len(rows) else np.empty(0, np.int64)
-                enough = int(np.searchsorted(sizes, wanted - freed)) + 1
-                yield rows[:enough], leased
-                freed += int(sizes[min(enough, len(sizes)) - 1]) if len(sizes) else 0
-                if freed >= wanted:
-                    return
+        for rows in index.coldest(incarnation, leased=leased):
+            sizes = np.cumsum(index.bytes_on(rows, incarnation)) if len(rows) else np.empty(0, np.int64)
+            enough = int(np.searchsorted(sizes, wanted - freed)) + 1
+            yield rows[:enough], leased
+            freed += int(sizes[min(enough, len(sizes)) - 1]) if len(sizes) else 0
+            if freed >= wanted:
+                return
 
 
 def pick_victims(index: Index, incarnation: int, size: int) -> Generator[list[Effect], None, Rows]:

@@ -121,7 +121,7 @@ def _leading(index: Index, space: Space, keys: Words) -> tuple[Rows, NDArray[np.
     """
     rows: list[Rows] = []
     numbers: list[NDArray[np.int32]] = []
-    at, end, length = 0, min(len(keys), HEAD_BLOCKS), 0
+    at, end = 0, min(len(keys), HEAD_BLOCKS)
     while True:
         found = space.table.find(keys[at:end])
         placed = index.placement.take(found, mode="wrap")  # -1 reads some row; masked out next

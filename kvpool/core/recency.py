@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 SEGMENT = 8192
 
+SLICE = 1024
+"""Entries of the log that are read at once: whoever reads on looks at each of its rows."""
+
 
 @dataclass(slots=True)
 class _Segment:
@@ -73,22 +76,23 @@ class Recency:
     def after(self, stamp: int) -> tuple[NDArray[np.int32], int] | None:
         """Return the next slice of live rows with stamps above ``stamp``, coldest first, and where it ends.
 
-        The end is the argument for the next call; None when nothing hotter is left. Between two
-        calls the order may change: rows touched meanwhile turn up later.
+        The end is the argument for the next call; None when nothing hotter is left, and a slice may be empty. Between
+        two calls the order may change: rows touched meanwhile turn up later.
         """
         while (i := bisect_right(self._lasts, stamp)) < len(self._segments):
             segment = self._squeeze(i)
             if segment is None:
                 continue
-            from_here = np.searchsorted(segment.stamps, stamp, side="right")
-            return segment.rows[from_here:], segment.last
+            start = int(np.searchsorted(segment.stamps, stamp, side="right"))
+            end = start + SLICE
+            return segment.rows[start:end], int(segment.stamps[end - 1]) if end < len(segment.rows) else segment.last
         if stamp >= self.clock or not self._fill:
             return None
         first = self._next - self._fill
         skip = max(0, stamp + 1 - first)
-        rows = self._tail[skip : self._fill].copy()
-        live = self._stamps.take(rows) == np.arange(first + skip, self._next)
-        return rows[live], self.clock
+        rows = self._tail[skip : min(self._fill, skip + SLICE)].copy()
+        stamps = np.arange(first + skip, first + skip + len(rows))
+        return rows[self._stamps.take(rows) == stamps], first + skip + len(rows) - 1
 
     def _close_tail(self, last: int) -> None:
         self._segments.append(_Segment(last, self._tail, np.arange(last - SEGMENT + 1, last + 1)))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvpool.core.backends import DOOMED_MAX, Backends
 from kvpool.core.effects import Effect
-from kvpool.core.index import ROWS_PER_SLICE, Index
+from kvpool.core.index import Index
 from kvpool.core.keytable import Rows
 from kvpool.core.removals import Why
 
@@ -74,13 +74,9 @@ class RowRelief:
         """Yield rows without lease or pin that nobody else holds anything of, coldest first, slice by slice."""
         index, position = self._index, 0
         while (piece := index.recency.after(position)) is not None:
-            found, position = piece[0].astype(np.int64), piece[1]
-            stamps = index.recency.stamps_of(found)
-            for start in range(0, len(found), ROWS_PER_SLICE):
-                part = slice(start, start + ROWS_PER_SLICE)
-                rows = found[part][index.recency.stamps_of(found[part]) == stamps[part]]
-                rows = rows[(index.leased.take(rows) == 0) & (index.pinned.take(rows) == 0)]
-                numbers, back = np.unique(index.placement.take(rows), return_inverse=True)
-                owners = [{owner.incarnation for owner in index.placements[n].owners} for n in numbers.tolist()]
-                only: NDArray[np.bool_] = np.array([held <= incarnations for held in owners], bool)
-                yield rows[only[back.ravel()]]
+            rows, position = piece[0].astype(np.int64), piece[1]
+            rows = rows[(index.leased.take(rows) == 0) & (index.pinned.take(rows) == 0)]
+            numbers, back = np.unique(index.placement.take(rows), return_inverse=True)
+            owners = [{owner.incarnation for owner in index.placements[n].owners} for n in numbers.tolist()]
+            only: NDArray[np.bool_] = np.array([held <= incarnations for held in owners], bool)
+            yield rows[only[back.ravel()]]

@@ -49,7 +49,6 @@ _LAYERS_SHIFT: Final = 16
 _BUCKETS_MIN: Final = 16
 _PAGE_BYTES: Final = 4096
 _WORD: Final = 8
-_WORD_SHIFT: Final = 3
 _BODY: Final = struct.Struct("<32s3Q")  # namespace and key, layers and shard, shard bytes, offset
 _BODY_STEP: Final = _ENTRY_WORDS * _WORD
 _ALL: Final = (1 << 64) - 1
@@ -244,7 +243,7 @@ class SlotFinder:
             right = same.all(axis=1) & inside & (generations != 0)
             here = right.nonzero()[0].tolist()
             entries, generations, offsets = entries[right], generations[right], offsets[right]
-        first = offsets.view(np.int64) >> _WORD_SHIFT
+        first = offsets.view(np.int64) // _WORD
         first -= (HEADER_FIXED_BYTES + CHECKSUM_BYTES * layers) // _WORD
         checksums = self._words[first[:, None] + _LAYERS[:layers] if layers > 1 else first[:, None]]
         return Sighting(here, entries, generations, offsets, checksums)

@@ -17,15 +17,12 @@ from kvpool.core import (
     placement,
     recency,
     reporter,
-    rows,
     transfers,
 )
 
 _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (index, "ROWS_PER_SLICE", 2),
     (operators, "ROWS_PER_SLICE", 2),
-    (backends, "ROWS_PER_SLICE", 2),
-    (rows, "ROWS_PER_SLICE", 2),
     (file_removals, "BATCH_FILES", 3),
     (file_removals, "REMOVE_RETRY_S", 1.0),
     (backends, "SCAN_RETRY_S", 1.0),
@@ -37,6 +34,7 @@ _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (placement, "_FREED_PER_SLICE", 2),
     (index, "ROWS_MARKED_PER_SLICE", 16),
     (recency, "SEGMENT", 16),
+    (recency, "SLICE", 2),
     (keytable, "BUCKETS_MIN", 1),
     (keytable, "MOVE_BUCKETS", 16),
     (reporter, "DELTA_KEYS_MAX", 6),

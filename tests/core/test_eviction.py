@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvpool.core import eviction
+from kvpool.core import eviction, recency
 from kvpool.core.holds import HARD, SOFT
 from kvpool.core.index import Index
 from kvpool.core.messages import BlockRun
@@ -25,7 +25,7 @@ def run_of(*numbers: int) -> BlockRun:
 @pytest.fixture
 def index(monkeypatch):
     """An index of twelve blocks of a node, the first the coldest, looked through four at a time."""
-    monkeypatch.setattr(eviction, "ROWS_PER_SLICE", 4)
+    monkeypatch.setattr(recency, "SLICE", 4)
     index = Index(64)
     index.describe(SPACE)
     index.add(run_of(*range(ROWS)), NODE, "dram")

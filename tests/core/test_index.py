@@ -38,6 +38,7 @@ def small_slices():
         patch.setattr(placement_module, "_STEPS_PER_SLICE", 4)
         patch.setattr(placement_module, "_FREED_PER_SLICE", 2)
         patch.setattr(recency, "SEGMENT", 8)
+        patch.setattr(recency, "SLICE", 3)
         yield
 
 

@@ -18,6 +18,7 @@ def short_segments():
     """Segments of eight entries, so that a few touches squeeze and merge them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recency, "SEGMENT", 8)
+        patch.setattr(recency, "SLICE", 3)
         yield
 
 

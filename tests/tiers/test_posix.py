@@ -395,7 +395,7 @@ def test_directories_that_go_while_others_are_made_in_them_are_made_again(store,
     monkeypatch.setattr(os, "mkdir", beside_a_cleaner)
     store.write(NAME, extent_of(NAME))
     assert left == [0]
-    read(store, NAME)
+    assert read(store, NAME) == extent_of(NAME)
 
 
 def test_a_deleted_backend_is_away_until_it_is_made_again(store, root):
