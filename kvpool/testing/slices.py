@@ -34,7 +34,7 @@ _SMALL: tuple[tuple[ModuleType, str, float | tuple[float, ...]], ...] = (
     (placement, "_FREED_PER_SLICE", 2),
     (index, "ROWS_MARKED_PER_SLICE", 16),
     (recency, "SEGMENT", 16),
-    (recency, "SLICE", 2),
+    (recency, "SLICE", 3),
     (keytable, "BUCKETS_MIN", 1),
     (keytable, "MOVE_BUCKETS", 16),
     (reporter, "DELTA_KEYS_MAX", 6),
